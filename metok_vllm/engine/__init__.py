@@ -1,0 +1,1 @@
+"""Everything that touches vLLM: KV cache formats, scheduler, attention metadata, the pruned step."""

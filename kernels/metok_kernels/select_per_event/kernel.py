@@ -1,0 +1,96 @@
+# mypy: ignore-errors
+# (Triton's language is Python syntax with types of its own: pointers, blocks, constexpr. mypy cannot follow it.)
+"""One program an event: bisect the bits of the k-th largest score, then write the chosen in order.
+
+Scores become unsigned keys of the same order, so the k-th largest key is found bit by bit with 32 counts and no
+sort: the work is linear in the event, whatever its length, and every comparison is exact.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def order_keys(b_score):
+    """uint32 keys in the order of the scores: -0 equals +0, and every NaN is above infinity (as in torch.sort)."""
+    b_score = tl.where(b_score == 0.0, 0.0, b_score)
+    b_bits = b_score.to(tl.uint32, bitcast=True)
+    negative = (b_bits >> 31) != 0
+    b_key = tl.where(negative, b_bits ^ 0xFFFFFFFF, b_bits ^ 0x80000000)
+    return tl.where(b_score != b_score, tl.full(b_key.shape, 0xFFFFFFFF, tl.uint32), b_key)
+
+
+@triton.jit
+def load_block(p_score, start, offset, length, BLOCK: tl.constexpr):
+    """(keys, in-event mask) of BLOCK scores from `offset` in the event; keys outside are 0, below any score's but -NaN."""
+    o = offset + tl.arange(0, BLOCK)
+    m = o < length
+    return order_keys(tl.load(p_score + start + o, mask=m, other=0.0)), m
+
+
+@triton.jit
+def select_kernel(
+    p_score, p_cu_events, p_keep, p_index, p_cu_kept, num_events, capacity,
+    BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, ONE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (events + 1). The last program writes the total and fills the rest of the indices with -1.
+
+    ONE_BLOCK: every event fits in BLOCK, whose keys then stay in registers during the bisection.
+    """
+    event = tl.program_id(0)
+    written = tl.zeros([BLOCK_E], tl.int64)
+    for first in range(0, event, BLOCK_E):
+        o_event = first + tl.arange(0, BLOCK_E)
+        m_event = o_event < event
+        b_length = tl.load(p_cu_events + o_event + 1, mask=m_event, other=0)
+        b_length -= tl.load(p_cu_events + o_event, mask=m_event, other=0)
+        b_keep = tl.load(p_keep + o_event, mask=m_event, other=0)
+        written += tl.minimum(tl.maximum(b_keep, 0), b_length).to(tl.int64)
+    base = tl.sum(written)
+    tl.store(p_cu_kept + event, base.to(tl.int32))
+    if event == num_events:
+        for offset in range(base, capacity, BLOCK):
+            o = offset + tl.arange(0, BLOCK).to(tl.int64)
+            tl.store(p_index + o, tl.full([BLOCK], -1, tl.int64), mask=o < capacity)
+        return
+
+    start = tl.load(p_cu_events + event).to(tl.int64)
+    length = (tl.load(p_cu_events + event + 1).to(tl.int64) - start).to(tl.int32)
+    keep = tl.minimum(tl.maximum(tl.load(p_keep + event), 0), length).to(tl.int32)
+    if keep == 0:
+        return
+
+    # The largest threshold with at least `keep` keys at or above it is the keep-th largest key.
+    threshold = tl.full([], 0, tl.uint32)
+    if ONE_BLOCK:
+        b_key, m = load_block(p_score, start, 0, length, BLOCK)
+        for step in range(32):
+            candidate = threshold | (tl.full([], 0x80000000, tl.uint32) >> step)
+            count = tl.sum((m & (b_key >= candidate)).to(tl.int32))
+            threshold = tl.where(count >= keep, candidate, threshold)
+    else:
+        for step in range(32):
+            candidate = threshold | (tl.full([], 0x80000000, tl.uint32) >> step)
+            counts = tl.zeros([BLOCK], tl.int32)
+            for offset in range(0, length, BLOCK):
+                b_key, m = load_block(p_score, start, offset, length, BLOCK)
+                counts += (m & (b_key >= candidate)).to(tl.int32)
+            threshold = tl.where(tl.sum(counts) >= keep, candidate, threshold)
+
+    above = tl.zeros([BLOCK], tl.int32)
+    for offset in range(0, length, BLOCK):
+        b_key, m = load_block(p_score, start, offset, length, BLOCK)
+        above += (m & (b_key > threshold)).to(tl.int32)
+    ties_wanted = keep - tl.sum(above)
+    ties_seen = tl.full([], 0, tl.int32)
+    kept = tl.full([], 0, tl.int32)
+    for offset in range(0, length, BLOCK):
+        b_key, m = load_block(p_score, start, offset, length, BLOCK)
+        tie = (m & (b_key == threshold)).to(tl.int32)
+        tie_rank = ties_seen + tl.cumsum(tie, 0) - tie
+        chosen = (m & ((b_key > threshold) | ((tie != 0) & (tie_rank < ties_wanted)))).to(tl.int32)
+        o_out = base + kept + tl.cumsum(chosen, 0) - chosen
+        o_token = start + offset + tl.arange(0, BLOCK)
+        tl.store(p_index + o_out, o_token, mask=(chosen != 0) & (o_out < capacity))
+        ties_seen += tl.sum(tie)
+        kept += tl.sum(chosen)

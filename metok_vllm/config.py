@@ -1,0 +1,154 @@
+"""Settings of METok: one frozen model, validated once, with errors a user can act on.
+
+The server's settings come from ``--additional-config '{"metok": {...}}'``; a request may override all of them but the three
+that shape what is allocated at start, through ``mm_processor_kwargs={"metok": {...}}``, or switch METok off for itself with
+``mm_processor_kwargs={"metok": "off"}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError, model_validator
+
+MICRO = 1_000_000
+"""Shares are carried as integers in millionths, so that ``ceil(share * n)`` is exact on every device."""
+
+SERVER_ONLY = ("prune_layers", "aligner_model", "max_deferred_bytes")
+"""Keys that shape what is allocated at start, so that no request can change them."""
+
+Share = Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)]
+Aligner = Literal["auto", "dual-tower", "embedding", "none"]
+
+
+class MetokSettings(BaseModel):
+    """The method's settings, with the paper's values as defaults (`method.md`, sections 1 to 4).
+
+    Raises:
+        pydantic.ValidationError: on an unknown key, a wrong type or an impossible value. `parse_settings` turns it into one
+            sentence.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    preset: Literal["paper", "balanced"] = "paper"  # "balanced" is decode_retention 1
+    events: Annotated[StrictInt, Field(ge=1, le=1024)] = 5  # events per video
+    key_events: Annotated[StrictInt, Field(ge=0, le=1024)] = 3  # events that are kept finest
+    key_frames: Annotated[StrictInt, Field(ge=0, le=65536)] = 6  # key frames per event
+    strides: tuple[StrictInt, StrictInt, StrictInt] = (2, 4, 8)  # pooling, relative to the tower's grid
+    prune_layers: tuple[StrictInt, StrictInt, StrictInt] | None = None  # L1 < L2 < L3; None: from the model's depth
+    keep_ratio: Annotated[StrictFloat | StrictInt, Field(gt=0, le=1)] = 0.76  # rho of section 2
+    decode_retention: Share = 0.0  # delta of section 4
+    token_budget: Annotated[StrictInt, Field(ge=1)] | None = None  # most visual tokens of one video
+    aligner: Aligner = "auto"
+    aligner_model: str | None = None  # name or path of a SigLIP or CLIP checkpoint
+    max_deferred_bytes: Annotated[StrictInt, Field(ge=0)] | None = None  # bound of the deferred-prefill buffer
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("preset") == "balanced" and "decode_retention" not in data:
+            return {**data, "decode_retention": 1.0}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> MetokSettings:
+        if not 1 <= self.strides[0] <= self.strides[1] <= self.strides[2] <= 64:
+            raise ValueError(f"strides must be three rising numbers from 1 to 64, not {list(self.strides)}")
+        if self.prune_layers is not None:
+            first, second, third = self.prune_layers
+            if not 1 <= first < second < third:
+                raise ValueError(f"prune_layers must rise and start at 1 or later, not {list(self.prune_layers)}")
+        for name in ("keep_ratio", "decode_retention"):
+            _micro(name, getattr(self, name))
+        return self
+
+    @property
+    def keep_ratio_micro(self) -> int:
+        """`keep_ratio` in millionths."""
+        return _micro("keep_ratio", self.keep_ratio)
+
+    @property
+    def decode_retention_micro(self) -> int:
+        """`decode_retention` in millionths."""
+        return _micro("decode_retention", self.decode_retention)
+
+
+class RequestSettings(MetokSettings):
+    """What one request may state beside the method's settings."""
+
+    query: str | None = None  # the question, where the last user turn is not it
+    report: StrictBool = False  # keep a report of this request for the plugin's endpoint
+
+
+def _micro(name: str, value: float) -> int:
+    scaled = Decimal(str(value)) * MICRO
+    if scaled != scaled.to_integral_value():
+        raise ValueError(f"{name} takes at most six decimals, not {value}")
+    return int(scaled)
+
+
+def explain(error: ValidationError, where: str) -> str:
+    """One sentence for the first fault that pydantic found in the settings given at `where`."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and "-" in part)) or "the settings"
+    known = ", ".join(name for name in (RequestSettings if where == "mm_processor_kwargs" else MetokSettings).model_fields)
+    if first["type"] == "extra_forbidden":
+        return f"METok ({where}): unknown setting '{key}'; the settings are {known}."
+    if first["type"] == "value_error":
+        return f"METok ({where}): {first['ctx']['error']}."
+    return f"METok ({where}): '{key.split('.')[0]}' got {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
+
+
+def parse_settings(value: object, where: str = "additional_config") -> MetokSettings:
+    """Parse the server's settings.
+
+    Args:
+        value: what stands under ``additional_config["metok"]``; None means the defaults.
+        where: names the place in error messages.
+
+    Raises:
+        ValueError: with one sentence that names the faulty key and what it takes.
+    """
+    if value is None:
+        value = {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"METok ({where}): the settings must be an object of keys and values, not {value!r}.")
+    try:
+        return MetokSettings.model_validate(dict(value))
+    except ValidationError as error:
+        raise ValueError(explain(error, where)) from None
+
+
+def resolve_request(server: MetokSettings, value: object) -> RequestSettings | None:
+    """Merge one request's overrides into the server's settings.
+
+    Args:
+        server: the server's settings.
+        value: what stands under ``mm_processor_kwargs["metok"]``: None, "off", or an object.
+
+    Returns:
+        The request's settings, or None where METok is off for it.
+
+    Raises:
+        ValueError: with one sentence, which vLLM's API server answers with HTTP 400.
+    """
+    where = "mm_processor_kwargs"
+    if value == "off":
+        return None
+    if value is None:
+        value = {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"METok ({where}): 'metok' must be \"off\" or an object of settings, not {value!r}.")
+    for key in SERVER_ONLY:
+        if key in value:
+            raise ValueError(f"METok ({where}): '{key}' belongs to the server; set it with --additional-config.")
+    base = server.model_dump()
+    if "preset" in value and "decode_retention" not in value:
+        base.pop("decode_retention")  # a preset stated by the request decides what the preset is about
+    try:
+        return RequestSettings.model_validate({**base, **value})
+    except ValidationError as error:
+        raise ValueError(explain(error, where)) from None

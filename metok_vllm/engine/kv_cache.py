@@ -1,0 +1,150 @@
+"""KV cache of the layers from L1 up: a block table that skips pruned visual tokens.
+
+`PrunedAttentionSpec` derives from `AttentionSpec`, not from `FullAttentionSpec`, or vLLM would merge the layer into the
+full-attention group (vllm/v1/core/kv_cache_utils.py, `is_kv_cache_spec_uniform`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from metok_vllm.engine.facts import RequestFacts
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+    from vllm.v1.request import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedAttentionSpec(AttentionSpec):
+    """KV of a layer at or above L1.
+
+    `retains`: the layer keeps retained visual tokens while decoding (`L1 .. L3-1`), so its group holds more slots
+    than the layers above L3 and cannot share their block table.
+    """
+
+    retains: bool = False
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """A text-only prompt of the longest length owns a slot for every token."""
+        return cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.page_size_bytes
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        return all(
+            isinstance(spec, PrunedAttentionSpec) and spec.retains == self.retains for spec in kv_cache_specs.values()
+        )
+
+
+class PrunedManager(SingleTypeKVCacheManager):
+    """Allocates blocks for the tokens that own a slot, and never publishes a block that a pruned video precedes.
+
+    `facts` is the scheduler's table of pruned requests; a request that is not in it is an ordinary one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.facts: dict[str, RequestFacts] = {}
+
+    @property
+    def retains(self) -> bool:
+        assert isinstance(self.kv_cache_spec, PrunedAttentionSpec)
+        return self.kv_cache_spec.retains
+
+    def _slots(self, request_id: str, num_tokens: int) -> int:
+        facts = self.facts.get(request_id)
+        return num_tokens if facts is None else facts.slots(num_tokens, self.retains)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            self._slots(request_id, num_tokens),
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap,
+            prefill_end,
+        )
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        return super().allocate_new_blocks(request_id, self._slots(request_id, num_tokens), num_tokens_main_model)
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Publish full blocks; of a pruned request only those before its first video.
+
+        From there on a block holds the wrong tokens for its hash (text that stands behind the video), and what it holds
+        depends on the question.
+        """
+        facts = self.facts.get(request.request_id)
+        if facts is not None:
+            # Deep layers run once, with the last chunk of the prompt: until that step is scheduled nothing was written there.
+            if max(num_tokens, request.num_computed_tokens) < facts.prompt_len:
+                return
+            num_tokens = min(num_tokens, facts.spans[0].start)
+        super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """Longest run of cached full blocks from the start, as for full attention."""
+        block_size = kv_cache_spec.block_size
+        found: tuple[list[KVCacheBlock], ...] = tuple([] for _ in kv_cache_group_ids)
+        for block_hash in itertools.islice(block_hashes, max_length // block_size):
+            cached = block_pool.get_cached_block(block_hash, kv_cache_group_ids)
+            if not cached:
+                break
+            for blocks, block in zip(found, cached, strict=True):
+                blocks.append(block)
+        hit = len(found[0]) * block_size
+        hit -= hit % alignment_tokens
+        for blocks in found:
+            del blocks[hit // block_size :]
+        return found, hit
+
+
+def register_kv_cache_spec() -> None:
+    """Make the spec and its manager known to vLLM, in every process.
+
+    vLLM registers its own specs only while the registry is empty, so they go first.
+    """
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(PrunedAttentionSpec, PrunedManager, uniform_type_base_spec=PrunedAttentionSpec)

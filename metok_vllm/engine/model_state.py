@@ -1,0 +1,308 @@
+"""Worker-side state of a METok model in Model Runner V2: attention metadata by kind of group, and the pruned steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+
+from metok_vllm.engine.kv_cache import PrunedAttentionSpec
+from metok_vllm.engine.report import Reports
+from metok_vllm.engine.requests import PrunedRequests, VideoTags
+from metok_vllm.engine.step import PrefillRow, PrunedBatch, PrunedStep
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import NewRequestData
+    from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
+    from vllm.v1.worker.gpu.states import RequestState
+    from vllm.v1.worker.utils import AttentionGroup
+
+logger = init_logger(__name__)
+
+KINDS = (False, True)
+"""Kinds of pruned group, by `PrunedAttentionSpec.retains`; also the index of a kind's row in the tensors below."""
+
+
+class MetokModelState(DefaultModelState):
+    """Adds to the stock state: which requests are pruned, and how far their KV ranks lie below their positions.
+
+    Slots of a request in a pruned group are ranked: text of the prompt, retained visual tokens, generated tokens. So for
+    whatever is computed after a request's prompt, ``rank = position - shift`` with one shift per request and kind of group.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: EncoderCache | None, device: torch.device
+    ) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.pruned = PrunedRequests(device)
+        self.reports = Reports(vllm_config)
+        self._index: dict[str, int] = {}
+        # Persistent: captured CUDA graphs read seq_lens at these addresses.
+        self._shift = torch.zeros(len(KINDS), self.max_num_reqs, dtype=torch.int32, device=device)
+        self._seq_lens = torch.zeros(len(KINDS), self.max_num_reqs, dtype=torch.int32, device=device)
+        self._step: PrunedStep | None = None
+
+    # --- requests ---
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        super().add_request(req_index, new_req_data)
+        self.pruned.add(new_req_data)
+        self._index[new_req_data.req_id] = req_index
+        self._shift[:, req_index] = 0
+
+    def remove_request(self, req_id: str) -> None:
+        super().remove_request(req_id)
+        self._index.pop(req_id, None)
+        self.pruned.remove(req_id)
+
+    # --- embeddings ---
+
+    def prepare_inputs_embeds(
+        self, scheduled_encoder_inputs: dict[str, list[int]], input_batch: InputBatch, req_states: RequestState
+    ) -> torch.Tensor:
+        """As in the stock state, with the tag channels taken off the encoder's output."""
+        self.execute_mm_encoder(scheduled_encoder_inputs)
+        self._read_tags(input_batch)
+        # The stock state calls the base class here, past any override, so its whole method is replaced.
+        embeds, is_mm_embed = self.gather_mm_embeddings(input_batch)
+        inputs_embeds = self.encoder_runner.get_inputs_embeds(
+            input_batch.input_ids[: input_batch.num_tokens], embeds, is_mm_embed
+        )
+        return inputs_embeds[: input_batch.num_tokens_after_padding]
+
+    def gather_mm_embeddings(
+        self, input_batch: InputBatch, draft_lookahead: int = 0
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        embeds, is_mm_embed = ModelState.gather_mm_embeddings(self, input_batch, draft_lookahead)
+        return [embed[:, : self.inputs_embeds_size] for embed in embeds], is_mm_embed
+
+    def _read_tags(self, input_batch: InputBatch) -> None:
+        """Keep the tags of every pruned video that this step reaches for the first time."""
+        for i, req_id in enumerate(input_batch.req_ids):
+            request = self.pruned.get(req_id)
+            if request is None or request.result is not None:
+                continue
+            end = int(input_batch.num_computed_tokens_np[i] + input_batch.num_scheduled_tokens[i])
+            features = {f.mm_position.offset: f for f in self.encoder_cache.mm_features[req_id]}
+            for video, span in enumerate(request.spans):
+                if request.tags[video] is None and span.start < end:
+                    output = self.encoder_cache.encoder_outputs[features[span.start].identifier]
+                    request.tags[video] = VideoTags.unpack(output[:, self.inputs_embeds_size :])
+
+    # --- attention metadata ---
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+        model_specific_attn_metadata: Any = None,
+    ) -> dict[str, Any]:
+        kinds = [
+            spec.retains if isinstance(spec := group.kv_cache_spec, PrunedAttentionSpec) else None
+            for group in kv_cache_config.kv_cache_groups
+        ]
+
+        def only(kind: bool | None) -> list[list[AttentionGroup]]:
+            # build_attn_metadata skips a KV cache group without attention groups.
+            return [groups if kinds[i] == kind else [] for i, groups in enumerate(attn_groups)]
+
+        def stock(groups: list[list[AttentionGroup]]) -> dict[str, Any]:
+            return super(MetokModelState, self).prepare_attn(
+                input_batch,
+                cudagraph_mode,
+                block_tables,
+                slot_mappings,
+                groups,
+                kv_cache_config,
+                for_capture,
+                ubatch_idx,
+                model_specific_attn_metadata,
+            )
+
+        rows = self._prefill_rows(input_batch)
+        self._step = None
+        metadata = stock(only(None))
+        if rows:
+            batch = self._pruned_batch(rows, input_batch, block_tables, kinds, kv_cache_config)
+            if batch.num_others:
+                metadata |= self._others_metadata(
+                    rows, input_batch, block_tables, batch, kinds, attn_groups, kv_cache_config
+                )
+            self._step = PrunedStep(self.model.decoder_stack, batch)
+            return metadata
+
+        shifted = self._rank_by_shift(input_batch, block_tables, slot_mappings, kinds, kv_cache_config)
+        seq_lens = input_batch.seq_lens
+        for kind in KINDS:
+            buffer = self._seq_lens[int(kind)]
+            buffer[: seq_lens.shape[0]].copy_(seq_lens)
+            if shifted:
+                buffer[: input_batch.num_reqs] -= self._shift[int(kind)][input_batch.idx_mapping]
+            input_batch.seq_lens = buffer[: seq_lens.shape[0]]
+            try:
+                metadata |= stock(only(kind))
+            finally:
+                input_batch.seq_lens = seq_lens
+        return metadata
+
+    def _prefill_rows(self, input_batch: InputBatch) -> list[PrefillRow]:
+        """The rows of pruned requests whose prompt is not complete before this step."""
+        rows = []
+        for i, req_id in enumerate(input_batch.req_ids[: input_batch.num_reqs]):
+            request = self.pruned.get(req_id)
+            if request is None:
+                continue
+            computed = int(input_batch.num_computed_tokens_np[i])
+            if computed < request.prompt_len:
+                start = int(input_batch.query_start_loc_np[i])
+                length = int(input_batch.num_scheduled_tokens[i])
+                if computed + length > request.prompt_len:
+                    raise RuntimeError(f"METok: a chunk of {req_id} crosses the end of its prompt")
+                rows.append(PrefillRow(request, i, start, length, computed))
+        return rows
+
+    def _rank_by_shift(
+        self,
+        input_batch: InputBatch,
+        block_tables: Sequence[torch.Tensor],
+        slot_mappings: torch.Tensor,
+        kinds: Sequence[bool | None],
+        kv_cache_config: KVCacheConfig,
+    ) -> bool:
+        """Rewrite the pruned groups' slots, in place, where a request in the batch has pruned tokens.
+
+        The per-layer views of `slot_mappings` that vLLM has already made see the change. Returns whether there was any.
+        """
+        if not any(req_id in self.pruned.by_id for req_id in input_batch.req_ids):
+            return False
+        n = input_batch.num_tokens
+        counts = input_batch.num_scheduled_tokens[: input_batch.num_reqs]
+        rows = torch.from_numpy(np.repeat(np.arange(input_batch.num_reqs), counts)).to(self.device)
+        shift = self._shift[:, input_batch.idx_mapping][:, rows]
+        for i, kind in enumerate(kinds):
+            if kind is not None:
+                ranks = input_batch.positions[:n] - shift[int(kind)]
+                size = kv_cache_config.kv_cache_groups[i].kv_cache_spec.block_size
+                slot_mappings[i, :n] = slots_of(block_tables[i], rows, ranks, size)
+        return True
+
+    def _pruned_batch(
+        self,
+        rows: Sequence[PrefillRow],
+        input_batch: InputBatch,
+        block_tables: Sequence[torch.Tensor],
+        kinds: Sequence[bool | None],
+        kv_cache_config: KVCacheConfig,
+    ) -> PrunedBatch:
+        of_others = np.ones(input_batch.num_tokens, dtype=bool)
+        for row in rows:
+            of_others[row.tokens] = False
+        others = np.flatnonzero(of_others)
+        counts = input_batch.num_scheduled_tokens[: input_batch.num_reqs]
+        batch_rows = torch.from_numpy(np.repeat(np.arange(input_batch.num_reqs), counts)[others]).to(self.device)
+        index = torch.from_numpy(others).to(self.device)
+        shift = self._shift[:, input_batch.idx_mapping]
+        slots, tables, block_size = {}, {}, 0
+        for i, kind in enumerate(kinds):
+            if kind is None:
+                continue
+            group = kv_cache_config.kv_cache_groups[i]
+            block_size = group.kv_cache_spec.block_size
+            ranks = input_batch.positions[index] - shift[int(kind)][batch_rows]
+            group_slots = slots_of(block_tables[i], batch_rows, ranks, block_size)
+            for name in group.layer_names:
+                slots[name] = group_slots
+                tables[name] = block_tables[i]
+        return PrunedBatch(rows, input_batch.num_tokens, index, slots, tables, block_size)
+
+    def _others_metadata(
+        self,
+        rows: Sequence[PrefillRow],
+        input_batch: InputBatch,
+        block_tables: Sequence[torch.Tensor],
+        batch: PrunedBatch,
+        kinds: Sequence[bool | None],
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+    ) -> dict[str, Any]:
+        """Metadata of the layers from L1 up for the requests that are not being pruned in this step."""
+        pruned = {row.batch_row for row in rows}
+        keep = np.array([i for i in range(input_batch.num_reqs) if i not in pruned])
+        index = torch.from_numpy(keep).to(self.device)
+        counts = input_batch.num_scheduled_tokens[keep]
+        starts = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+        tables = [table[index] if kind is not None else table for table, kind in zip(block_tables, kinds, strict=True)]
+        bounds = input_batch.seq_lens_cpu_upper_bound[torch.from_numpy(keep)]
+        slot_mappings = [
+            batch.others_slots[group.layer_names[0]] if kind is not None else batch.others
+            for group, kind in zip(kv_cache_config.kv_cache_groups, kinds, strict=True)
+        ]
+        metadata: dict[str, Any] = {}
+        for kind in KINDS:
+            shift = self._shift[int(kind)][input_batch.idx_mapping[index]]
+            metadata |= build_attn_metadata(
+                attn_groups=[groups if kinds[i] == kind else [] for i, groups in enumerate(attn_groups)],
+                num_reqs=len(keep),
+                num_tokens=batch.num_others,
+                query_start_loc_gpu=starts.to(self.device),
+                query_start_loc_cpu=starts,
+                max_query_len=int(counts.max()),
+                seq_lens=input_batch.seq_lens[index] - shift,
+                max_seq_len=int(bounds.max()),
+                block_tables=tables,
+                slot_mappings=slot_mappings,  # type: ignore[arg-type]  # indexed by group, as a tensor would be
+                kv_cache_config=kv_cache_config,
+                seq_lens_cpu_upper_bound=bounds,
+                positions=input_batch.positions[batch.others],
+                is_prefilling=torch.from_numpy(input_batch.is_prefilling_np[keep]),
+                req_idx=input_batch.idx_mapping_np[keep],
+            )
+        return metadata
+
+    # --- the forward pass ---
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)
+        if self._step is not None:
+            inputs["metok_step"] = self._step
+        return inputs
+
+    def postprocess_state(
+        self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor, num_computed_tokens: torch.Tensor | None = None
+    ) -> None:
+        """After a pruned step: from here on its complete prompts are ranked by their shift."""
+        super().postprocess_state(idx_mapping, num_sampled, num_computed_tokens)
+        step, self._step = self._step, None
+        if step is None:
+            return
+        for row in step.batch.rows:
+            request = row.request
+            if not row.ends or request.result is None or self.pruned.get(request.req_id) is not request:
+                continue
+            index = self._index[request.req_id]
+            self._shift[int(False), index] = request.visual
+            self._shift[int(True), index] = request.visual - request.result.retained
+            self.reports.add(request)
+            request.tags = [None] * len(request.tags)
+
+
+def slots_of(table: torch.Tensor, rows: torch.Tensor, ranks: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Slot of each token: `table` int32 [batch, blocks], `rows` and `ranks` int64 [n], to int64 [n]."""
+    return table[rows, ranks // block_size].to(torch.int64) * block_size + ranks % block_size

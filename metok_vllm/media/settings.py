@@ -1,0 +1,91 @@
+"""Settings and the one error type of the video decoder. Imports nothing outside the standard library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+class VideoError(ValueError):
+    """A video, or a setting for reading it, that cannot be used; the message is one sentence for the user."""
+
+
+# Lowest and highest value of every integer setting; -1 is let through where it means "no wish".
+_INT_RANGES: dict[str, tuple[int, int]] = {
+    "num_frames": (1, 1_000_000),
+    "max_frames": (1, 1_000_000),
+    "max_pixels": (1, 2**28),
+    "max_output_mib": (1, 1_048_576),
+    "max_source_frames": (1, 10_000_000),
+    "max_decoded_frames": (1, 10_000_000),
+    "threads": (1, 64),
+}
+
+
+@dataclass(frozen=True)
+class VideoSettings:
+    """What to sample and how much work one video may cause; the keys of ``--media-io-kwargs`` for "video".
+
+    Raises `VideoError` at construction for a wrong type or a value out of range.
+    """
+
+    num_frames: int = -1
+    """Frames to sample, evenly over the video; -1 for all. vLLM passes 32 where nobody says otherwise."""
+    fps: float = -1
+    """Frames to sample per second of video; -1 for no such limit. The fewer of `num_frames` and this counts."""
+    max_frames: int = 1024
+    """Refuse a request that would sample more frames than this."""
+    max_pixels: int = 8192 * 4320
+    """Refuse a video whose frames have more pixels (width x height) than this."""
+    max_output_mib: int = 2048
+    """Refuse a request whose sampled RGB frames would fill more MiB than this."""
+    max_source_frames: int = 1_000_000
+    """Refuse a video that holds more frames than this (9 hours at 30 frames a second)."""
+    max_decoded_frames: int = 100_000
+    """Refuse a request for which one pass would decode more frames than this to reach the sampled ones."""
+    timeout_s: float = 60.0
+    """Refuse a video that has taken more than this many seconds of wall time."""
+    threads: int = 4
+    """Decoder threads for one video; damaged videos are always read by one, to give the same frames every time."""
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _INT_RANGES.items():
+            value = getattr(self, name)
+            if name == "num_frames" and value == -1 and not isinstance(value, bool):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise VideoError(f"The video setting {name} must be a whole number, not {_shown(value)}.")
+            if not low <= value <= high:
+                also = "-1 or " if name == "num_frames" else ""
+                raise VideoError(
+                    f"The video setting {name} must be {also}between {low} and {high}, not {_shown(value)}."
+                )
+        for name, high in (("fps", 1000.0), ("timeout_s", 3600.0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise VideoError(f"The video setting {name} must be a finite number, not {_shown(value)}.")
+            if not 0 < value <= high and not (name == "fps" and value == -1):
+                also = "-1 or " if name == "fps" else ""
+                raise VideoError(
+                    f"The video setting {name} must be {also}above 0 and at most {high:g}, not {_shown(value)}."
+                )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> VideoSettings:
+        """Build settings from user input; unknown keys raise `VideoError` naming the known ones."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(str(key) for key in values if key not in known)
+        if unknown:
+            raise VideoError(
+                f"Unknown video setting {', '.join(_shown(key) for key in unknown)}; "
+                f"known are {', '.join(sorted(known))}."
+            )
+        return cls(**values)
+
+
+def _shown(value: object) -> str:
+    """`value` for an error message: its repr, cut so that a huge input cannot fill the log."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

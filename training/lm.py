@@ -1,0 +1,147 @@
+"""The language model as training runs it: Qwen2's arithmetic with many questions packed behind one video.
+
+Parameter names and shapes are those of ``transformers``' ``Qwen2Model`` (checked by a test that compares the logits), so
+export is a renaming. What differs is the attention: a row is ``[prefix | question 1 | question 2 | ...]``,
+the prefix (chat header, visual tokens, separator) is causal, every question sees the prefix and itself only and
+its positions go on from the prefix's end. One pass over a video thus serves all its questions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """Shape of the language model; ``head_dim`` is what vLLM's CPU attention accepts (32 or 64)."""
+
+    vocab: int
+    hidden: int = 128
+    layers: int = 12
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    intermediate: int = 384
+    rope_theta: float = 10000.0
+    eps: float = 1e-6
+
+
+@dataclass
+class Packed:
+    """A batch of packed rows (all tensors on the model's device); ``N`` questions of up to ``L`` tokens each a video.
+
+    Attributes:
+        embeds: ``[B, P + N * L, H]``, prefix padded at its end to P, every question at its end to L.
+        positions: int64 ``[B, P + N * L]``, rotary positions.
+        prefix_bias: ``[B, 1, P]``, 0 for a real prefix token and a large negative number for padding.
+        prefix: P.
+        questions: N.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    prefix_bias: Tensor
+    prefix: int
+    questions: int
+
+
+class Layer(nn.Module):
+    """One decoder layer, parameters named as in ``Qwen2DecoderLayer`` after flattening."""
+
+    def __init__(self, c: LMConfig) -> None:
+        super().__init__()
+        self.c = c
+        self.input_layernorm = nn.Parameter(torch.ones(c.hidden))
+        self.post_attention_layernorm = nn.Parameter(torch.ones(c.hidden))
+        self.q_proj = nn.Linear(c.hidden, c.heads * c.head_dim)
+        self.k_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim)
+        self.v_proj = nn.Linear(c.hidden, c.kv_heads * c.head_dim)
+        self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden, bias=False)
+        self.gate_proj = nn.Linear(c.hidden, c.intermediate, bias=False)
+        self.up_proj = nn.Linear(c.hidden, c.intermediate, bias=False)
+        self.down_proj = nn.Linear(c.intermediate, c.hidden, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Packed, causal: tuple[Tensor, Tensor]) -> Tensor:
+        """``x [B, P + N * L, H]`` to the same shape; ``cos``/``sin`` ``[B, 1, P + N * L, head_dim]``."""
+        c, (b, n, _) = self.c, x.shape
+        h = F.rms_norm(x, (c.hidden,), self.input_layernorm, c.eps)
+        q = self.q_proj(h).view(b, n, c.heads, c.head_dim).transpose(1, 2)
+        k = self.k_proj(h).view(b, n, c.kv_heads, c.head_dim).transpose(1, 2)
+        v = self.v_proj(h).view(b, n, c.kv_heads, c.head_dim).transpose(1, 2)
+        q, k = _rotate(q, cos, sin) * c.head_dim**-0.5, _rotate(k, cos, sin)
+        q = q.reshape(b * c.kv_heads, c.heads // c.kv_heads, n, c.head_dim)
+        x = x + self.o_proj(_attend(q, k.flatten(0, 1), v.flatten(0, 1), batch, causal, b))
+        h = F.rms_norm(x, (c.hidden,), self.post_attention_layernorm, c.eps)
+        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, batch: Packed, causal: tuple[Tensor, Tensor], rows: int) -> Tensor:
+    """Attention of packed rows: ``q [B * KV, G, n, D]``, ``k, v [B * KV, n, D]`` to ``[B, n, KV * G * D]``.
+
+    Two products instead of one masked one: question tokens never meet another question's keys.
+    """
+    (bk, g, n, d), p, count = q.shape, batch.prefix, batch.questions
+    kp, vp = k[:, :p], v[:, :p]
+    seen = (q[:, :, :p].reshape(bk, g * p, d) @ kp.transpose(1, 2)).view(bk, g, p, p) + causal[0]
+    first = (seen.softmax(-1).view(bk, g * p, p) @ vp).view(bk, g, p, d)
+    length = (n - p) // count
+    ko, vo = (t[:, p:].reshape(bk * count, length, d) for t in (k, v))
+    qo = q[:, :, p:].reshape(bk, g, count, length, d).transpose(1, 2)  # [bk, N, G, L, D]
+    far = (qo.reshape(bk, -1, d) @ kp.transpose(1, 2)).view(rows, -1, p) + batch.prefix_bias
+    near = (qo.reshape(bk * count, g * length, d) @ ko.transpose(1, 2)).view(-1, g, length, length) + causal[1]
+    scores = torch.cat((far.view(-1, p), near.view(-1, length)), dim=-1).softmax(-1)
+    far, near = scores[:, :p], scores[:, p:]
+    second = (far.reshape(bk, -1, p) @ vp).view(bk, count, g, length, d)
+    second = second + (near.reshape(bk * count, -1, length) @ vo).view_as(second)
+    second = second.transpose(1, 2).reshape(bk, g, n - p, d)
+    return torch.cat((first, second), dim=2).view(rows, -1, n, d).transpose(1, 2).reshape(rows, n, -1)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+class LM(nn.Module):
+    """Qwen2 with an untied head."""
+
+    def __init__(self, c: LMConfig) -> None:
+        super().__init__()
+        self.c = c
+        self.embed_tokens = nn.Embedding(c.vocab, c.hidden)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
+        self.norm = nn.Parameter(torch.ones(c.hidden))
+        self.lm_head = nn.Linear(c.hidden, c.vocab, bias=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                scale = 0.02 if "embed" in name or "lm_head" in name else p.shape[1] ** -0.5 * 0.8
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    scale *= (2 * c.layers) ** -0.5
+                nn.init.normal_(p, std=scale)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def hidden(self, batch: Packed, tap: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Final-norm states of the questions, ``[B, Q, H]``, and the same read-out after layer ``tap``."""
+        c, x = self.c, batch.embeds
+        inv = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=x.device).float() / c.head_dim)
+        angle = batch.positions[:, None, :, None].float() * inv
+        angle = torch.cat((angle, angle), dim=-1)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        far = torch.finfo(torch.bfloat16).min
+        length = (x.shape[1] - batch.prefix) // batch.questions
+        causal = tuple(torch.full((m, m), far, device=x.device, dtype=x.dtype).triu(1) for m in (batch.prefix, length))
+        early = None
+        for number, layer in enumerate(self.layers, start=1):
+            x = layer(x, cos, sin, batch, causal)
+            if number == tap:
+                early = self.read_out(x[:, batch.prefix :])
+        return self.read_out(x[:, batch.prefix :]), early
+
+    def read_out(self, x: Tensor) -> Tensor:
+        """The final norm."""
+        return F.rms_norm(x, (self.c.hidden,), self.norm, self.c.eps)
