@@ -1,0 +1,37 @@
+"""METok for vLLM: training-free token compression for long-video questions.
+
+On the command line add ``--plugin metok`` to ``vllm serve``; in Python::
+
+    llm = vllm.LLM(model, **metok_vllm.enable(decode_retention=1.0))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["enable"]
+
+
+def enable(**settings: Any) -> dict[str, Any]:
+    """Keyword arguments that make ``vllm.LLM`` serve its model with METok.
+
+    Args:
+        settings: the server's settings; see the README's table of options.
+
+    Returns:
+        Arguments for ``vllm.LLM(model, **enable(...))``. They do not name the model: METok's class for it is chosen when
+        its config is read, and an unsupported model is refused there.
+
+    Raises:
+        ValueError: an unknown setting or an impossible value, in one sentence.
+    """
+    from metok_vllm.config import parse_settings
+    from metok_vllm.models.registry import select_architecture
+
+    parse_settings(settings, "enable")
+    return {
+        "hf_overrides": select_architecture,
+        "additional_config": {"metok": settings},
+        "media_io_kwargs": {"video": {"video_backend": "metok"}},
+        "worker_extension_cls": "metok_vllm.engine.worker.MetokWorkerExtension",
+    }

@@ -71,7 +71,12 @@ def _named(video: Video) -> list[tuple[str, Item]]:
 
 def _phrase(item: Item) -> str:
     """How answers call an item: "a red star", "the digit 7", "the word cat"."""
-    return f"a {item.colour} {item.name}" if item.kind == "shape" else f"the {item.kind} {item.name}"
+    return a(f"{item.colour} {item.name}") if item.kind == "shape" else f"the {item.kind} {item.name}"
+
+
+def a(noun: str) -> str:
+    """The noun with its article."""
+    return f"an {noun}" if noun[0] in "aeio" else f"a {noun}"
 
 
 def ask_what(v: Video) -> Asked:
@@ -135,11 +140,11 @@ def ask_exists(v: Video) -> Asked:
     rng = random.Random(v.seed)
     for i in v.shapes():
         if i.static:
-            yield Question("exists", f"Did a {i.colour} {i.name} appear?", "yes", about=_span(i))
+            yield Question("exists", f"Did {a(f'{i.colour} {i.name}')} appear?", "yes", about=_span(i))
             wrong = [(c, i.name) for c in COLOURS if (c, i.name) not in shown]
             wrong += [(i.colour or "", s) for s in SHAPES if (i.colour, s) not in shown and s in names]
             colour, name = rng.choice(wrong)
-            yield Question("exists", f"Did a {colour} {name} appear?", "no", about=whole)
+            yield Question("exists", f"Did {a(f'{colour} {name}')} appear?", "no", about=whole)
     for kind, values in (("digit", DIGITS), ("word", WORDS)):
         for i in v.items:
             if i.kind == kind:
@@ -181,11 +186,11 @@ def ask_open(v: Video) -> Asked:
         scene = v.scene_of(i)
         if i.xy2 is not None:
             end = f"moved {i.direction} from the {i.place}"
-            answer = f"In the {scene} a {i.colour} {i.name} {end}."
+            answer = f"In the {scene} {a(f'{i.colour} {i.name}')} {end}."
         elif i.colour2 is not None:
             answer = f"In the {scene} a {i.name} at the {i.place} turned from {i.colour} to {i.colour2}."
         else:
-            answer = f"In the {scene} a {i.colour} {i.name} appeared at the {i.place}."
+            answer = f"In the {scene} {a(f'{i.colour} {i.name}')} appeared at the {i.place}."
         yield Question("open", f"Describe the {i.name} in a sentence.", answer, about=_span(i))
     for number, scene in enumerate(v.scenes):
         hits = [i for i in v.items if i.scene == number]
@@ -262,6 +267,8 @@ def draw(v: Video, kind: str, rng: random.Random, stock: dict[str, list[Question
     elif kind in ("count", "open") and choices:  # by answer or form first: single appearances are far more frequent
         group = rng.choice(sorted({_group(q) for q in choices}))
         choices = [q for q in choices if _group(q) == group]
+        if kind == "count" and group == "1" and rng.random() < 0.6:
+            return None
     return rng.choice(choices) if choices else None
 
 

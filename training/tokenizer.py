@@ -25,7 +25,7 @@ def corpus(videos: int = 3000) -> Iterator[str]:
     for index in range(videos):
         video = make_video(seed_of("train", index))
         for q in questions(video, 12, random.Random(index), KINDS):
-            yield f"user\n\n{q.prompt}"
+            yield f"user \n{q.prompt}"
             yield f"assistant\n{q.answer}"
             yield f"{q.answer} {q.answer.capitalize()}"
     yield from ("system assistant user",) * 50

@@ -19,7 +19,7 @@ from training.world import COLOURS, DIGITS, PLACES, SCENES, SHAPES, SIZE, WORDS,
 
 STRIDES = (2, 4, 8)  # of the 8 x 8 grid: 16, 4 and 1 tokens a frame
 COMBOS = len(SHAPES) * len(COLOURS)
-LABELS = COMBOS + len(DIGITS) + len(WORDS) + len(SHAPES) * len(PLACES)
+LABELS = COMBOS + len(DIGITS) + len(WORDS) + len(SHAPES) * len(PLACES) + len(SHAPES) + len(COLOURS)
 SHARE = 0.12  # of an item's pixels that must lie in a cell for the cell to show it
 
 
@@ -114,9 +114,13 @@ def _columns(item: Item, frame: int) -> list[int]:
     x, y = item.centre(frame)
     place = 2 * (y >= SIZE / 2) + (x >= SIZE / 2)
     shape = SHAPES.index(item.name)
+    base = COMBOS + len(DIGITS) + len(WORDS)
+    tail = base + len(SHAPES) * len(PLACES)
     return [
         shape * len(COLOURS) + COLOURS.index(colour),
-        COMBOS + len(DIGITS) + len(WORDS) + shape * len(PLACES) + int(place),
+        base + shape * len(PLACES) + int(place),
+        tail + shape,
+        tail + len(SHAPES) + COLOURS.index(colour),
     ]
 
 

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training import optim
-from training.draw import draw_video
+from training.draw import background, draw_frame
 from training.seeds import seed_of
 from training.tower import LABELS, STRIDES, Tower, TowerConfig, augment, frame_labels, pool
 from training.video_file import through_codec
 from training.world import SCENES, make_video
 
+CLIP = 16
 Batch = tuple[Tensor, dict[int, Tensor], Tensor]
 
 
@@ -36,27 +37,32 @@ def sample(split: str, first: int, videos: int, per_video: int, codec: float = 0
         first: index of the first video.
         videos: how many.
         per_video: frames drawn from each (frames that show something are preferred).
-        codec: share of the videos that go through mp4.
+        codec: share of the clips (of 16 frames, from several videos) that go through mp4.
     """
     frames, scenes = [], []
     labels: dict[int, list[np.ndarray]] = {s: [] for s in STRIDES}
     for index in range(first, first + videos):
         video = make_video(seed_of(split, index), frames=(10, 24))
         rng = random.Random(index)
-        pixels = draw_video(video)
-        if rng.random() < codec:
-            pixels = through_codec(pixels, rng.randint(18, 28))
-        if split == "train":
-            pixels = augment(pixels, np.random.default_rng(index))
         weights = [1 + 3 * len(video.visible(t)) for t in range(video.frames)]
         for t in rng.choices(range(video.frames), weights, k=per_video):
-            table, scene = frame_labels(video, t)
-            frames.append(pixels[t])
-            scenes.append(scene)
+            scene = next(s for s in video.scenes if s.start <= t < s.end)
+            table, name = frame_labels(video, t)
+            frames.append(draw_frame(video, t, background(scene)))
+            scenes.append(name)
             for s in STRIDES:
                 labels[s].append(table[s])
+    pixels = np.stack(frames)
+    for low in range(0, len(pixels), CLIP):
+        rng = random.Random(first * 1000 + low)
+        part = pixels[low : low + CLIP]
+        if rng.random() < codec:
+            part = through_codec(part, rng.randint(18, 28))
+        if split == "train":
+            part = augment(part, np.random.default_rng(first + low))
+        pixels[low : low + CLIP] = part
     return (
-        torch.from_numpy(np.stack(frames)),
+        torch.from_numpy(pixels),
         {s: torch.from_numpy(np.stack(v)) for s, v in labels.items()},
         torch.tensor(scenes),
     )
@@ -97,8 +103,8 @@ def main() -> None:
     ap.add_argument("--steps", type=int, default=2500)
     ap.add_argument("--minutes", type=float, default=1e9, help="stop, and let the rate fall, after so long")
     ap.add_argument("--lr", type=float, default=3e-3)
-    ap.add_argument("--videos", type=int, default=12)
-    ap.add_argument("--per-video", type=int, default=12)
+    ap.add_argument("--videos", type=int, default=32)
+    ap.add_argument("--per-video", type=int, default=3)
     args = ap.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -113,7 +119,7 @@ def main() -> None:
         for o, s in zip(optimisers, state["optim"], strict=True):
             o.load_state_dict(s)
         step, spent = state["step"], state["spent"]
-    valid = sample("valid", 10**7, 40, 12, codec=1.0)
+    valid = sample("valid", 10**7, 160, 3, codec=1.0)
     began = time.time() - spent
     while True:
         spent = time.time() - began

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 JUMP_GAP = 8
 """Skip undecoded packets only where at least this many are saved; fewer are cheaper to decode than a restart."""
+_KEYS_TO_TRY = 64
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ def sample_indices(total: int, duration: float, num_frames: int, fps: float) -> 
 def plan_runs(table: PacketTable, indices: list[int], *, jump: bool = True) -> list[Run]:
     """Cut the work of decoding frames `indices` (increasing) into runs, in file order and without overlap.
 
-    Each wanted frame is decoded from the last key packet that is neither shown nor stored after it. With `jump` false,
-    or in a table that is not timed, one run from the first packet on covers everything.
+    Each wanted frame is decoded from the last key packet stored and shown no later than it. With `jump` false, or
+    where the table is not timed, one run from the first packet on covers everything.
     """
     if not table.timed:
         return [Run(0, len(table.pts) - 1, {index: slot for slot, index in enumerate(indices)})]
@@ -87,15 +89,25 @@ def plan_runs(table: PacketTable, indices: list[int], *, jump: bool = True) -> l
     if not jump:
         return [Run(0, int(packets.max()), _by_pts(table, packets, range(len(indices))))]
 
-    runs: list[tuple[int, int, list[int]]] = []
-    keys = np.flatnonzero(table.key)
-    # Highest pts among the keys up to each one, so that a key shown later than its successors is passed over rightly.
-    key_list = [0, *(int(key) for key in keys if key > 0)]
+    keys = [0, *(int(key) for key in np.flatnonzero(table.key) if key > 0)]
+    spans: list[tuple[int, int, list[int]]] = []
     for slot, packet in enumerate(int(packet) for packet in packets):
-        start = _start_for(table, key_list, packet)
-        if runs and start <= runs[-1][1] + JUMP_GAP:
-            first, last, slots = runs[-1]
-            runs[-1] = (min(first, start), max(last, packet), [*slots, slot])
-        else:
-            runs.append((start, packet, [slot]))
-    return [Run(first, last, _by_pts(table, packets, slots)) for first, last, slots in runs]
+        spans.append((_start_for(table, keys, packet), packet, [slot]))
+        while len(spans) > 1 and spans[-1][0] <= spans[-2][1] + JUMP_GAP:
+            (first, last, slots), later = spans[-2], spans.pop()
+            spans[-1] = (min(first, later[0]), max(last, later[1]), slots + later[2])
+    return [Run(first, last, _by_pts(table, packets, slots)) for first, last, slots in spans]
+
+
+def _start_for(table: PacketTable, keys: list[int], packet: int) -> int:
+    """The key packet from which to decode `packet`: the last one stored and shown no later; 0 where none is near."""
+    at = bisect_right(keys, packet) - 1
+    # Only in damaged files are many keys in a row shown after the packets that follow them: give up early there.
+    for key in keys[max(0, at - _KEYS_TO_TRY + 1) : at + 1][::-1]:
+        if table.pts[key] <= table.pts[packet]:
+            return key
+    return 0
+
+
+def _by_pts(table: PacketTable, packets: npt.NDArray[np.int64], slots: Iterable[int]) -> dict[int, int]:
+    return {int(table.pts[packets[slot]]): slot for slot in slots}

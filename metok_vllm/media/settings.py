@@ -52,7 +52,7 @@ class VideoSettings:
 
     def __post_init__(self) -> None:
         for name, (low, high) in _INT_RANGES.items():
-            value = getattr(self, name)
+            value: object = getattr(self, name)
             if name == "num_frames" and value == -1 and not isinstance(value, bool):
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
@@ -62,14 +62,14 @@ class VideoSettings:
                 raise VideoError(
                     f"The video setting {name} must be {also}between {low} and {high}, not {_shown(value)}."
                 )
-        for name, high in (("fps", 1000.0), ("timeout_s", 3600.0)):
+        for name, most in (("fps", 1000), ("timeout_s", 3600)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise VideoError(f"The video setting {name} must be a finite number, not {_shown(value)}.")
-            if not 0 < value <= high and not (name == "fps" and value == -1):
+            if not 0 < value <= most and not (name == "fps" and value == -1):
                 also = "-1 or " if name == "fps" else ""
                 raise VideoError(
-                    f"The video setting {name} must be {also}above 0 and at most {high:g}, not {_shown(value)}."
+                    f"The video setting {name} must be {also}above 0 and at most {most}, not {_shown(value)}."
                 )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""One decoder layer of the language model in plain eager PyTorch: the model's own weights, everything materialised."""
+"""One decoder layer in plain eager PyTorch: the model's own weights, everything materialised."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of `x` [heads, tokens, width] by angles [tokens, width]; pairs are (i, i + width / 2)."""
+    """Rotary embedding of `x` [heads, tokens, width] by angles [tokens, width]; pairs (i, i + width / 2)."""
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
     return x * cos + turned * sin
 
 
 def project(model: Any, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated q [heads, tokens, width], rotated k and plain v [kv_heads, tokens, width] of `hidden` [tokens, D]."""
+    """q [heads, tokens, width], k and v [kv_heads, tokens, width] of `hidden` [tokens, D]; q and k rotated."""
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
 

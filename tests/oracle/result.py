@@ -28,8 +28,8 @@ class VideoTrace:
 class OracleResult:
     """One request's outcome. An engine fills in what it can observe; the other fields stay None.
 
-    `logprobs` has one row a generated token: the oracle's is the whole log-softmax, float32 [steps, vocabulary]; an
-    engine's may be its top entries, a mapping from token id to natural log-probability for each step.
+    `logprobs` has one row a generated token: the oracle's is the whole log-softmax, float32 [steps,
+    vocabulary]; an engine's may be its top entries, a mapping from token id to natural log-probability a step.
     """
 
     prompt_ids: list[int]  # every placeholder written out
@@ -61,9 +61,9 @@ class OracleResult:
 def assert_same(expected: OracleResult, observed: OracleResult, atol: float) -> None:
     """Fail with the first difference between two runs of one request.
 
-    Prompts, tokens and every decision that both runs state must be equal; log-probabilities and relevances within
-    `atol`. `expected` must be an oracle's (whole rows); `observed` may hold fewer entries a step, but at least one,
-    and the chosen token among them. The margins are not compared: they describe how close a call was.
+    Prompts, tokens and every decision that both runs state must be equal; log-probabilities and relevances
+    within `atol`. `expected` must be an oracle's (whole rows); `observed` may hold fewer entries a step, the
+    chosen token among them. The margins are not compared: they describe how close a call was.
     """
     assert isinstance(expected.logprobs, Tensor), "the expected side must be an oracle's result"
     _same("prompt_ids", expected.prompt_ids, observed.prompt_ids)

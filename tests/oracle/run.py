@@ -1,7 +1,7 @@
-"""METok on the Hugging Face LLaVA-OneVision, from `shared`'s method.md alone: the judge of the engine.
+"""METok on the Hugging Face LLaVA-OneVision, from method.md alone: the judge of the engine.
 
-Plain eager PyTorch, one request at a time, whole matrices, KV in ordinary lists. Nothing of `metok_vllm` is imported:
-where the two agree, two readings of the method agree.
+Plain eager PyTorch, one request at a time, whole matrices, KV in ordinary lists. Nothing of `metok_vllm` is
+imported: where the two agree, two readings of the method agree.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.oracle.stage1 import Stage1
 from tests.oracle.stage2 import Video
 
 Towers = tuple[Any, Sequence[Tensor], Tensor]
-"""A paired image/text model, the frames of each video for it [T, 3, h, w], the question's token windows [windows, n]."""
+"""A paired image/text model, its frames of each video [T, 3, h, w], the question's token windows [windows, n]."""
 
 
 @torch.no_grad()
@@ -38,10 +38,12 @@ def run(
 ) -> OracleResult:
     """Answer one request greedily.
 
-    `prompt_ids` holds one placeholder an item. `videos`: pixel values [T, 3, height, width] each. `images`: the HF
-    processor's (pixel_values, image_sizes); every image is tiled as if it were the only one, as vLLM does.
-    `question_ids`: the question in the language model's own tokens, no special ones. `force_tokens`: fed instead
-    of the tokens chosen, `max_new_tokens` of them or more. The end token does not end the run.
+    `prompt_ids` holds one placeholder an item. `videos`: pixel values [T, 3, height, width] each. `images`:
+    the HF processor's (pixel_values, image_sizes); every image is tiled as if it were the only one, as vLLM
+    does. `question_ids`: the question in the language model's own tokens, no special ones. `force_tokens`:
+    fed instead of the tokens chosen, `max_new_tokens - 1` of them or more. The end token does not end the run.
+
+    Raises ValueError if METok is on and the prompt does not end with text.
     """
     config = model.config
     encoded = []
@@ -112,6 +114,8 @@ class Prefill:
         pruned = bool(self.videos) and not self.settings.off
         if pruned:
             self.limits = rules.prune_layers(self.settings, len(self.layers))
+            if not self.is_text[-1]:
+                raise ValueError("the prompt must end with text: the answer is read off its last token")
         probabilities = torch.empty(0)
         for number, layer in enumerate(self.layers):
             if self.limits is not None and number in self.limits:
@@ -131,16 +135,17 @@ class Prefill:
         return torch.tensor(self.alive)
 
     def drop(self, stage: int, probabilities: Tensor) -> None:
-        """2: take tokens out before L1, L2 or L3 (`stage` 1 to 3), given the attention of the layer before."""
+        """2: take tokens out before L1, L2 or L3 (`stage` 1 to 3), by the attention of the layer before."""
+        # A token's index among those alive is not its position in the prompt once tokens are gone.
+        index_of = {p: i for i, p in enumerate(self.alive)}
         survivors: dict[int, float] = {}
         for video in self.videos:
-            # A row's index among the tokens alive is not its position in the prompt once tokens are gone.
-            rows = [self.alive.index(p) for p in stage2.text_rows(video, self.is_text)]
-            row_scores = stage2.score(probabilities, rows).tolist()
-            scores = {p: row_scores[self.alive.index(p)] for p in video.alive}
             if stage == 3:
                 video.alive = []
                 continue
+            rows = [index_of[p] for p in stage2.text_rows(video, self.is_text)]
+            column = stage2.score(probabilities, rows).tolist()
+            scores = {p: column[index_of[p]] for p in video.alive}
             kept = stage2.keep(video, scores, self.settings, stage)
             for event in set(video.event_of_token):
                 own = {p: a for p, a in scores.items() if video.event_of_token[p - video.start] == event}
@@ -165,7 +170,7 @@ class Prefill:
         for number in range(self.limits[0], len(self.layers)):
             spared = set(self.retained) if number < self.limits[2] else set()
             kept = [p for p in self.kv_positions[number] if p not in visual or p in spared]
-            index = [self.kv_positions[number].index(p) for p in kept]
+            index = [i for i, p in enumerate(self.kv_positions[number]) if p in set(kept)]
             self.kv_positions[number] = kept
             self.keys[number] = self.keys[number][:, index]
             self.values[number] = self.values[number][:, index]
@@ -174,7 +179,7 @@ class Prefill:
 def decode(
     model: Any, prefill: Prefill, steps: int, force_tokens: list[int] | None
 ) -> tuple[list[int], Tensor]:
-    """Greedy tokens and log-probabilities [steps, vocabulary]; new tokens take the positions after the prompt."""
+    """Greedy tokens and log-probabilities [steps, vocabulary]; new tokens are numbered on from the prompt."""
     length = len(prefill.is_text)
     keys, values = list(prefill.keys), list(prefill.values)
     held = [torch.tensor(positions) for positions in prefill.kv_positions]

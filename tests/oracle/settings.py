@@ -13,7 +13,7 @@ AlignerMode = Literal["embedding", "none", "dual-tower"]
 
 @dataclass(frozen=True)
 class OracleSettings:
-    """One request's METok settings, under the names and with the defaults of the engine; `off` is the plain model."""
+    """One request's METok settings, with the engine's names and defaults; `off` is the plain model."""
 
     events: int = 5
     key_events: int = 3
@@ -28,12 +28,12 @@ class OracleSettings:
 
 
 def exact(share: float) -> Fraction:
-    """The decimal number that `share` prints as, to six decimals: 0.07 is 7/100, not the binary number near it."""
+    """The decimal that `share` prints as, to six decimals: 0.07 is 7/100, not the binary number near it."""
     return Fraction(round(Decimal(str(share)) * 10**6), 10**6)
 
 
 def prune_layers(settings: OracleSettings, layers: int) -> tuple[int, int, int]:
-    """Section 2: the 0-based layers L1 < L2 < L3 before which tokens are dropped (L3 = `layers`: after the last)."""
+    """Section 2: the 0-based layers L1 < L2 < L3 before which tokens are dropped (`layers`: after the last)."""
     if settings.prune_layers is None:
         first = max(1, round(Fraction(3 * layers, 28)))
         second = max(first + 1, round(Fraction(10 * layers, 28)))
@@ -46,14 +46,14 @@ def prune_layers(settings: OracleSettings, layers: int) -> tuple[int, int, int]:
 
 
 def keep_count(settings: OracleSettings, length: int, is_key: bool, stage: int) -> int:
-    """Section 2: of an event's `length` visual tokens left, how many stay at L1 (`stage` 1) or L2 (`stage` 2)."""
+    """Section 2: of an event's `length` tokens left, how many stay at L1 (`stage` 1) or L2 (`stage` 2)."""
     if is_key:
         return math.ceil(exact(settings.keep_ratio) * length)
     return math.ceil(exact(settings.keep_ratio) * length / 2) if stage == 1 else 0
 
 
 def retained_count(settings: OracleSettings, survivors: int) -> int:
-    """Section 4: of a request's `survivors` of L2, how many keep their KV in layers L1 .. L3-1 while decoding."""
+    """Section 4: of a request's `survivors` of L2, how many keep KV in layers L1 .. L3-1 while decoding."""
     return math.ceil(exact(settings.decode_retention) * survivors)
 
 

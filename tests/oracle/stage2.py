@@ -1,4 +1,4 @@
-"""Stages 2 and 3 by the book: which visual tokens stay, given their attention scores (method.md 2, 3 and 4)."""
+"""Stages 2 and 3 by the book: which visual tokens stay, given their scores (method.md 2, 3 and 4)."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def score(probabilities: Tensor, rows: list[int]) -> Tensor:
 
 
 def keep(video: Video, scores: dict[int, float], settings: OracleSettings, stage: int) -> list[int]:
-    """2: the positions that survive L1 (`stage` 1) or L2 (`stage` 2), ascending. `scores`: a of each position alive.
+    """2: the positions that survive L1 (`stage` 1) or L2 (`stage` 2), ascending.
 
-    Higher score = kept; equal scores keep the lower position.
+    `scores`: a of each position alive. Higher score = kept; equal scores keep the lower position.
     """
     kept: list[int] = []
     for event in sorted(set(video.event_of_token)):
@@ -57,7 +57,7 @@ def keep(video: Video, scores: dict[int, float], settings: OracleSettings, stage
 
 
 def retain(scores: dict[int, float], settings: OracleSettings) -> list[int]:
-    """4: the positions whose KV stays in layers L1 .. L3-1. `scores`: a at L2 of every survivor, all videos."""
+    """4: the positions whose KV stays in layers L1 .. L3-1. `scores`: a at L2 of all videos' survivors."""
     count = rules.retained_count(settings, len(scores))
     return sorted(sorted(scores, key=lambda p: (-scores[p], p))[:count])
 

@@ -39,11 +39,11 @@ def pruned_slots_kernel(
 ):  # fmt: skip
     """Grid (groups, batch + 1). The last program of a group pads `seq_lens` with 0 and `slots` with -1."""
     group = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1)
+    row = tl.program_id(1).to(tl.int64)
     p_slots += group * stride_slots
     p_seq_lens += group * stride_seq_lens
     if row == batch:
-        for first in range(tl.load(p_query_start + batch), max_tokens, BLOCK_T):
+        for first in range(tl.load(p_query_start + row), max_tokens, BLOCK_T):
             o = first + tl.arange(0, BLOCK_T)
             tl.store(p_slots + o.to(tl.int64), tl.full([BLOCK_T], -1, tl.int64), mask=o < max_tokens)
         for first in range(batch, max_requests, BLOCK_T):
@@ -51,10 +51,10 @@ def pruned_slots_kernel(
             tl.store(p_seq_lens + o.to(tl.int64), tl.zeros([BLOCK_T], tl.int32), mask=o < max_requests)
         return
 
-    span_row = row.to(tl.int64)
+    span_row = row
     if HAS_SPAN_ROW:
         span_row = tl.load(p_span_row + row).to(tl.int64)
-    table_row = row.to(tl.int64)
+    table_row = row
     if HAS_TABLE_ROW:
         table_row = tl.load(p_table_row + row).to(tl.int64)
     real = (span_row >= 0) & (span_row < num_requests) & (table_row >= 0) & (table_row < table_rows)
@@ -67,11 +67,11 @@ def pruned_slots_kernel(
     p_table = tl.load(p_addresses + group).to(tl.pointer_type(tl.int32)) + table_row * width
 
     token = tl.load(p_query_start + row)
-    token_end = tl.load(p_query_start + row + 1)
+    token_end = tl.load(p_query_start + (row + 1))
     computed = tl.load(p_num_computed + row).to(tl.int32)
     o_end = tl.full([1], 0, tl.int32) + computed + token_end - token
     b_total, _ = rank_of(o_end, p_start, p_length, p_kept, span_begin, span_end, retains, 1, BLOCK_S)
-    tl.store(p_seq_lens + row.to(tl.int64) + tl.arange(0, 1), tl.where(real, b_total, 0))
+    tl.store(p_seq_lens + row + tl.arange(0, 1).to(tl.int64), tl.where(real, b_total, 0))
 
     for first in range(token, token_end, BLOCK_T):
         o_token = first + tl.arange(0, BLOCK_T)

@@ -22,27 +22,24 @@ def order_keys(b_score):
 
 @triton.jit
 def load_block(p_score, start, offset, length, BLOCK: tl.constexpr):
-    """(keys, in-event mask) of BLOCK scores from `offset` in the event; keys outside are 0, below any score's but -NaN."""
+    """(keys [BLOCK], in-event mask [BLOCK]) of the scores from `offset` in the event; keys outside mean nothing."""
     o = offset + tl.arange(0, BLOCK)
     m = o < length
-    return order_keys(tl.load(p_score + start + o, mask=m, other=0.0)), m
+    return order_keys(tl.load(p_score + (start + o), mask=m, other=0.0)), m
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_events", "capacity"])
 def select_kernel(
     p_score, p_cu_events, p_keep, p_index, p_cu_kept, num_events, capacity,
-    BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Grid (events + 1). The last program writes the total and fills the rest of the indices with -1.
-
-    ONE_BLOCK: every event fits in BLOCK, whose keys then stay in registers during the bisection.
-    """
-    event = tl.program_id(0)
+    """Grid (events + 1). The last program writes the total and fills the rest of the indices with -1."""
+    event = tl.program_id(0).to(tl.int64)
     written = tl.zeros([BLOCK_E], tl.int64)
     for first in range(0, event, BLOCK_E):
-        o_event = first + tl.arange(0, BLOCK_E)
+        o_event = first + tl.arange(0, BLOCK_E).to(tl.int64)
         m_event = o_event < event
-        b_length = tl.load(p_cu_events + o_event + 1, mask=m_event, other=0)
+        b_length = tl.load(p_cu_events + (o_event + 1), mask=m_event, other=0)
         b_length -= tl.load(p_cu_events + o_event, mask=m_event, other=0)
         b_keep = tl.load(p_keep + o_event, mask=m_event, other=0)
         written += tl.minimum(tl.maximum(b_keep, 0), b_length).to(tl.int64)
@@ -55,27 +52,28 @@ def select_kernel(
         return
 
     start = tl.load(p_cu_events + event).to(tl.int64)
-    length = (tl.load(p_cu_events + event + 1).to(tl.int64) - start).to(tl.int32)
+    length = (tl.load(p_cu_events + (event + 1)).to(tl.int64) - start).to(tl.int32)
     keep = tl.minimum(tl.maximum(tl.load(p_keep + event), 0), length).to(tl.int32)
     if keep == 0:
         return
 
     # The largest threshold with at least `keep` keys at or above it is the keep-th largest key.
     threshold = tl.full([], 0, tl.uint32)
-    if ONE_BLOCK:
-        b_key, m = load_block(p_score, start, 0, length, BLOCK)
-        for step in range(32):
-            candidate = threshold | (tl.full([], 0x80000000, tl.uint32) >> step)
-            count = tl.sum((m & (b_key >= candidate)).to(tl.int32))
-            threshold = tl.where(count >= keep, candidate, threshold)
+    bit = tl.full([], 0x80000000, tl.uint32)
+    if length <= BLOCK:
+        b_key, m = load_block(p_score, start, 0, length, BLOCK)  # stays in registers for all 32 counts
+        for _ in range(32):
+            count = tl.sum((m & (b_key >= (threshold | bit))).to(tl.int32))
+            threshold = tl.where(count >= keep, threshold | bit, threshold)
+            bit = bit >> 1
     else:
-        for step in range(32):
-            candidate = threshold | (tl.full([], 0x80000000, tl.uint32) >> step)
+        for _ in range(32):
             counts = tl.zeros([BLOCK], tl.int32)
             for offset in range(0, length, BLOCK):
                 b_key, m = load_block(p_score, start, offset, length, BLOCK)
-                counts += (m & (b_key >= candidate)).to(tl.int32)
-            threshold = tl.where(tl.sum(counts) >= keep, candidate, threshold)
+                counts += (m & (b_key >= (threshold | bit))).to(tl.int32)
+            threshold = tl.where(tl.sum(counts) >= keep, threshold | bit, threshold)
+            bit = bit >> 1
 
     above = tl.zeros([BLOCK], tl.int32)
     for offset in range(0, length, BLOCK):

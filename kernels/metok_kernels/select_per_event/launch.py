@@ -8,8 +8,8 @@ from metok_kernels.checks import INDEX, expect, require
 from metok_kernels.launch import Launch, power_of_two
 from metok_kernels.select_per_event.kernel import select_kernel
 
-LARGEST_BLOCK = 8192
-"""Keys that one program holds in registers: 32 a thread."""
+LARGEST_BLOCK = 4096
+"""Keys that one program holds in registers: 8 a thread."""
 
 
 def plan(
@@ -39,8 +39,8 @@ def plan(
             "p_score": scores, "p_cu_events": cu_events, "p_keep": keep, "p_index": index, "p_cu_kept": cu_kept,
             "num_events": events, "capacity": size,
         },
-        {"BLOCK": block, "BLOCK_E": 1024, "ONE_BLOCK": max_length <= block},
-        num_warps=8 if block > 1024 else 4,
+        {"BLOCK": block, "BLOCK_E": 1024},
+        num_warps=min(max(block // 256, 4), 16),
     )  # fmt: skip
     return launch, index, cu_kept
 
@@ -63,16 +63,15 @@ def select_per_event(
         scores: [tokens] float32, higher = kept. NaN counts as above infinity, so that counts stay exact.
         cu_events: [events + 1] int, cumulative lengths; an event may be empty.
         keep: [events] int; taken as 0 below 0 and as the event's length above it.
-        max_length: host bound on an event's length; it chooses the block size, and may be generous. An event longer
-            than `max_length` gives a wrong choice where `max_length <= 8192`, so never understate it.
+        max_length: host guess of the longest event, for the block size: it changes speed, never the result.
         capacity: rows of the first result, `tokens` by default; a known bound on what is kept saves memory.
 
     Returns:
         index: [capacity] int64, indices into `scores`, ascending, event after event, then -1 to the end.
         cu_kept: [events + 1] int32, cumulative counts: `cu_events` of the next pruning layer.
 
-    Cost: reads 4 bytes a token 3 times (34 times, from L1/L2, where an event exceeds 8192 tokens), writes 8 bytes a row of
-    `capacity`. No FLOPs.
+    Cost: reads 4 bytes a token (again from L1/L2: 3 times, or 34 where an event exceeds the block of at most
+    4096 tokens), writes 8 bytes a row of `capacity`. No FLOPs.
     """
     launch, index, cu_kept = plan(scores, cu_events, keep, max_length=max_length, capacity=capacity)
     launch.run()

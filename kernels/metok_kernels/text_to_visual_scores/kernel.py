@@ -17,12 +17,12 @@ def load_queries(
 ):  # fmt: skip
     """(queries [BLOCK_M, BLOCK_D], packed row [BLOCK_M], query head [BLOCK_M])."""
     o_row = row_start + o_m // GROUP
-    o_head = kv_head * GROUP + o_m % GROUP
-    token = o_row.to(tl.int64)
+    o_head = (kv_head * GROUP + o_m % GROUP).to(tl.int64)
+    token = o_row
     if HAS_ROW_INDEX:
-        token = tl.load(p_row_index + token, mask=m_m, other=-1).to(tl.int64)
+        token = tl.load(p_row_index + o_row, mask=m_m, other=-1).to(tl.int64)
     m_token = m_m & (token >= 0) & (token < num_tokens)
-    o_q = token * stride_q_token + o_head.to(tl.int64) * stride_q_head
+    o_q = token * stride_q_token + o_head * stride_q_head
     b_q = tl.load(p_q + o_q[:, None] + o_d[None, :], mask=m_token[:, None] & m_d[None, :], other=0.0)
     return b_q, o_row, o_head
 
@@ -89,22 +89,22 @@ def partial_lse_kernel(
 
     Grid (blocks of M, splits, items * KV_HEADS).
     """
-    item = tl.program_id(2) // KV_HEADS
+    item = (tl.program_id(2) // KV_HEADS).to(tl.int64)
     kv_head = tl.program_id(2) % KV_HEADS
     split = tl.program_id(1)
-    row_start = tl.load(p_cu_rows + item)
-    size_m = (tl.load(p_cu_rows + item + 1) - row_start) * GROUP
+    row_start = tl.load(p_cu_rows + item).to(tl.int64)
+    size_m = ((tl.load(p_cu_rows + (item + 1)).to(tl.int64) - row_start) * GROUP).to(tl.int32)
     if tl.program_id(0) * BLOCK_M >= size_m:
         return
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < size_m
-    o_d = tl.arange(0, BLOCK_D)
+    o_d = tl.arange(0, BLOCK_D).to(tl.int64)
     m_d = o_d < HEAD_DIM
     b_q, o_row, o_head = load_queries(
         p_q, p_row_index, row_start, o_m, m_m, kv_head, o_d, m_d, stride_q_token, stride_q_head, num_tokens,
         GROUP, HAS_ROW_INDEX,
     )  # fmt: skip
-    b_visible = tl.load(p_row_keys + o_row.to(tl.int64), mask=m_m, other=0)
+    b_visible = tl.load(p_row_keys + o_row, mask=m_m, other=0)
     where = tl.load(p_where + item).to(tl.int64)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -167,19 +167,19 @@ def column_sum_kernel(
 
     A program owns its columns for all heads and rows: no atomics, so the sum has one order only.
     """
-    item = tl.program_id(1)
-    column_start = tl.load(p_cu_visual + item)
-    size_n = tl.load(p_cu_visual + item + 1) - column_start
+    item = tl.program_id(1).to(tl.int64)
+    column_start = tl.load(p_cu_visual + item).to(tl.int64)
+    size_n = (tl.load(p_cu_visual + (item + 1)).to(tl.int64) - column_start).to(tl.int32)
     if tl.program_id(0) * BLOCK_N >= size_n:
         return
-    row_start = tl.load(p_cu_rows + item)
-    size_m = (tl.load(p_cu_rows + item + 1) - row_start) * GROUP
+    row_start = tl.load(p_cu_rows + item).to(tl.int64)
+    size_m = ((tl.load(p_cu_rows + (item + 1)).to(tl.int64) - row_start) * GROUP).to(tl.int32)
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < size_n
-    o_column = column_start.to(tl.int64) + o_n
+    o_column = column_start + o_n
     o_key = tl.load(p_visual + o_column, mask=m_n, other=-1)
     where = tl.load(p_where + item).to(tl.int64)
-    o_d = tl.arange(0, BLOCK_D)
+    o_d = tl.arange(0, BLOCK_D).to(tl.int64)
     m_d = o_d < HEAD_DIM
     b_out = tl.zeros([BLOCK_N], tl.float32)
     for head in range(0, KV_HEADS):
@@ -196,8 +196,8 @@ def column_sum_kernel(
                 p_q, p_row_index, row_start, o_m, m_m, kv_head, o_d, m_d, stride_q_token, stride_q_head,
                 num_tokens, GROUP, HAS_ROW_INDEX,
             )  # fmt: skip
-            b_visible = tl.load(p_row_keys + o_row.to(tl.int64), mask=m_m, other=0)
-            b_lse = tl.load(p_lse + o_head.to(tl.int64) * num_rows + o_row, mask=m_m, other=0.0)
+            b_visible = tl.load(p_row_keys + o_row, mask=m_m, other=0)
+            b_lse = tl.load(p_lse + (o_head * num_rows + o_row), mask=m_m, other=0.0)
             b_s = logits(b_q, b_k, b_key_scale, qk_scale, WIDEN)
             seen = valid[None, :] & (o_key[None, :] < b_visible[:, None])
             b_out += tl.sum(tl.where(seen, tl.exp2(b_s - b_lse[:, None]), 0.0), axis=0)

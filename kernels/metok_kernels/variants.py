@@ -1,0 +1,176 @@
+"""Every kernel in the configurations in use, built from tensors on `meta`: what is compiled ahead of time.
+
+`python -m metok_kernels.variants` compiles all of them for sm_80 and sm_90 without a GPU, and prints one JSON object a
+kernel and chip: registers, spills, shared memory and its limit, and the addresses computed in less than 64 bits.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from metok_kernels.aot import SHARED_LIMIT, compile_launch
+from metok_kernels.event_similarity.launch import plan as plan_similarity
+from metok_kernels.gather_rows.launch import plan as plan_gather
+from metok_kernels.launch import Launch
+from metok_kernels.pruned_slots.launch import plan as plan_slots
+from metok_kernels.pruned_slots.tables import PrunedGroups, SpanTables
+from metok_kernels.select_per_event.launch import plan as plan_select
+from metok_kernels.text_to_visual_scores.keys import Keys, PackedKeys, PagedKeys
+from metok_kernels.text_to_visual_scores.launch import plan as plan_scores
+from metok_kernels.tiered_pool.launch import plan as plan_pool
+from metok_kernels.tiered_pool.reference import Mode
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+E4M3, E5M2, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One launch in use, and the chips it is for."""
+
+    name: str
+    launch: Launch
+    capabilities: tuple[int, ...] = (80, 90)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the kernels see of a language model and its vision tower."""
+
+    name: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    grid: int
+    mode: Mode
+
+
+MODELS = (
+    Model("LLaVA-OneVision-0.5B", 896, 14, 2, 64, 27, "bilinear"),
+    Model("LLaVA-OneVision-7B", 3584, 28, 4, 128, 27, "bilinear"),
+    Model("LongVA-7B", 3584, 28, 4, 128, 24, "average"),
+)
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _scores(
+    model: Model, dtype: torch.dtype, cache: torch.dtype | None, page: int = 16, split: int = 1
+) -> tuple[Launch, ...]:
+    """The three scoring launches; `page` 0 for packed keys, `split` ranks of tensor parallel."""
+    heads, kv_heads, dim = model.heads // split, max(model.kv_heads // split, 1), model.head_dim
+    keys: Keys
+    if page:
+        pages = _meta(4096, kv_heads, page, 2 * dim, dtype=cache or dtype).transpose(1, 2)[..., :dim]
+        keys = PagedKeys(pages, _meta(64, 2048), _meta(2), _meta(1, dtype=FP32) if cache else None)
+    else:
+        keys = PackedKeys(_meta(9216, kv_heads, dim, dtype=dtype), _meta(2))
+    q = _meta(8192, heads * dim, dtype=dtype).view(-1, heads, dim)
+    sizes = {"max_rows": 128, "max_visual": 9216, "max_keys": 10240}
+    return plan_scores(
+        q, keys, _meta(200), _meta(3), _meta(9000), _meta(3), scale=0.1, row_index=_meta(200), **sizes
+    )[0]
+
+
+def _score_variants() -> Iterator[Variant]:
+    small, large = MODELS[:2]
+    cases: list[tuple[str, tuple[Launch, ...], tuple[int, ...]]] = []
+    for dtype in (BF16, FP16, FP32):
+        cases.append((f"{small.name} {dtype} paged", _scores(small, dtype, None), (80, 90)))
+        cases.append((f"{large.name} {dtype} packed", _scores(large, dtype, None, page=0), (80, 90)))
+    cases.append((f"{large.name} {BF16} paged", _scores(large, BF16, None), (80, 90)))
+    cases.append((f"{large.name} {BF16} paged by 64", _scores(large, BF16, None, page=64), (90,)))
+    cases.append((f"{large.name} {BF16} tensor parallel 4", _scores(large, BF16, None, split=4), (90,)))
+    # Triton has no float8_e4m3fn before sm_89; vLLM refuses that cache there too.
+    for cache, chips in ((E4M3, (90,)), (E5M2, (80, 90)), (INT8, (80, 90))):
+        cases.append((f"{large.name} {BF16} cache {cache}", _scores(large, BF16, cache), chips))
+    for name, launches, chips in cases:
+        for launch in launches:
+            yield Variant(name, launch, chips)
+
+
+def _slot_variants() -> Iterator[Variant]:
+    groups = PrunedGroups([_meta(256, 2048)] * 9, [16] * 9, [True] * 6 + [False] * 3)
+    spans = SpanTables(*(_meta(1024) for _ in range(3)), *(_meta(256) for _ in range(2)))
+    out = _meta(9, 256), _meta(9, 8192, dtype=torch.int64)
+    rows = {"span_row": _meta(256), "table_row": _meta(256)}
+    yield Variant("state rows", plan_slots(groups, spans, _meta(256), _meta(257), *out, **rows))
+    yield Variant("batch rows", plan_slots(groups, spans, _meta(256), _meta(257), *out))
+
+
+def _select_variants() -> Iterator[Variant]:
+    for longest in (1, 200, 1500, 4000, 100_000):
+        launch = plan_select(_meta(10_000, dtype=FP32), _meta(6), _meta(5), max_length=longest)[0]
+        yield Variant(f"events up to {longest}", launch)
+
+
+def _gather_variants() -> Iterator[Variant]:
+    index = _meta(4000, dtype=torch.int64)
+    for model in MODELS[:2]:
+        for axes in ((), (3,)):
+            positions = _meta(*axes, 8192, dtype=torch.int64)
+            hidden = _meta(8192, model.hidden, dtype=BF16)
+            yield Variant(
+                f"{model.name} {len(axes) + 1}-D positions", plan_gather(index, hidden, hidden, positions)[0]
+            )
+    yield Variant("hidden alone", plan_gather(index, _meta(8192, 896, dtype=FP32))[0])
+
+
+def _pool_variants() -> Iterator[Variant]:
+    for model in MODELS:
+        for dtype in (BF16, FP16) if model.hidden == 896 else (BF16,):
+            frames = _meta(64, model.grid, model.grid, model.hidden, dtype=dtype)
+            separators = {"separator": _meta(model.hidden, dtype=dtype), "separator_offset": _meta(5)}
+            for launch in (
+                *plan_similarity(frames.flatten(1, 2), _meta(3))[0],
+                plan_pool(
+                    frames, _meta(64), _meta(64), mode=model.mode, total=6000, min_stride=2, **separators
+                )[0],
+            ):
+                yield Variant(f"{model.name} {dtype}", launch)
+
+
+def variants() -> Iterator[Variant]:
+    """All launches in use. Needs kernels that are not interpreted only once one is compiled."""
+    yield from _score_variants()
+    yield from _slot_variants()
+    yield from _select_variants()
+    yield from _gather_variants()
+    yield from _pool_variants()
+
+
+def narrow_addresses(ttir: str) -> list[str]:
+    """The pointer additions of a kernel whose offset has fewer than 64 bits."""
+    return [line.strip() for line in ttir.splitlines() if "tt.addptr" in line and not re.search(r"i64(>|\s|$)", line)]
+
+
+def main() -> None:
+    """Compile all variants and print one JSON object a line."""
+    warnings.simplefilter("ignore")
+    for variant in variants():
+        for capability in variant.capabilities:
+            usage = compile_launch(variant.launch, capability)
+            report = {
+                "variant": variant.name,
+                "kernel": usage.kernel,
+                "capability": capability,
+                "registers": usage.registers,
+                "spills": usage.spills,
+                "shared": usage.shared,
+                "shared_limit": SHARED_LIMIT[capability],
+                "narrow": narrow_addresses(usage.ttir),
+            }
+            print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What is checked and set when a METok model's configuration is built: before anything is loaded or allocated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from metok_vllm.compression.selection import prune_layers
+from metok_vllm.config import parse_settings
+from metok_vllm.engine.scheduler import MetokScheduler
+from metok_vllm.engine.server import attach_settings
+from metok_vllm.models.aligners import resolve_aligner
+from metok_vllm.models.registry import SUPPORTED
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
+
+
+class MetokConfig(VerifyAndUpdateConfig):
+    """vLLM calls this for the architectures that METok registers (`MODELS_CONFIG_MAP`)."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        refuse_unsupported(vllm_config)
+        model_config = vllm_config.model_config
+        additional = vllm_config.additional_config
+        given = additional.get("metok") if isinstance(additional, dict) else None
+        settings = parse_settings(given)
+        layers = model_config.hf_text_config.num_hidden_layers
+        try:
+            chosen = prune_layers(layers, settings.prune_layers)
+        except ValueError as error:
+            raise ValueError(f"METok (additional_config): {error}.") from None
+        aligner, tower = resolve_aligner(model_config.model, settings.aligner, settings.aligner_model)
+        attach_settings(model_config.hf_config, settings)
+        scheduler = vllm_config.scheduler_config
+        # A prompt longer than this may have to be deferred: decodes of all other requests take one token each of a step.
+        model_config.hf_config.metok_step_tokens = scheduler.max_num_batched_tokens - scheduler.max_num_seqs
+        logger.info(
+            "METok: prunes before layers %s of %d, keep_ratio %s, decode_retention %s, aligner %s%s",
+            "/".join(map(str, chosen)),
+            layers,
+            settings.keep_ratio,
+            settings.decode_retention,
+            aligner,
+            f" ({tower})" if tower else "",
+        )
+
+
+def refuse_unsupported(vllm_config: VllmConfig) -> None:
+    """Refuse what METok cannot do right, each in one sentence that names the flag to change.
+
+    Raises:
+        ValueError: with that sentence; vLLM ends the start with it.
+    """
+    parallel = vllm_config.parallel_config
+    scheduler = vllm_config.scheduler_config
+    model_config = vllm_config.model_config
+    stock = {supported.stock.removesuffix("ForConditionalGeneration") for supported in SUPPORTED}
+    model_type = model_config.hf_config.model_type.replace("_", "").lower()
+    multimodal = model_config.multimodal_config
+    faults = {
+        f"METok cannot serve a {model_config.hf_config.model_type} model; it can serve: "
+        f"{', '.join(supported.stock for supported in SUPPORTED)}.": model_type not in {s.lower() for s in stock},
+        "METok needs Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER=0.": not vllm_config.use_v2_model_runner,
+        "METok does not support pipeline parallelism: use --tensor-parallel-size instead of --pipeline-parallel-size.": (
+            parallel.pipeline_parallel_size > 1
+        ),
+        "METok does not support context parallelism: leave --decode-context-parallel-size and "
+        "--prefill-context-parallel-size at 1.": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+        ),
+        "METok does not support micro-batching (--enable-dbo).": parallel.enable_dbo,
+        "METok does not support speculative decoding: remove --speculative-config.": (
+            vllm_config.speculative_config is not None
+        ),
+        "METok does not support KV transfer: remove --kv-transfer-config.": vllm_config.kv_transfer_config is not None,
+        "METok does not support an encoder cache transfer: remove --ec-transfer-config.": (
+            vllm_config.ec_transfer_config is not None
+        ),
+        "METok needs the hybrid KV cache manager: remove --disable-hybrid-kv-cache-manager.": (
+            scheduler.disable_hybrid_kv_cache_manager is True
+        ),
+        "METok needs its own scheduler, which METok sets itself: remove --scheduler-cls.": (
+            scheduler.scheduler_cls is not None and not _is_metok_scheduler(scheduler.scheduler_cls)
+        ),
+        "METok needs asynchronous scheduling: remove --no-async-scheduling.": scheduler.async_scheduling is False,
+        "METok does not support vLLM's own video pruning beside it: remove --video-pruning-rate.": bool(
+            multimodal is not None and getattr(multimodal, "video_pruning_rate", None)
+        ),
+        "METok does not support prompt embeddings: remove --enable-prompt-embeds.": model_config.enable_prompt_embeds,
+        "METok cannot share multimodal items by shared memory: leave --mm-processor-cache-type at lru.": bool(
+            multimodal is not None and multimodal.mm_processor_cache_type == "shm"
+        ),
+        "METok does not support KV sharing fast prefill: remove --kv-sharing-fast-prefill.": (
+            vllm_config.cache_config.kv_sharing_fast_prefill
+        ),
+    }
+    for sentence, is_fault in faults.items():
+        if is_fault:
+            raise ValueError(sentence)
+    if scheduler.scheduler_cls is None:
+        scheduler.scheduler_cls = MetokScheduler
+
+
+def _is_metok_scheduler(scheduler_cls: object) -> bool:
+    name = f"{MetokScheduler.__module__}.{MetokScheduler.__qualname__}"
+    return scheduler_cls == name or (isinstance(scheduler_cls, type) and issubclass(scheduler_cls, MetokScheduler))

@@ -1,0 +1,132 @@
+"""Aligners: what tells how well a frame fits the question (method.md section 1.3). Engine-free.
+
+`dual-tower` is the paper's: a paired image and text tower (SigLIP or CLIP). Its inputs are made in the front end, its forward runs
+beside the model's own tower.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+FOLDER = "metok_aligner"
+"""A dual tower in a folder of this name inside the model's own folder wins over a configured one."""
+
+TOWERS = ("siglip", "clip")
+"""`model_type` of the towers that can align."""
+
+FRAMES_PER_BLOCK = 32
+"""Frames that go through a tower at once; bounds its activations for long videos."""
+
+
+def aligner_folder(model: str) -> str | None:
+    """Path of the aligner inside a model's folder, or None."""
+    folder = Path(model) / FOLDER
+    return str(folder) if folder.is_dir() else None
+
+
+def resolve_aligner(model: str, aligner: str, aligner_model: str | None) -> tuple[str, str | None]:
+    """What the server's settings mean for a model: the default aligner, and the dual tower to load, if any.
+
+    Raises:
+        ValueError: a dual tower is asked for and there is none, or it is neither SigLIP nor CLIP.
+    """
+    tower = aligner_folder(model) or aligner_model
+    if aligner == "dual-tower" and tower is None:
+        raise ValueError(
+            "METok: aligner 'dual-tower' needs a SigLIP or CLIP checkpoint; "
+            f"set aligner_model, or put one into {FOLDER}/ in the model's folder."
+        )
+    if tower is not None and aligner in ("auto", "dual-tower"):
+        _check_tower(tower)
+        return "dual-tower", tower
+    return ("embedding" if aligner == "auto" else aligner), None
+
+
+def _check_tower(tower: str) -> None:
+    from transformers import AutoConfig
+
+    try:
+        kind = AutoConfig.from_pretrained(tower).model_type
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"METok: the aligner {tower} cannot be loaded: {reason}") from None
+    if kind not in TOWERS:
+        raise ValueError(f"METok: the aligner {tower} is a {kind} model; it must be one of {', '.join(TOWERS)}.")
+
+
+class AlignerProcessor:
+    """Front-end half of a dual tower: frames to pixels, the question to windows of token ids."""
+
+    def __init__(self, tower: str) -> None:
+        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+        config: Any = AutoConfig.from_pretrained(tower)
+        self.window = int(config.text_config.max_position_embeddings)
+        self.tokenizer = AutoTokenizer.from_pretrained(tower)
+        self.image_processor = AutoImageProcessor.from_pretrained(tower)
+        # SigLIP was trained on windows padded to their full length; CLIP finds the end of the text by itself.
+        self.pad_id = self.tokenizer.pad_token_id
+        if self.pad_id is None:
+            self.pad_id = self.tokenizer.eos_token_id
+        self.prefix, self.suffix = self._special_tokens()
+
+    def _special_tokens(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and after a text."""
+        bare = self._encode("a", special=False)
+        full = self._encode("a", special=True)
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return full[:start], full[start + len(bare) :]
+        return [], []
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        return ids
+
+    def windows(self, question: str) -> torch.Tensor:
+        """Token ids, int64 [windows, window length]; a question longer than the tower's window is cut into several."""
+        ids = self._encode(question, special=False)
+        room = self.window - len(self.prefix) - len(self.suffix)
+        pieces = [ids[i : i + room] for i in range(0, len(ids), room)] or [[]]
+        rows = [[*self.prefix, *piece, *self.suffix] for piece in pieces]
+        return torch.tensor([row + [self.pad_id] * (self.window - len(row)) for row in rows], dtype=torch.int64)
+
+    def pixels(self, frames: Any) -> torch.Tensor:
+        """Frames, uint8 [T, H, W, 3], to what the tower takes, float32 [T, 3, h, w]."""
+        outputs = self.image_processor(images=list(frames), return_tensors="pt")
+        pixels: torch.Tensor = outputs["pixel_values"]
+        return pixels
+
+
+class DualTower(nn.Module):
+    """Worker half of a dual tower."""
+
+    def __init__(self, tower: str, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        from transformers import AutoModel
+
+        with torch.device("cpu"):
+            model = AutoModel.from_pretrained(tower, dtype=torch.float32)
+        self.model = model.to(device=device, dtype=dtype).eval()
+
+    @torch.inference_mode()
+    def frames(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pooled image embedding of every frame: `pixels[T, 3, h, w]` to [T, E]."""
+        dtype = next(self.model.parameters()).dtype
+        blocks = [self._pooled(self.model.get_image_features(block.to(dtype))) for block in pixels.split(FRAMES_PER_BLOCK)]
+        return torch.cat(blocks)
+
+    @torch.inference_mode()
+    def text(self, windows: torch.Tensor) -> torch.Tensor:
+        """Text embedding of every window: int64 `windows[W, length]` to [W, E]."""
+        return self._pooled(self.model.get_text_features(windows))
+
+    @staticmethod
+    def _pooled(features: Any) -> torch.Tensor:
+        pooled: torch.Tensor = features if isinstance(features, torch.Tensor) else features.pooler_output
+        return pooled

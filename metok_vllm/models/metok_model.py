@@ -1,0 +1,118 @@
+"""What every METok model adds to its stock class: roles for the layers, an aligner, stage 1, a model state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from metok_vllm.compression import alignment, events, tiers
+from metok_vllm.compression.pooling import PoolMode, pool_video
+from metok_vllm.compression.selection import prune_layers
+from metok_vllm.engine.attention import LayerRole, MetokAttention
+from metok_vllm.engine.plan import ALIGNERS, VideoPlan
+from metok_vllm.engine.requests import pack_tags
+from metok_vllm.engine.server import server_settings
+from metok_vllm.engine.step import DecoderStack
+from metok_vllm.models.aligners import FRAMES_PER_BLOCK, DualTower, resolve_aligner
+from metok_vllm.models.processing import PIXELS_FIELD, QUESTION_FIELD, WINDOWS_FIELD
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class MetokModel:
+    """Mixed in before a stock multimodal model; the family's class calls `init_metok` at the end of its constructor."""
+
+    pool_mode: PoolMode
+    decoder_stack: DecoderStack
+    metok_aligner: DualTower | None
+
+    # --- what a family states ---
+
+    def video_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Tower and projector: `pixels[T, 3, h, w]` to [T, H, W, D]."""
+        raise NotImplementedError
+
+    def stock_video(self, features: torch.Tensor) -> torch.Tensor:
+        """A video's tokens with METok off, [tokens, D], from features [T, H, W, D]."""
+        raise NotImplementedError
+
+    def separator(self) -> torch.Tensor | None:
+        """Embedding [D] that follows each event, or None where the model has none."""
+        raise NotImplementedError
+
+    # --- start ---
+
+    def init_metok(self, vllm_config: VllmConfig, decoder: Any) -> None:
+        """Give the decoder's attention layers their roles and load the aligner."""
+        model_config = vllm_config.model_config
+        settings = server_settings(model_config.hf_config)
+        layers = prune_layers(len(decoder.layers), settings.prune_layers)
+        roles = [LayerRole(index, layers) for index in range(len(decoder.layers))]
+        # The layer before L1 is where L1 scores; those below it stay stock.
+        for layer, role in list(zip(decoder.layers, roles, strict=True))[layers[0] - 1 :]:
+            MetokAttention.adopt(layer.self_attn.attn, role)
+        self.decoder_stack = DecoderStack(decoder.layers, decoder.norm, roles, layers)
+        _, tower = resolve_aligner(model_config.model, settings.aligner, settings.aligner_model)
+        self.metok_aligner = None
+        if tower is not None:
+            dtype = model_config.dtype
+            assert isinstance(dtype, torch.dtype)
+            self.metok_aligner = DualTower(tower, dtype, torch.get_default_device())
+
+    def aligner_weights(self) -> set[str]:
+        """Names of the parameters that the aligner has already loaded by itself."""
+        if self.metok_aligner is None:
+            return set()
+        return {f"metok_aligner.{name}" for name, _ in self.metok_aligner.named_parameters()}
+
+    @classmethod
+    def get_model_state_cls(cls) -> type[Any]:
+        from metok_vllm.engine.model_state import MetokModelState
+
+        return MetokModelState
+
+    # --- stage 1 ---
+
+    def embed_video(self, pixels: torch.Tensor, plan: VideoPlan, kwargs: Mapping[str, Any], item: int) -> torch.Tensor:
+        """Encode and compress one video.
+
+        Args:
+            pixels: [T, 3, h, w].
+            plan: the video's plan.
+            kwargs: all multimodal fields of the batch, one entry an item each.
+            item: which of them is this video's.
+
+        Returns:
+            [plan.tokens, D] with METok off, [plan.tokens, D + TAG_CHANNELS] with it on.
+        """
+        features = torch.cat([self.video_features(block) for block in pixels.split(FRAMES_PER_BLOCK)])
+        if not plan.pruned:
+            return self.stock_video(features)
+        vectors = events.frame_vectors(features.flatten(1, 2))
+        event_ids = events.segment(events.adjacent_similarity(vectors), plan.events)
+        aligner = ALIGNERS[plan.aligner]
+        if aligner == "none":
+            r, scores = alignment.events_only(vectors, event_ids, plan.events)
+        else:
+            r = self._alignment(aligner, vectors, kwargs, item)
+            scores = alignment.event_scores(r, event_ids, plan.events)
+        key = alignment.key_events(scores, plan.key_events)
+        tier = tiers.assign(event_ids, r, key, plan.key_frames, plan.quota)
+        separator = self.separator()
+        video = pool_video(features, tier, plan.strides, plan.quota, self.pool_mode, separator, event_ids)
+        tags = pack_tags(video.token_event, key[video.token_event], video.token_frame, tier[video.token_frame])
+        return torch.cat([video.tokens, tags.to(video.tokens.dtype)], dim=1)
+
+    def _alignment(self, aligner: str, vectors: torch.Tensor, kwargs: Mapping[str, Any], item: int) -> torch.Tensor:
+        if aligner == "dual-tower":
+            assert self.metok_aligner is not None
+            frames = self.metok_aligner.frames(kwargs[PIXELS_FIELD][item])
+            return alignment.paired(frames, self.metok_aligner.text(kwargs[WINDOWS_FIELD][item]))
+        field = kwargs[QUESTION_FIELD][item]
+        ids = field[1 : 1 + int(field[0])].to(vectors.device)
+        embedding: nn.Module = self.language_model.model.embed_tokens  # type: ignore[attr-defined]
+        return alignment.embedding_space(vectors, embedding(ids))

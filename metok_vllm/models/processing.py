@@ -1,0 +1,219 @@
+"""Front end of a METok model: settings, the question, exact placeholder counts. Shared by all model families.
+
+`MetokProcessing` goes in front of a model's own multimodal processor. Whatever decides a video's tokens (settings, question,
+aligner) is put under `videos_kwargs`, so that it is part of the video's hash and of no other item's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import BatchFeature
+from vllm.inputs import MultiModalInput
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.parse import MultiModalDataItems, VideoEmbeddingItems
+from vllm.multimodal.processing import (
+    BaseMultiModalProcessor,
+    ProcessorInputs,
+    PromptReplacement,
+    PromptUpdate,
+    TimingContext,
+)
+
+from metok_vllm.compression.pooling import PoolMode
+from metok_vllm.config import RequestSettings, resolve_request
+from metok_vllm.engine.deferral import bytes_per_token, deferral_limit
+from metok_vllm.engine.facts import PLAN_FIELD
+from metok_vllm.engine.plan import VideoPlan, plan_video
+from metok_vllm.engine.server import server_settings
+from metok_vllm.models.aligners import AlignerProcessor, resolve_aligner
+from metok_vllm.models.question import TurnMarkers, last_user_text, turn_markers
+
+KEY = "metok"
+SCOPE = "videos_kwargs"
+QUESTION_FIELD = "metok_question"  # int64 [1 + tokens]: how many tokens, then the question's ids for the LLM
+WINDOWS_FIELD = "metok_windows"  # int64 [windows, length]: the question for a dual tower
+PIXELS_FIELD = "metok_pixels"  # float32 [T, 3, h, w]: the frames for a dual tower
+
+
+class MetokProcessing(BaseMultiModalProcessor[Any]):
+    """Mixed in before a model's processor class."""
+
+    pool_mode: PoolMode
+    separators: bool
+    video_token: str
+
+    # --- what a family states ---
+
+    def tower_grid(self) -> tuple[int, int]:
+        """Height and width of the tower's patch grid."""
+        raise NotImplementedError
+
+    def stock_video_tokens(self, frames: int) -> int:
+        """Tokens that the stock model takes for a video."""
+        raise NotImplementedError
+
+    # --- the server ---
+
+    @cached_property
+    def _server(self) -> Any:
+        return server_settings(self.info.get_hf_config())
+
+    @cached_property
+    def _aligner(self) -> tuple[str, str | None]:
+        return resolve_aligner(self.info.model_id, self._server.aligner, self._server.aligner_model)
+
+    @cached_property
+    def _aligner_processor(self) -> AlignerProcessor:
+        assert self._aligner[1] is not None
+        return AlignerProcessor(self._aligner[1])
+
+    @cached_property
+    def _markers(self) -> TurnMarkers:
+        tokenizer = self.info.get_tokenizer()
+        template = getattr(self.info.get_hf_processor(), "chat_template", None)
+        return turn_markers(tokenizer, template)
+
+    @cached_property
+    def _not_text(self) -> tuple[str, ...]:
+        """Strings in a prompt that the user did not write."""
+        processor, tokenizer = self.info.get_hf_processor(), self.info.get_tokenizer()
+        placeholders = {getattr(processor, name, None) for name in ("image_token", "video_token")}
+        return tuple(sorted({*placeholders, *tokenizer.all_special_tokens} - {None}, key=len, reverse=True))
+
+    # --- one request ---
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
+        """Dummy inputs with METok off: the most tokens that a request may ask for."""
+        return replace(super().get_dummy_inputs(*args, **kwargs), hf_processor_mm_kwargs={KEY: "off"})
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
+        kwargs = dict(inputs.hf_processor_mm_kwargs)
+        settings = resolve_request(self._server, kwargs.pop(KEY, None))
+        videos = inputs.mm_data_items.get("video")
+        if videos is not None and len(videos):
+            if isinstance(videos, VideoEmbeddingItems):
+                raise ValueError("METok: precomputed video embeddings are not supported; send the video itself.")
+            scope = dict(kwargs.get(SCOPE) or {})  # type: ignore[call-overload]
+            scope[KEY] = self._hashed(settings, inputs.prompt)
+            kwargs[SCOPE] = scope
+        result = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
+        if settings is not None:
+            self._check_prompt(result)
+        return result
+
+    def _hashed(self, settings: RequestSettings | None, prompt: Sequence[int]) -> dict[str, object]:
+        """All that decides what becomes of the request's videos, as plain data."""
+        if settings is None:
+            return {"off": True}
+        aligner = self._aligner[0] if settings.aligner == "auto" else settings.aligner
+        if aligner == "dual-tower" and self._aligner[1] is None:
+            raise ValueError("METok (mm_processor_kwargs): this server has no dual tower; use another aligner.")
+        query = settings.query if settings.query is not None else self._question(prompt)
+        if aligner == "none":
+            query = ""  # the result does not depend on it, so neither need the cache
+        return {**settings.model_dump(mode="json"), "aligner": aligner, "query": query}
+
+    def _question(self, prompt: Sequence[int]) -> str:
+        text = self.info.get_tokenizer().decode(list(prompt), skip_special_tokens=False)
+        return last_user_text(text, self._markers, self._not_text)
+
+    def _check_prompt(self, result: MultiModalInput) -> None:
+        """Refuse what could never be served, while it still is a clear answer to the client."""
+        ranges = result["mm_placeholders"].get("video", [])
+        length = len(result["prompt_token_ids"])
+        if not ranges:
+            return
+        last = max(r.offset + r.length for r in ranges)
+        behind = [r for items in result["mm_placeholders"].values() for r in items if r.offset >= last]
+        if sum(r.length for r in behind) == length - last:
+            raise ValueError("METok: a prompt needs text behind its last video, since that text decides what is kept of it.")
+        config = self.info.ctx.model_config
+        step = getattr(config.hf_config, "metok_step_tokens", None)
+        if step is not None and length > step:
+            limit = deferral_limit(config)
+            needed = length * bytes_per_token(config)
+            if needed > limit:
+                raise ValueError(
+                    f"METok: a prompt of {length} tokens takes {needed} bytes to defer and max_deferred_bytes is {limit}; "
+                    "raise it, or max_num_batched_tokens, or use fewer frames."
+                )
+
+    # --- the items ---
+
+    def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
+        scope: Any = dict(hf_kwargs.get(SCOPE) or {})  # type: ignore[call-overload]
+        stated = scope.pop(KEY, None)
+        stock_kwargs = {key: value for key, value in hf_kwargs.items() if key != SCOPE}
+        if scope:
+            stock_kwargs[SCOPE] = scope
+        processed = super()._apply_hf_processor_main(mm_items, stock_kwargs)
+        videos = mm_items.get("video")
+        if stated is not None and videos is not None and len(videos):
+            processed.update(self._video_fields(videos, stated))
+        return processed
+
+    def _video_fields(self, videos: Any, stated: Mapping[str, Any]) -> dict[str, Any]:
+        settings = None if stated.get("off") else RequestSettings.model_validate(stated)
+        aligner = "none" if settings is None else settings.aligner
+        counts = [videos.get_num_frames(i) for i in range(len(videos))]
+        plans = [
+            plan_video(
+                frames,
+                self.tower_grid(),
+                self.pool_mode,
+                self.separators,
+                self.stock_video_tokens(frames),
+                settings,
+                aligner,
+            )
+            for frames in counts
+        ]
+        fields: dict[str, Any] = {PLAN_FIELD: torch.stack([plan.to_tensor() for plan in plans])}
+        query = "" if settings is None else settings.query or ""
+        ids = self.info.get_tokenizer().encode(query, add_special_tokens=False) if aligner == "embedding" else []
+        question = torch.tensor([len(ids), *ids], dtype=torch.int64)
+        fields[QUESTION_FIELD] = question.expand(len(videos), -1).contiguous()
+        if aligner == "dual-tower":
+            windows = self._aligner_processor.windows(query)
+            fields[WINDOWS_FIELD] = windows.expand(len(videos), -1, -1).contiguous()
+            fields[PIXELS_FIELD] = [self._aligner_processor.pixels(videos.get(i)) for i in range(len(videos))]
+        return fields
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        stock = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
+        return {
+            **stock,
+            PLAN_FIELD: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
+            QUESTION_FIELD: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
+            WINDOWS_FIELD: MultiModalFieldConfig.batched("video"),
+            PIXELS_FIELD: MultiModalFieldConfig.batched("video"),
+        }
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+
+        def placeholders(target: list[int]) -> Any:
+            def replacement(item_idx: int) -> list[int]:
+                plan = VideoPlan.from_tensor(out_mm_kwargs["video"][item_idx][PLAN_FIELD].data)
+                return target * plan.tokens
+
+            return replacement
+
+        return [
+            PromptReplacement(modality="video", target=update.target, replacement=placeholders(update.target))
+            if update.modality == "video"
+            else update
+            for update in updates
+        ]

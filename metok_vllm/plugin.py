@@ -1,0 +1,42 @@
+"""Entry point of the plugin: vLLM calls `register` in every process, before it reads options or builds a model.
+
+Registering only adds names to vLLM's registries. Nothing changes for a server that does not ask for METok.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Make METok's models, KV cache format and video loader known; take `--plugin metok` off the command line.
+
+    May be called several times in one process.
+    """
+    from metok_vllm.serve_args import apply_plugin_option
+
+    apply_plugin_option()
+    _register_models()
+    _register_lazily()
+
+
+def _register_models() -> None:
+    from vllm.model_executor.models import ModelRegistry
+
+    from metok_vllm.models.registry import SUPPORTED
+
+    for supported in SUPPORTED:
+        if supported.metok not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(supported.metok, supported.module)
+
+
+def _register_lazily() -> None:
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from metok_vllm.engine.checks import MetokConfig
+    from metok_vllm.engine.kv_cache import register_kv_cache_spec
+    from metok_vllm.media.loader import register_loader
+    from metok_vllm.models.registry import SUPPORTED
+
+    for supported in SUPPORTED:
+        MODELS_CONFIG_MAP[supported.metok] = MetokConfig
+    register_kv_cache_spec()
+    register_loader()

@@ -1,0 +1,200 @@
+"""From scene graphs to batches: the pool of encoded videos, pooling mixes, packed questions."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.draw import draw_video
+from training.lm import LM, Packed
+from training.questions import ASKERS, Question, draw
+from training.questions import all_questions as ask_all
+from training.seeds import seed_of
+from training.tokenizer import END, START
+from training.tower import STRIDES, Tower, augment, pool
+from training.video_file import through_codec
+from training.world import MAX_FRAMES, MIN_FRAMES, Video, make_video
+
+SHORT = tuple(k for k in ASKERS if k != "open")
+LONG = ("letter", "open")
+_ROWS = {2: (0, 16), 4: (16, 20), 8: (20, 21)}  # of a frame's 21 pooled rows
+SEPARATOR, HEADER = -1, -2  # in a prefix plan, beside row numbers
+
+
+@dataclass
+class Encoded:
+    """A video and its pooled features, before the projector's last layer: ``[T * 21, H]`` bf16."""
+
+    video: Video
+    rows: Tensor
+    stock: dict[str, list[Question]]
+
+
+@torch.no_grad()
+def encode(tower: Tower, video: Video, crf: int | None, noise: int | None = None) -> Encoded:
+    """Draw a video, take it through mp4 of quality ``crf`` (None: not), encode and pool it at every stride.
+
+    The projector's last layer is linear and so commutes with pooling: it stays outside, and trains with the language model.
+    """
+    pixels = draw_video(video)
+    if crf is not None:
+        pixels = through_codec(pixels, crf)
+    if noise is not None:
+        pixels = augment(pixels, np.random.default_rng(noise))
+    return Encoded(video, pooled_rows(tower, torch.from_numpy(pixels)), ask_all(video))
+
+
+@torch.no_grad()
+def pooled_rows(tower: Tower, frames: Tensor) -> Tensor:
+    """``uint8 [T, 64, 64, 3]`` to the 21 pooled rows of every frame, ``[T * 21, H]`` bf16."""
+    hidden = F.gelu(tower.linear_1(tower.encode(frames)))
+    return torch.cat([pool(hidden, s) for s in STRIDES], dim=1).flatten(0, 1).to(torch.bfloat16)
+
+
+def plan(frames: int, strides: list[int], separators: set[int]) -> list[int]:
+    """Rows of the prefix: three header tokens, each frame's rows at its stride, separators (one at the end always)."""
+    out = [HEADER] * 3
+    for t in range(frames):
+        low, high = _ROWS[strides[t]]
+        out += range(21 * t + low, 21 * t + high)
+        if t in separators and t != frames - 1:
+            out.append(SEPARATOR)
+    return [*out, SEPARATOR]
+
+
+def stock_plan(frames: int) -> list[int]:
+    """The prefix of the unmodified model: stride 2 everywhere, one separator."""
+    return plan(frames, [2] * frames, set())
+
+
+def mixed_plan(frames: int, weights: tuple[float, float, float], rng: random.Random) -> list[int]:
+    """A prefix with a random stride for every frame and up to six separators at random places."""
+    strides = rng.choices(STRIDES, weights, k=frames)
+    return plan(frames, strides, {rng.randrange(frames) for _ in range(rng.randint(0, 6))})
+
+
+class Coder:
+    """Questions to token ids, in the chat format."""
+
+    def __init__(self, tok: Tokenizer) -> None:
+        self.tok = tok
+        self.header = tok.encode(f"{START}user ").ids
+        assert len(self.header) == 3
+        self.cache: dict[str, list[int]] = {}
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of ``text``, cached."""
+        if text not in self.cache:
+            self.cache[text] = self.tok.encode(text).ids
+        return self.cache[text]
+
+    def pair(self, q: Question) -> tuple[list[int], list[int]]:
+        """(prompt ids after the video, answer ids with the end token)."""
+        return self.ids(f"\n{q.prompt}{END}{START}assistant\n"), self.ids(f"{q.answer}{END}")
+
+
+@dataclass
+class Batch:
+    """Everything a step needs. ``B`` videos, ``N`` questions each, of up to ``L`` tokens.
+
+    Attributes:
+        rows: ``[B, P, H]`` pooled rows (zero where the plan has none).
+        kind: int64 ``[B, P]``: 0 row, 1 separator, 2 padding; the header is the first three.
+        ids: int64 ``[B, N * L]`` inputs.
+        targets: int64 ``[B, N * L]``, -100 where nothing is learnt.
+        weight: ``[B, N * L]`` of each target.
+        positions: int64 ``[B, P + N * L]``.
+        questions: per video, the questions.
+    """
+
+    rows: Tensor
+    kind: Tensor
+    ids: Tensor
+    targets: Tensor
+    weight: Tensor
+    positions: Tensor
+    questions: list[list[Question]]
+
+
+def collate(coder: Coder, videos: list[Encoded], plans: list[list[int]], asked: list[list[Question]]) -> Batch:
+    """Pack; every video needs the same number of questions."""
+    count, width = len(asked[0]), max(len(p) for p in plans)
+    pairs = [[coder.pair(q) for q in qs] for qs in asked]
+    length = max(len(p) + len(a) - 1 for row in pairs for p, a in row)
+    b, h = len(videos), videos[0].rows.shape[1]
+    rows, kind = torch.zeros(b, width, h, dtype=videos[0].rows.dtype), torch.full((b, width), 2)
+    ids, targets = torch.zeros(b, count, length, dtype=torch.long), torch.full((b, count, length), -100)
+    weight = torch.zeros(b, count, length)
+    positions = torch.zeros(b, width + count * length, dtype=torch.long)
+    for n, (video, layout, row) in enumerate(zip(videos, plans, pairs, strict=True)):
+        index = torch.tensor(layout)
+        real = index >= 0
+        rows[n, : len(layout)][real] = video.rows[index[real]]
+        kind[n, : len(layout)] = (index == SEPARATOR).long()
+        positions[n, :width] = torch.arange(width)
+        positions[n, width:] = (len(layout) + torch.arange(length)).repeat(count)
+        for m, (prompt, answer) in enumerate(row):
+            whole = prompt + answer
+            ids[n, m, : len(whole) - 1] = torch.tensor(whole[:-1])
+            targets[n, m, len(prompt) - 1 : len(whole) - 1] = torch.tensor(answer)
+            weight[n, m, len(prompt) - 1 : len(whole) - 1] = len(answer) ** -0.5
+    return Batch(rows, kind, ids.flatten(1), targets.flatten(1), weight.flatten(1), positions, asked)
+
+
+def embed(lm: LM, last: torch.nn.Linear, newline: Tensor, header: list[int], batch: Batch) -> Packed:
+    """Look up and project: the packed input of the language model."""
+    vis = last(batch.rows)
+    vis = torch.where((batch.kind == 1)[..., None], newline.to(vis.dtype), vis)
+    head = lm.embed_tokens(torch.tensor(header, device=vis.device)).expand(len(vis), -1, -1)
+    x = torch.cat((head, vis[:, len(header) :], lm.embed_tokens(batch.ids)), dim=1)
+    bias = torch.zeros(batch.kind.shape, dtype=x.dtype, device=x.device)
+    bias = bias.masked_fill(batch.kind == 2, torch.finfo(torch.bfloat16).min)[:, None]
+    prefix = batch.kind.shape[1]
+    count = len(batch.questions[0])
+    return Packed(x, batch.positions, bias, prefix, count)
+
+
+class Pool:
+    """A rolling stock of encoded training videos; each is used several times, with new questions every time."""
+
+    def __init__(self, tower: Tower, first: int, size: int = 2400, codec: float = 0.6) -> None:
+        self.tower, self.next, self.codec = tower, first, codec
+        self.videos: deque[Encoded] = deque(maxlen=size)
+
+    def grow(self, count: int, frames: tuple[int, int], max_scenes: int) -> None:
+        """Add ``count`` new videos, dropping the oldest beyond the pool's size."""
+        for _ in range(count):
+            rng = random.Random(self.next)
+            video = make_video(seed_of("train", self.next), frames, max_scenes)
+            crf = rng.randint(18, 28) if rng.random() < self.codec else None
+            self.videos.append(encode(self.tower, video, crf, noise=self.next))
+            self.next += 1
+
+    def take(self, count: int, rng: random.Random) -> list[Encoded]:
+        """``count`` videos of about the same length."""
+        some = sorted(rng.sample(list(self.videos), min(len(self.videos), 4 * count)), key=lambda e: e.video.frames)
+        start = rng.randint(0, len(some) - count)
+        return some[start : start + count]
+
+
+def pick(video: Encoded, count: int, kinds: tuple[str, ...], rng: random.Random) -> list[Question]:
+    """``count`` questions, kinds evenly drawn; a question may come twice where the video has too few."""
+    out: list[Question] = []
+    while len(out) < count:
+        q = draw(video.video, rng.choice(kinds), rng, video.stock)
+        if q is not None:
+            out.append(q)
+    return out
+
+
+def held_out(tower: Tower, split: str, first: int, count: int) -> list[Encoded]:
+    """Held-out videos of full length, all of them through mp4 at the default quality, no noise."""
+    videos = (make_video(seed_of(split, i), (MIN_FRAMES, MAX_FRAMES)) for i in range(first, first + count))
+    return [encode(tower, v, crf=23) for v in videos]

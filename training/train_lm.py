@@ -1,0 +1,261 @@
+"""Stage 2 of training: the language model and the projector's last layer, on features of the frozen tower.
+
+Usage (again the same line to resume; a larger ``--minutes`` goes on from a finished run)::
+
+    python -m training.train_lm --tower runs/tower/tower.pt --out runs/lm --minutes 120
+
+Wall-clock minutes, summed over restarts, set the schedule: warm-up, plateau, linear fall over the last quarter. Every ten
+minutes ``last.pt`` (fp32 weights, a few megabytes) and ``optim.pt`` are written and a held-out sample is scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training import optim
+from training.lm import LM, LMConfig
+from training.packing import (
+    LONG,
+    SHORT,
+    Batch,
+    Coder,
+    Encoded,
+    Pool,
+    collate,
+    embed,
+    held_out,
+    mixed_plan,
+    pick,
+    stock_plan,
+)
+from training.tokenizer import load_tokenizer
+from training.tower import Tower, TowerConfig
+
+MIXES = ((0.3, 0.4, 0.3), (0.1, 0.6, 0.3), (0.5, 0.4, 0.1), (0.0, 1.0, 0.0), (0.5, 0.5, 0.0))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the curriculum; the next begins when exact match on training batches passes ``goal``."""
+
+    frames: tuple[int, int]
+    scenes: int
+    batch: int
+    grow: int  # new videos a step
+    stock: float  # share of steps with the unmodified model's pooling
+    goal: float
+
+
+STAGES = (
+    Stage((4, 10), 2, 12, 4, 0.3, 0.75),
+    Stage((8, 24), 4, 10, 3, 0.3, 0.80),
+    Stage((12, 64), 6, 8, 2, 0.4, 2.0),
+)
+
+
+class Model(nn.Module):
+    """What stage 2 trains."""
+
+    def __init__(self, c: LMConfig, tower: Tower) -> None:
+        super().__init__()
+        self.lm = LM(c)
+        self.last = nn.Linear(c.hidden, c.hidden)
+        self.last.load_state_dict(tower.linear_2.state_dict())
+        self.newline = nn.Parameter(torch.randn(c.hidden) * c.hidden**-0.5)
+
+
+def scores(model: Model, coder: Coder, batch: Batch, tap: int | None = None) -> tuple[Tensor, list[list[bool]]]:
+    """Loss, and for every question whether greedy decoding would give exactly its answer.
+
+    All the answer's tokens being the arg max behind the right prefix is the same as greedy decoding giving the answer.
+    """
+    packed = embed(model.lm, model.last, model.newline, coder.header, batch)
+    final, early = model.lm.hidden(packed, tap)
+    at = batch.targets >= 0
+    want, weight = batch.targets[at], batch.weight[at]
+
+    def nll(states: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model.lm.lm_head(states[at]).float()
+        return (F.cross_entropy(logits, want, reduction="none") * weight).sum() / weight.sum(), logits
+
+    loss, logits = nll(final)
+    if early is not None:
+        loss = loss + 0.3 * nll(early)[0]
+    hit = torch.ones_like(batch.targets, dtype=torch.bool)
+    hit[at] = logits.argmax(-1) == want
+    rows, count = len(hit), len(batch.questions[0])
+    return loss, hit.view(rows, count, -1).all(-1).tolist()
+
+
+@torch.no_grad()
+def evaluate(model: Model, coder: Coder, videos: list[Encoded], per_kind: int = 2) -> dict[str, float]:
+    """Exact match per kind on ``videos`` with stock pooling; ``n/KIND`` counts the questions."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for video in videos:
+        rng = random.Random(video.video.seed)
+        for kinds in (SHORT, LONG):
+            asked = pick(video, per_kind * len(kinds), kinds, rng)
+            _, hits = scores(model, coder, collate(coder, [video], [stock_plan(video.video.frames)], [asked]))
+            for q, hit in zip(asked, hits[0], strict=True):
+                right[q.kind].append(hit)
+    return {k: sum(v) / len(v) for k, v in sorted(right.items())}
+
+
+class Run:
+    """State of a training run: fp32 weights and optimisers, a bf16 copy that computes."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.out = args, args.out
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.coder = Coder(load_tokenizer(self.out))
+        self.tower = load_tower(args.tower).to(torch.bfloat16)
+        torch.manual_seed(1)
+        config = LMConfig(vocab=self.coder.tok.get_vocab_size(), layers=args.layers)
+        self.master = Model(config, load_tower(args.tower))
+        self.model = Model(config, load_tower(args.tower)).to(torch.bfloat16)
+        self.optimisers = optim.build(self.master, args.lr, ("layers.", "last."))
+        self.step, self.stage, self.spent, self.entered = 0, 0, 0.0, 0
+        self.match: dict[str, float] = {}
+        next_video = 0
+        if (self.out / "last.pt").exists():
+            state = torch.load(self.out / "last.pt")
+            self.master.load_state_dict(state["model"])
+            self.step, self.stage, self.spent = state["step"], state["stage"], state["spent"]
+            self.match, next_video, self.entered = state["match"], state["next"], state["entered"]
+            if (self.out / "optim.pt").exists():
+                for o, s in zip(self.optimisers, torch.load(self.out / "optim.pt"), strict=True):
+                    o.load_state_dict(s)
+        self.publish()
+        self.pool = Pool(self.tower, next_video, size=args.pool)
+        self.rng = random.Random(self.step)
+
+    def publish(self) -> None:
+        """Copy the fp32 weights into the bf16 model."""
+        with torch.no_grad():
+            for a, b in zip(self.model.parameters(), self.master.parameters(), strict=True):
+                a.copy_(b)
+
+    def save(self) -> None:
+        """Write ``last.pt`` and ``optim.pt``; each replaces the old one at once."""
+        state: dict[str, Any] = {"model": self.master.state_dict(), "config": asdict(self.master.lm.c)}
+        state |= {f: getattr(self, f) for f in ("step", "stage", "spent", "match", "entered")} | {"next": self.pool.next}
+        for name, what in (("last.pt", state), ("optim.pt", [o.state_dict() for o in self.optimisers])):
+            torch.save(what, self.out / f"{name}.new")
+            (self.out / f"{name}.new").replace(self.out / name)
+
+    def batch(self) -> Batch:
+        """A training batch of the present stage."""
+        stage, rng = STAGES[self.stage], self.rng
+        long = rng.random() < self.args.long
+        videos = self.pool.take(stage.batch, rng)
+        if rng.random() < stage.stock:
+            plans = [stock_plan(v.video.frames) for v in videos]
+        else:
+            mix = rng.choice(MIXES)
+            plans = [mixed_plan(v.video.frames, mix, rng) for v in videos]
+        asked = [pick(v, 8 if long else 16, LONG if long else SHORT, rng) for v in videos]
+        return collate(self.coder, videos, plans, asked)
+
+    def train_step(self, lr: float) -> float:
+        """One update; returns the loss."""
+        batch = self.batch()
+        loss, hits = scores(self.model, self.coder, batch, self.args.tap or None)
+        loss.backward()
+        for a, b in zip(self.model.parameters(), self.master.parameters(), strict=True):
+            b.grad = None if a.grad is None else a.grad.float()
+            a.grad = None
+        nn.utils.clip_grad_norm_(self.master.parameters(), 1.0)
+        optim.set_lr(self.optimisers, lr)
+        for o in self.optimisers:
+            o.step()
+        self.publish()
+        for asked, row in zip(batch.questions, hits, strict=True):
+            for q, hit in zip(asked, row, strict=True):
+                self.match[q.kind] = 0.998 * self.match.get(q.kind, 0.0) + 0.002 * hit
+        self.step += 1
+        return float(loss.detach())
+
+    def advance(self) -> None:
+        """Next stage of the curriculum once the mean match over the kinds is good enough."""
+        mean = sum(self.match.values()) / max(1, len(self.match))
+        old = self.step - self.entered
+        if self.stage + 1 < len(STAGES) and (mean > STAGES[self.stage].goal or old > self.args.patience) and old > 100:
+            self.stage, self.entered = self.stage + 1, self.step
+
+
+def load_tower(path: Path) -> Tower:
+    """Tower and projector of stage 1, frozen, fp32."""
+    state = torch.load(path)["model"]
+    tower = Tower(TowerConfig())
+    tower.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("0.")})
+    return tower.requires_grad_(False)
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--tower", type=Path, required=True)
+    ap.add_argument("--out", type=Path, required=True)
+    ap.add_argument("--minutes", type=float, default=120)
+    ap.add_argument("--max-steps", type=int, default=10**9)
+    ap.add_argument("--lr", type=float, default=2e-3)
+    ap.add_argument("--layers", type=int, default=12)
+    ap.add_argument("--long", type=float, default=0.4, help="share of steps with letter and open questions")
+    ap.add_argument("--tap", type=int, default=0, help="also read answers out after this layer (0: no)")
+    ap.add_argument("--pool", type=int, default=1500)
+    ap.add_argument("--patience", type=int, default=4000, help="most steps in one stage of the curriculum")
+    ap.add_argument("--every", type=float, default=10, help="minutes between checkpoints")
+    ap.add_argument("--valid", type=int, default=40, help="held-out videos of each score")
+    return ap.parse_args()
+
+
+def main() -> None:
+    """Train until the minutes are over."""
+    args = parse()
+    run = Run(args)
+    began, saved, losses = time.time() - run.spent, time.time(), []
+    while run.step < args.max_steps:
+        run.spent = time.time() - began
+        share = run.spent / 60 / args.minutes
+        if share >= 1:
+            break
+        stage = STAGES[run.stage]
+        missing = max(0, 64 - len(run.pool.videos))
+        run.pool.grow(stage.grow + missing, stage.frames, stage.scenes)
+        lr = args.lr * min(1.0, (run.step + 1) / 100) * min(1.0, max(0.02, (1 - share) / 0.25))
+        losses.append(run.train_step(lr))
+        run.advance()
+        if run.step % 50 == 0:
+            match = " ".join(f"{k}:{v:.2f}" for k, v in sorted(run.match.items()))
+            mean = sum(losses) / len(losses)
+            print(f"{run.step} s{run.stage} {run.spent:.0f}s lr {lr:.1e} loss {mean:.4f} {match}", flush=True)
+            losses = []
+        if time.time() - saved > 60 * args.every:
+            report(run)
+            saved = time.time()
+    report(run)
+
+
+def report(run: Run) -> None:
+    """Save, score the held-out sample, append to ``curve.jsonl``."""
+    run.save()
+    figures = evaluate(run.model, run.coder, held_out(run.tower, "valid", 0, run.args.valid))
+    line = {"step": run.step, "stage": run.stage, "minutes": round(run.spent / 60, 1), **figures}
+    with (run.out / "curve.jsonl").open("a") as f:
+        f.write(json.dumps({k: round(v, 4) for k, v in line.items()}) + "\n")
+    print("VALID", json.dumps({k: round(v, 3) for k, v in line.items()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
