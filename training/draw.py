@@ -122,7 +122,7 @@ def background(scene: Scene) -> Pixels:
     """Background of a scene, with details drawn from ``scene.look``: ``uint8 [64, 64, 3]``."""
     rng = np.random.default_rng(scene.look)
     horizon = rng.uniform(22, 40)
-    sky, ground = _ROWS < horizon, _ROWS >= horizon
+    sky, ground = horizon > _ROWS, horizon <= _ROWS
     image = np.zeros((SIZE, SIZE, 3), np.float32)
 
     def fill(where: Mask, rgb: tuple[float, float, float]) -> None:
@@ -141,11 +141,11 @@ def background(scene: Scene) -> Pixels:
         fill(sky, (170, 175, 190))
         fill(ground, (95, 95, 100))
         for left in range(0, SIZE, 11):
-            fill((_COLS >= left) & (_COLS < left + 8) & (_ROWS > rng.uniform(5, 30)) & sky, (120, 115, 125))
+            fill((left <= _COLS) & (left + 8 > _COLS) & (rng.uniform(5, 30) < _ROWS) & sky, (120, 115, 125))
     elif scene.kind == "desert":
         fill(sky, (235, 190, 130))
         fill(ground, (200, 130, 70))
-        fill(_ROWS > 50 + 5 * np.sin(_COLS * 0.15 + phase), (180, 110, 60))
+        fill(50 + 5 * np.sin(_COLS * 0.15 + phase) < _ROWS, (180, 110, 60))
     elif scene.kind == "snow":
         fill(sky, (190, 200, 215))
         fill(ground, (228, 232, 240))
@@ -161,7 +161,7 @@ def background(scene: Scene) -> Pixels:
     elif scene.kind == "cave":
         fill(sky, (70, 60, 70))
         fill(ground, (95, 80, 75))
-        fill(((_COLS - 32) / 34) ** 2 + ((_ROWS - 34) / 28) ** 2 > rng.uniform(0.95, 1.2), (35, 28, 35))
+        fill(rng.uniform(0.95, 1.2) < ((_COLS - 32) / 34) ** 2 + ((_ROWS - 34) / 28) ** 2, (35, 28, 35))
     else:
         raise ValueError(f"unknown scene {scene.kind!r}")
     image += rng.normal(0, 3, image.shape)

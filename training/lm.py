@@ -1,9 +1,10 @@
 """The language model as training runs it: Qwen2's arithmetic with many questions packed behind one video.
 
-Parameter names and shapes are those of ``transformers``' ``Qwen2Model`` (checked by a test that compares the logits), so
-export is a renaming. What differs is the attention: a row is ``[prefix | question 1 | question 2 | ...]``,
-the prefix (chat header, visual tokens, separator) is causal, every question sees the prefix and itself only and
-its positions go on from the prefix's end. One pass over a video thus serves all its questions.
+Parameter names and shapes are those of ``transformers``' ``Qwen2Model`` (checked by a test that compares the
+logits), so export is a renaming. What differs is the attention: a row is ``[prefix | question 1 | question 2
+| ...]``, the prefix (chat header, visual tokens, separator) is causal, every question sees the prefix and
+itself only and its positions go on from the prefix's end. One pass over a video thus serves all its
+questions.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class LMConfig:
 
 @dataclass
 class Packed:
-    """A batch of packed rows (all tensors on the model's device); ``N`` questions of up to ``L`` tokens each a video.
+    """A batch of packed rows (all tensors on the model's device); ``N`` questions of up to ``L`` tokens each
+    a video.
 
     Attributes:
         embeds: ``[B, P + N * L, H]``, prefix padded at its end to P, every question at its end to L.
@@ -65,7 +67,9 @@ class Layer(nn.Module):
         self.up_proj = nn.Linear(c.hidden, c.intermediate, bias=False)
         self.down_proj = nn.Linear(c.intermediate, c.hidden, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Packed, causal: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, batch: Packed, causal: tuple[Tensor, Tensor]
+    ) -> Tensor:
         """``x [B, P + N * L, H]`` to the same shape; ``cos``/``sin`` ``[B, 1, P + N * L, head_dim]``."""
         c, (b, n, _) = self.c, x.shape
         h = F.rms_norm(x, (c.hidden,), self.input_layernorm, c.eps)
@@ -79,7 +83,9 @@ class Layer(nn.Module):
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, batch: Packed, causal: tuple[Tensor, Tensor], rows: int) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, batch: Packed, causal: tuple[Tensor, Tensor], rows: int
+) -> Tensor:
     """Attention of packed rows: ``q [B * KV, G, n, D]``, ``k, v [B * KV, n, D]`` to ``[B, n, KV * G * D]``.
 
     Two products instead of one masked one: question tokens never meet another question's keys.
@@ -92,7 +98,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, batch: Packed, causal: tuple[Tensor
     ko, vo = (t[:, p:].reshape(bk * count, length, d) for t in (k, v))
     qo = q[:, :, p:].reshape(bk, g, count, length, d).transpose(1, 2)  # [bk, N, G, L, D]
     far = (qo.reshape(bk, -1, d) @ kp.transpose(1, 2)).view(rows, -1, p) + batch.prefix_bias
-    near = (qo.reshape(bk * count, g * length, d) @ ko.transpose(1, 2)).view(-1, g, length, length) + causal[1]
+    near = (qo.reshape(bk * count, g * length, d) @ ko.transpose(1, 2)).view(-1, g, length, length) + causal[
+        1
+    ]
     scores = torch.cat((far.view(-1, p), near.view(-1, length)), dim=-1).softmax(-1)
     far, near = scores[:, :p], scores[:, p:]
     second = (far.reshape(bk, -1, p) @ vp).view(bk, count, g, length, d)
@@ -118,7 +126,7 @@ class LM(nn.Module):
         self.lm_head = nn.Linear(c.hidden, c.vocab, bias=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                scale = 0.02 if "embed" in name or "lm_head" in name else p.shape[1] ** -0.5 * 0.8
+                scale = 0.3 if "embed" in name else 0.02 if "lm_head" in name else p.shape[1] ** -0.5 * 0.8
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     scale *= (2 * c.layers) ** -0.5
                 nn.init.normal_(p, std=scale)
@@ -134,7 +142,9 @@ class LM(nn.Module):
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         far = torch.finfo(torch.bfloat16).min
         length = (x.shape[1] - batch.prefix) // batch.questions
-        causal = tuple(torch.full((m, m), far, device=x.device, dtype=x.dtype).triu(1) for m in (batch.prefix, length))
+        causal = tuple(
+            torch.full((m, m), far, device=x.device, dtype=x.dtype).triu(1) for m in (batch.prefix, length)
+        )
         early = None
         for number, layer in enumerate(self.layers, start=1):
             x = layer(x, cos, sin, batch, causal)

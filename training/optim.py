@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz iteration towards the nearest semi-orthogonal matrices: ``[K, m, n]`` to the same shape."""
+    """Newton-Schulz iteration to the nearest semi-orthogonal matrices: ``[K, m, n]`` to the same."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.to(torch.bfloat16)
     turned = x.shape[1] > x.shape[2]
@@ -27,7 +27,9 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised per matrix; matrices of one shape are handled as one batch."""
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 0.01, momentum: float = 0.95, decay: float = 0.0) -> None:
+    def __init__(
+        self, params: Iterable[Tensor], lr: float = 0.01, momentum: float = 0.95, decay: float = 0.0
+    ) -> None:
         super().__init__(list(params), {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
@@ -51,8 +53,10 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["decay"]).add_(u, alpha=-group["lr"] * scale)
 
 
-def build(module: nn.Module, lr: float, matrices: tuple[str, ...], decay: float = 0.01) -> list[torch.optim.Optimizer]:
-    """Muon over 2-D weights whose name contains one of ``matrices``, AdamW over everything else that trains."""
+def build(
+    module: nn.Module, lr: float, matrices: tuple[str, ...], decay: float = 0.01
+) -> list[torch.optim.Optimizer]:
+    """Muon over 2-D weights whose name contains one of ``matrices``, AdamW over all else that trains."""
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     inner = [p for n, p in named if p.dim() == 2 and any(m in n for m in matrices)]
     chosen = {id(p) for p in inner}
@@ -67,7 +71,9 @@ def set_lr(optimisers: list[torch.optim.Optimizer], lr: float) -> None:
             group["lr"] = lr
 
 
-def trapezoid(step: int, total: int, peak: float, warm: int = 100, fall: float = 0.25, least: float = 0.02) -> float:
+def trapezoid(
+    step: int, total: int, peak: float, warm: int = 100, fall: float = 0.25, least: float = 0.02
+) -> float:
     """Warm-up, plateau, linear fall to ``least * peak`` over the last ``fall`` of ``total`` steps."""
     down = max(1, int(total * fall))
     return peak * min((step + 1) / warm, 1.0) * max(least, min(1.0, (total - step) / down))

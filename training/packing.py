@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -41,7 +41,8 @@ class Encoded:
 def encode(tower: Tower, video: Video, crf: int | None, noise: int | None = None) -> Encoded:
     """Draw a video, take it through mp4 of quality ``crf`` (None: not), encode and pool it at every stride.
 
-    The projector's last layer is linear and so commutes with pooling: it stays outside, and trains with the language model.
+    The projector's last layer is linear and so commutes with pooling: it stays outside, and trains with the
+    language model.
     """
     pixels = draw_video(video)
     if crf is not None:
@@ -54,12 +55,15 @@ def encode(tower: Tower, video: Video, crf: int | None, noise: int | None = None
 @torch.no_grad()
 def pooled_rows(tower: Tower, frames: Tensor) -> Tensor:
     """``uint8 [T, 64, 64, 3]`` to the 21 pooled rows of every frame, ``[T * 21, H]`` bf16."""
+    frames = frames.to(tower.position_embedding.device)
     hidden = F.gelu(tower.linear_1(tower.encode(frames)))
-    return torch.cat([pool(hidden, s) for s in STRIDES], dim=1).flatten(0, 1).to(torch.bfloat16)
+    return torch.cat([pool(hidden, s) for s in STRIDES], dim=1).flatten(0, 1).to("cpu", torch.bfloat16)
 
 
 def plan(frames: int, strides: list[int], separators: set[int]) -> list[int]:
-    """Rows of the prefix: three header tokens, each frame's rows at its stride, separators (one at the end always)."""
+    """Rows of the prefix: three header tokens, each frame's rows at its stride, separators (one at the end
+    always).
+    """
     out = [HEADER] * 3
     for t in range(frames):
         low, high = _ROWS[strides[t]]
@@ -122,8 +126,15 @@ class Batch:
     positions: Tensor
     questions: list[list[Question]]
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on ``device``."""
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
-def collate(coder: Coder, videos: list[Encoded], plans: list[list[int]], asked: list[list[Question]]) -> Batch:
+
+def collate(
+    coder: Coder, videos: list[Encoded], plans: list[list[int]], asked: list[list[Question]]
+) -> Batch:
     """Pack; every video needs the same number of questions."""
     count, width = len(asked[0]), max(len(p) for p in plans)
     pairs = [[coder.pair(q) for q in qs] for qs in asked]
@@ -162,7 +173,7 @@ def embed(lm: LM, last: torch.nn.Linear, newline: Tensor, header: list[int], bat
 
 
 class Pool:
-    """A rolling stock of encoded training videos; each is used several times, with new questions every time."""
+    """A rolling stock of encoded training videos; each is used several times, with new questions."""
 
     def __init__(self, tower: Tower, first: int, size: int = 2400, codec: float = 0.6) -> None:
         self.tower, self.next, self.codec = tower, first, codec
@@ -179,7 +190,9 @@ class Pool:
 
     def take(self, count: int, rng: random.Random) -> list[Encoded]:
         """``count`` videos of about the same length."""
-        some = sorted(rng.sample(list(self.videos), min(len(self.videos), 4 * count)), key=lambda e: e.video.frames)
+        some = sorted(
+            rng.sample(list(self.videos), min(len(self.videos), 4 * count)), key=lambda e: e.video.frames
+        )
         start = rng.randint(0, len(some) - count)
         return some[start : start + count]
 

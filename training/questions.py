@@ -1,6 +1,7 @@
 """Questions about a scene graph, with answers that follow from it.
 
-Every asker yields all questions of its kind that have one right answer in the video; :func:`questions` draws from them.
+Every asker yields all questions of its kind that have one right answer in the video; :func:`questions` draws
+from them.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from training.world import COLOURS, DIGITS, PLACES, SCENES, SHAPES, WORDS, Item, Video
 
@@ -60,7 +62,7 @@ def _single(video: Video) -> list[Item]:
 
 
 def _named(video: Video) -> list[tuple[str, Item]]:
-    """(phrase, item) for every shape that a phrase picks out: "star", or "red star" where there are several."""
+    """(phrase, item) for every shape a phrase picks out: "star", or "red star" if there are several."""
     out = [(i.name, i) for i in _single(video)]
     for i in video.shapes():
         same = [j for j in video.shapes(i.name) if i.colour in (j.colour, j.colour2)]
@@ -88,7 +90,9 @@ def ask_what(v: Video) -> Asked:
     for number, scene in enumerate(v.scenes):
         hits = [i for i in v.shapes() if i.scene == number]
         if len(hits) == 1:
-            yield Question("what", f"Which shape appeared in the {scene.kind}?", hits[0].name, about=_span(*hits))
+            yield Question(
+                "what", f"Which shape appeared in the {scene.kind}?", hits[0].name, about=_span(*hits)
+            )
 
 
 def ask_colour(v: Video) -> Asked:
@@ -110,7 +114,9 @@ def ask_count(v: Video) -> Asked:
     for name in SHAPES:
         hits = v.shapes(name)
         if hits:
-            yield Question("count", f"How many times did a {name} appear?", str(len(hits)), about=_span(*hits))
+            yield Question(
+                "count", f"How many times did a {name} appear?", str(len(hits)), about=_span(*hits)
+            )
 
 
 def ask_order(v: Video) -> Asked:
@@ -194,7 +200,7 @@ def ask_open(v: Video) -> Asked:
         yield Question("open", f"Describe the {i.name} in a sentence.", answer, about=_span(i))
     for number, scene in enumerate(v.scenes):
         hits = [i for i in v.items if i.scene == number]
-        if hits and all(b.start - a.start >= 2 for a, b in zip(hits, hits[1:], strict=False)):
+        if hits and all(b.start - a.start >= 2 for a, b in pairwise(hits)):
             things = " and then ".join(_phrase(i) for i in hits)
             answer = f"In the {scene.kind} one could see {things}."
             yield Question("open", f"Describe the {scene.kind} in a sentence.", answer, about=_span(*hits))
@@ -253,7 +259,9 @@ def all_questions(v: Video) -> dict[str, list[Question]]:
     return {kind: [replace(q, of=kind) for q in ask(v)] for kind, ask in ASKERS.items()}
 
 
-def draw(v: Video, kind: str, rng: random.Random, stock: dict[str, list[Question]] | None = None) -> Question | None:
+def draw(
+    v: Video, kind: str, rng: random.Random, stock: dict[str, list[Question]] | None = None
+) -> Question | None:
     """One question of ``kind``, or None if the video has none; yes and no are equally likely."""
     stock = all_questions(v) if stock is None else stock
     if kind == "letter":
@@ -264,7 +272,9 @@ def draw(v: Video, kind: str, rng: random.Random, stock: dict[str, list[Question
     if kind == "exists":
         verdict = rng.choice(("yes", "no"))
         choices = [q for q in choices if q.answer == verdict]
-    elif kind in ("count", "open") and choices:  # by answer or form first: single appearances are far more frequent
+    elif (
+        kind in ("count", "open") and choices
+    ):  # by answer or form first: single appearances are far more frequent
         group = rng.choice(sorted({_group(q) for q in choices}))
         choices = [q for q in choices if _group(q) == group]
         if kind == "count" and group == "1" and rng.random() < 0.6:

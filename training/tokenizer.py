@@ -1,4 +1,6 @@
-"""The tokenizer: byte-level BPE, so any text can be encoded, trained so that the world's words are one token each."""
+"""The tokenizer: byte-level BPE, so any text can be encoded, trained so that the world's words are one token
+each.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The vision tower and projector as training runs them, and the labels they are pre-trained with.
 
-Arithmetic and parameter shapes are SigLIP's (``transformers``' ``SiglipVisionModel`` without post norm and head, then
-LLaVA-OneVision's projector); a test compares the outputs.
+Arithmetic and parameter shapes are SigLIP's (``transformers``' ``SiglipVisionModel`` without post norm and
+head, then LLaVA-OneVision's projector); a test compares the outputs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ class Block(nn.Module):
     def __init__(self, c: TowerConfig) -> None:
         super().__init__()
         self.heads = c.heads
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(c.hidden, eps=1e-6), nn.LayerNorm(c.hidden, eps=1e-6)
+        self.layer_norm1, self.layer_norm2 = (
+            nn.LayerNorm(c.hidden, eps=1e-6),
+            nn.LayerNorm(c.hidden, eps=1e-6),
+        )
         self.q_proj, self.k_proj = nn.Linear(c.hidden, c.hidden), nn.Linear(c.hidden, c.hidden)
         self.v_proj, self.out_proj = nn.Linear(c.hidden, c.hidden), nn.Linear(c.hidden, c.hidden)
         self.fc1, self.fc2 = nn.Linear(c.hidden, c.intermediate), nn.Linear(c.intermediate, c.hidden)
@@ -55,7 +58,9 @@ class Block(nn.Module):
         """``[B, N, C]`` to the same shape."""
         b, n, width = x.shape
         h = self.layer_norm1(x)
-        q, k, v = (f(h).view(b, n, self.heads, -1).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            f(h).view(b, n, self.heads, -1).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
+        )
         weights = ((q * (width // self.heads) ** -0.5) @ k.transpose(2, 3)).softmax(-1)
         x = x + self.out_proj((weights @ v).transpose(1, 2).reshape(b, n, width))
         return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
@@ -73,7 +78,9 @@ class Tower(nn.Module):
         self.linear_1, self.linear_2 = nn.Linear(c.hidden, c.out), nn.Linear(c.out, c.out)
 
     def patches(self, frames: Tensor) -> Tensor:
-        """``uint8 [B, 64, 64, 3]`` to normalised patches ``float [B, N, 3 * p * p]`` (mean and deviation 0.5)."""
+        """``uint8 [B, 64, 64, 3]`` to normalised patches ``float [B, N, 3 * p * p]`` (mean and deviation
+        0.5).
+        """
         b, p, g = len(frames), self.c.patch, self.c.grid
         x = frames.view(b, g, p, g, p, 3).permute(0, 1, 3, 5, 2, 4).reshape(b, g * g, -1)
         return x.to(self.patch_embedding.weight.dtype) / 127.5 - 1.0
@@ -91,7 +98,9 @@ class Tower(nn.Module):
 
 
 def pool(x: Tensor, stride: int) -> Tensor:
-    """Bilinear pooling of ``[B, g * g, H]`` to ``[B, t * t, H]``, ``t = ceil(g / stride)``, as LLaVA-OneVision does it."""
+    """Bilinear pooling of ``[B, g * g, H]`` to ``[B, t * t, H]``, ``t = ceil(g / stride)``, as LLaVA-
+    OneVision does it.
+    """
     b, n, width = x.shape
     g = round(n**0.5)
     size = -(-g // stride)
@@ -125,7 +134,7 @@ def _columns(item: Item, frame: int) -> list[int]:
 
 
 def frame_labels(video: Video, frame: int) -> tuple[dict[int, NDArray[np.float32]], int]:
-    """What each cell of each stride shows: ``{stride: [cells, LABELS]}`` of 0 and 1, and the scene's index."""
+    """What each cell of each stride shows, ``{stride: [cells, LABELS]}`` of 0 and 1; the scene's index."""
     labels = {s: np.zeros(((8 // s) ** 2, LABELS), np.float32) for s in STRIDES}
     for item in video.visible(frame):
         mask = item_mask(item, frame).astype(np.float32)
@@ -146,3 +155,26 @@ def augment(frames: Pixels, rng: np.random.Generator) -> Pixels:
     if rng.random() < 0.5:
         x += rng.normal(0, rng.uniform(0, 5), x.shape)
     return np.clip(x, 0, 255).astype(np.uint8)
+
+
+@torch.no_grad()
+def warm_start(tower: Tower, frames: Tensor) -> None:
+    """Start from whitened patches and sine-cosine positions: a fresh ViT needs long to find either by itself.
+
+    Args:
+        tower: changed in place.
+        frames: ``uint8 [B, 64, 64, 3]``, a few hundred; their patches' principal axes become the patch
+            embedding.
+    """
+    c = tower.c
+    patches = tower.patches(frames).flatten(0, 1).float()
+    mean = patches.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov((patches - mean).T))
+    values, vectors = values.flip(0)[: c.hidden], vectors.flip(1)[:, : c.hidden]
+    tower.patch_embedding.weight.copy_((vectors / (values + 3e-3).sqrt()).T)
+    tower.patch_embedding.bias.copy_(-(tower.patch_embedding.weight @ mean))
+    at = torch.arange(c.grid).float()
+    rate = torch.pi * torch.arange(1, c.hidden // 4 + 1) / c.grid * 0.5
+    axis = torch.cat((torch.sin(at[:, None] * rate), torch.cos(at[:, None] * rate)), dim=1)  # [g, hidden / 2]
+    both = torch.cat((axis[:, None].expand(-1, c.grid, -1), axis[None].expand(c.grid, -1, -1)), dim=-1)
+    tower.position_embedding.copy_(both.reshape(c.grid**2, c.hidden) * 0.5)

@@ -4,8 +4,9 @@ Usage (again the same line to resume; a larger ``--minutes`` goes on from a fini
 
     python -m training.train_lm --tower runs/tower/tower.pt --out runs/lm --minutes 120
 
-Wall-clock minutes, summed over restarts, set the schedule: warm-up, plateau, linear fall over the last quarter. Every ten
-minutes ``last.pt`` (fp32 weights, a few megabytes) and ``optim.pt`` are written and a held-out sample is scored.
+Wall-clock minutes, summed over restarts, set the schedule: warm-up, plateau, linear fall over the last
+quarter. Every ten minutes ``last.pt`` (fp32 weights, a few megabytes) and ``optim.pt`` are written and a
+held-out sample is scored.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training import optim
+from training.device import DEVICE
 from training.lm import LM, LMConfig
 from training.packing import (
     LONG,
@@ -58,9 +60,9 @@ class Stage:
 
 
 STAGES = (
-    Stage((4, 10), 2, 12, 4, 0.3, 0.75),
-    Stage((8, 24), 4, 10, 3, 0.3, 0.80),
-    Stage((12, 64), 6, 8, 2, 0.4, 2.0),
+    Stage((4, 10), 2, 8, 3, 0.25, 0.75),
+    Stage((8, 24), 4, 8, 2, 0.25, 0.80),
+    Stage((12, 64), 6, 8, 2, 0.3, 2.0),
 )
 
 
@@ -75,11 +77,15 @@ class Model(nn.Module):
         self.newline = nn.Parameter(torch.randn(c.hidden) * c.hidden**-0.5)
 
 
-def scores(model: Model, coder: Coder, batch: Batch, tap: int | None = None) -> tuple[Tensor, list[list[bool]]]:
+def scores(
+    model: Model, coder: Coder, batch: Batch, tap: int | None = None
+) -> tuple[Tensor, list[list[bool]]]:
     """Loss, and for every question whether greedy decoding would give exactly its answer.
 
-    All the answer's tokens being the arg max behind the right prefix is the same as greedy decoding giving the answer.
+    All the answer's tokens being the arg max behind the right prefix is the same as greedy decoding giving
+    the answer.
     """
+    batch = batch.to(model.newline.device)
     packed = embed(model.lm, model.last, model.newline, coder.header, batch)
     final, early = model.lm.hidden(packed, tap)
     at = batch.targets >= 0
@@ -119,25 +125,30 @@ class Run:
         self.args, self.out = args, args.out
         self.out.mkdir(parents=True, exist_ok=True)
         self.coder = Coder(load_tokenizer(self.out))
-        self.tower = load_tower(args.tower).to(torch.bfloat16)
+        self.tower = load_tower(args.tower).to(DEVICE, torch.bfloat16)
         torch.manual_seed(1)
         config = LMConfig(vocab=self.coder.tok.get_vocab_size(), layers=args.layers)
-        self.master = Model(config, load_tower(args.tower))
-        self.model = Model(config, load_tower(args.tower)).to(torch.bfloat16)
+        self.master = Model(config, load_tower(args.tower)).to(DEVICE)
+        self.model = Model(config, load_tower(args.tower)).to(DEVICE, torch.bfloat16)
         self.optimisers = optim.build(self.master, args.lr, ("layers.", "last."))
         self.step, self.stage, self.spent, self.entered = 0, 0, 0.0, 0
         self.match: dict[str, float] = {}
         next_video = 0
         if (self.out / "last.pt").exists():
-            state = torch.load(self.out / "last.pt")
+            state = torch.load(self.out / "last.pt", map_location=DEVICE)
             self.master.load_state_dict(state["model"])
             self.step, self.stage, self.spent = state["step"], state["stage"], state["spent"]
             self.match, next_video, self.entered = state["match"], state["next"], state["entered"]
             if (self.out / "optim.pt").exists():
-                for o, s in zip(self.optimisers, torch.load(self.out / "optim.pt"), strict=True):
+                for o, s in zip(
+                    self.optimisers, torch.load(self.out / "optim.pt", map_location=DEVICE), strict=True
+                ):
                     o.load_state_dict(s)
-        self.publish()
         self.pool = Pool(self.tower, next_video, size=args.pool)
+        if self.step == 0:
+            self.pool.grow(64, STAGES[0].frames, STAGES[0].scenes)
+            settle(self.master.last, torch.cat([v.rows for v in self.pool.videos]).to(DEVICE).float())
+        self.publish()
         self.rng = random.Random(self.step)
 
     def publish(self) -> None:
@@ -149,7 +160,9 @@ class Run:
     def save(self) -> None:
         """Write ``last.pt`` and ``optim.pt``; each replaces the old one at once."""
         state: dict[str, Any] = {"model": self.master.state_dict(), "config": asdict(self.master.lm.c)}
-        state |= {f: getattr(self, f) for f in ("step", "stage", "spent", "match", "entered")} | {"next": self.pool.next}
+        state |= {f: getattr(self, f) for f in ("step", "stage", "spent", "match", "entered")} | {
+            "next": self.pool.next
+        }
         for name, what in (("last.pt", state), ("optim.pt", [o.state_dict() for o in self.optimisers])):
             torch.save(what, self.out / f"{name}.new")
             (self.out / f"{name}.new").replace(self.out / name)
@@ -190,13 +203,28 @@ class Run:
         """Next stage of the curriculum once the mean match over the kinds is good enough."""
         mean = sum(self.match.values()) / max(1, len(self.match))
         old = self.step - self.entered
-        if self.stage + 1 < len(STAGES) and (mean > STAGES[self.stage].goal or old > self.args.patience) and old > 100:
+        if (
+            self.stage + 1 < len(STAGES)
+            and (mean > STAGES[self.stage].goal or old > self.args.patience)
+            and old > 100
+        ):
             self.stage, self.entered = self.stage + 1, self.step
+
+
+@torch.no_grad()
+def settle(last: nn.Linear, rows: Tensor, spread: float = 0.5) -> None:
+    """Centre and scale the projector's output over ``rows``, so that visual tokens start about as large as
+    words.
+    """
+    out = last(rows)
+    scale = spread / (out - out.mean(0)).std()
+    last.bias.sub_(out.mean(0)).mul_(scale)
+    last.weight.mul_(scale)
 
 
 def load_tower(path: Path) -> Tower:
     """Tower and projector of stage 1, frozen, fp32."""
-    state = torch.load(path)["model"]
+    state = torch.load(path, map_location="cpu")["model"]
     tower = Tower(TowerConfig())
     tower.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("0.")})
     return tower.requires_grad_(False)
@@ -209,10 +237,10 @@ def parse() -> argparse.Namespace:
     ap.add_argument("--out", type=Path, required=True)
     ap.add_argument("--minutes", type=float, default=120)
     ap.add_argument("--max-steps", type=int, default=10**9)
-    ap.add_argument("--lr", type=float, default=2e-3)
+    ap.add_argument("--lr", type=float, default=4e-3)
     ap.add_argument("--layers", type=int, default=12)
     ap.add_argument("--long", type=float, default=0.4, help="share of steps with letter and open questions")
-    ap.add_argument("--tap", type=int, default=0, help="also read answers out after this layer (0: no)")
+    ap.add_argument("--tap", type=int, default=8, help="also read answers out after this layer (0: no)")
     ap.add_argument("--pool", type=int, default=1500)
     ap.add_argument("--patience", type=int, default=4000, help="most steps in one stage of the curriculum")
     ap.add_argument("--every", type=float, default=10, help="minutes between checkpoints")

@@ -1,7 +1,8 @@
 """Stage 1 of training: tower and projector, supervised on single frames.
 
-Every pooled token, at each of the three strides, must name what its own cell shows (``training.tower.frame_labels``) and which
-scene it is in. The read-out is one linear layer, thrown away afterwards. Usage::
+Every pooled token, at each of the three strides, must name what its own cell shows
+(``training.tower.frame_labels``) and which scene it is in. The read-out is one linear layer, thrown away
+afterwards. Usage::
 
     python -m training.train_tower --out runs/tower --minutes 15
 """
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training import optim
+from training.device import DEVICE
 from training.draw import background, draw_frame
 from training.seeds import seed_of
-from training.tower import LABELS, STRIDES, Tower, TowerConfig, augment, frame_labels, pool
+from training.tower import LABELS, STRIDES, Tower, TowerConfig, augment, frame_labels, pool, warm_start
 from training.video_file import through_codec
 from training.world import SCENES, make_video
 
@@ -78,11 +80,12 @@ class Heads(nn.Module):
 
 
 def loss_of(tower: Tower, heads: Heads, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    """Loss, and per stride the share of tokens whose whole label row is right (tokens that show something)."""
-    frames, labels, scenes = batch
+    """Loss, and per stride the share of the tokens that show something whose label row is right."""
+    frames, labels, scenes = batch[0].to(DEVICE), batch[1], batch[2].to(DEVICE)
     projected = tower.project(tower.encode(frames))
-    loss, figures = torch.zeros(()), {}
+    loss, figures = torch.zeros((), device=DEVICE), {}
     for stride, want in labels.items():
+        want = want.to(DEVICE)
         tokens = pool(projected, stride)
         logits = heads.labels(tokens).float()
         scene = heads.scene(tokens).float()
@@ -109,12 +112,13 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     tower = Tower(TowerConfig())
+    warm_start(tower, sample("train", 0, 96, 3)[0])
     heads = Heads(tower.c.out)
-    both = nn.ModuleList([tower, heads])
+    both = nn.ModuleList([tower, heads]).to(DEVICE)
     optimisers = optim.build(both, args.lr, ("blocks", "linear_"))
     path, step, spent = args.out / "tower.pt", 0, 0.0
     if path.exists():
-        state = torch.load(path)
+        state = torch.load(path, map_location=DEVICE)
         both.load_state_dict(state["model"])
         for o, s in zip(optimisers, state["optim"], strict=True):
             o.load_state_dict(s)
@@ -126,19 +130,28 @@ def main() -> None:
         share = max(step / args.steps, spent / 60 / args.minutes)
         done = share >= 1
         if step % 100 == 0 or done:
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
                 value, figures = loss_of(tower, heads, valid)
-            print(f"{step} {spent:.0f}s valid {value:.4f} " + " ".join(f"{k} {v:.3f}" for k, v in figures.items()), flush=True)
+            print(
+                f"{step} {spent:.0f}s valid {value:.4f} "
+                + " ".join(f"{k} {v:.3f}" for k, v in figures.items()),
+                flush=True,
+            )
         if step % 200 == 0 or done:
             torch.save(
-                {"model": both.state_dict(), "optim": [o.state_dict() for o in optimisers], "step": step, "spent": spent},
+                {
+                    "model": both.state_dict(),
+                    "optim": [o.state_dict() for o in optimisers],
+                    "step": step,
+                    "spent": spent,
+                },
                 path,
             )
         if done:
             return
         optim.set_lr(optimisers, args.lr * min(1.0, (step + 1) / 50) * min(1.0, max(0.02, (1 - share) / 0.4)))
         batch = sample("train", step * args.videos, args.videos, args.per_video)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             loss, _ = loss_of(tower, heads, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(both.parameters(), 1.0)

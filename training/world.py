@@ -38,10 +38,10 @@ class Scene:
 class Item:
     """One appearance, visible on frames ``start .. end - 1`` of scene number ``scene``.
 
-    ``kind`` is ``shape``, ``digit`` or ``word`` and ``name`` its value. A shape has a ``colour`` and may either
-    turn into ``colour2`` halfway or move from ``xy`` to ``xy2``; the others are ``None``. ``xy`` and ``xy2`` are the
-    centre in pixels, (column, row), multiples of 8 that ``jitter`` shifts by a pixel at most: a tower of 8 x 8 patches
-    learns shapes many times faster when they are not at every offset.
+    ``kind`` is ``shape``, ``digit`` or ``word`` and ``name`` its value. A shape has a ``colour`` and may
+    either turn into ``colour2`` halfway or move from ``xy`` to ``xy2``; the others are ``None``. ``xy`` and
+    ``xy2`` are the centre in pixels, (column, row), multiples of 8 that ``jitter`` shifts by a pixel at most:
+    a tower of 8 x 8 patches learns shapes many times faster when they are not at every offset.
     """
 
     kind: str
@@ -135,8 +135,8 @@ def make_video(seed: int, frames: tuple[int, int] = (MIN_FRAMES, MAX_FRAMES), ma
 
     Args:
         seed: see :mod:`training.seeds`.
-        frames: least and greatest number of frames. Training's curriculum starts below 16; validation and test
-            always use the default.
+        frames: least and greatest number of frames. Training's curriculum starts below 16; validation and
+            test always use the default.
         max_scenes: most scenes (2 at least are made, 1 where ``max_scenes`` is 1 or the video is too short).
     """
     rng = random.Random(seed)
@@ -154,8 +154,9 @@ def make_video(seed: int, frames: tuple[int, int] = (MIN_FRAMES, MAX_FRAMES), ma
 def _populate(rng: random.Random, scenes: list[Scene]) -> tuple[tuple[Item, ...], str]:
     """Items of all scenes, and the counted shape.
 
-    Every shape name but the counted one appears once at most; the counted one has a new colour every time. Words and digits
-    are distinct in a video, one of each at most in a scene. At most one thing is in a quadrant at a time.
+    Every shape name but the counted one appears once at most; the counted one has a new colour every time.
+    Words and digits are distinct in a video, one of each at most in a scene. At most one thing is in a
+    quadrant at a time.
     """
     counted, *others = rng.sample(SHAPES, len(SHAPES))
     colours = rng.sample(COLOURS, len(COLOURS))

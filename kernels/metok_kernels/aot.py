@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+import triton  # type: ignore[import-untyped]  # Triton ships no type information
+from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
+from triton.backends.nvidia.compiler import get_ptxas  # type: ignore[import-untyped]
+from triton.compiler import ASTSource  # type: ignore[import-untyped]
 
 from metok_kernels.launch import Argument, Launch
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448}
-"""Bytes of shared memory that one thread block may ask for, by compute capability (CUDA C programming guide)."""
+"""Bytes of shared memory one thread block may ask for, by compute capability (CUDA programming guide)."""
 
 POINTERS = {
     torch.float32: "*fp32",

@@ -1,10 +1,13 @@
-"""Checks that launchers make before a pointer reaches a kernel. Host side only; nothing is read from the device."""
+"""Checks that launchers make before a pointer reaches a kernel. Nothing is read from the device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+
+Layout = Literal["contiguous", "rows", "any"]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INDEX = (torch.int32, torch.int64)
@@ -23,12 +26,13 @@ def expect(
     dtypes: Sequence[torch.dtype],
     device: torch.device,
     *,
-    dense: bool = True,
+    layout: Layout = "contiguous",
 ) -> None:
     """Check one tensor argument.
 
-    `shape` has None where any size will do. `dense` asks for a contiguous tensor; otherwise only the last axis must
-    be contiguous, and the kernel takes the strides. Raises TypeError for a wrong dtype, ValueError for the rest.
+    `shape` has None where any size will do. `layout`: "contiguous"; "rows", of which only the last axis must
+    be contiguous; or "any". Kernels take the strides of what is not contiguous. Raises TypeError for a wrong
+    dtype, ValueError for the rest.
     """
     if tensor.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -39,7 +43,7 @@ def expect(
     )
     require(matches, f"{name} has shape {list(tensor.shape)}, expected {wanted}")
     require(tensor.device == device, f"{name} is on {tensor.device}, expected {device}")
-    if dense:
+    if layout == "contiguous":
         require(tensor.is_contiguous(), f"{name} must be contiguous")
-    elif tensor.dim() and tensor.shape[-1] > 1:
+    elif layout == "rows" and tensor.shape[-1] > 1:
         require(tensor.stride(-1) == 1, f"the last axis of {name} must be contiguous")

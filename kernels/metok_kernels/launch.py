@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped]  # no types
 
 Argument = torch.Tensor | int | float | None
 Constant = int | float | bool | str
@@ -33,8 +33,8 @@ def interpreted(kernel: Any) -> bool:
 class Launch:
     """One kernel, its grid and its arguments.
 
-    Operations build a `Launch` first and run it afterwards, so that ahead-of-time compilation (`aot.py`) sees the
-    very signature, alignment and constants of a real call; it may be built from tensors on `meta`.
+    Operations build a `Launch` first and run it afterwards, so that ahead-of-time compilation (`aot.py`) sees
+    the very signature, alignment and constants of a real call; it may be built from tensors on `meta`.
     """
 
     kernel: Any

@@ -1,20 +1,22 @@
 """Every kernel in the configurations in use, built from tensors on `meta`: what is compiled ahead of time.
 
-`python -m metok_kernels.variants` compiles all of them for sm_80 and sm_90 without a GPU, and prints one JSON object a
-kernel and chip: registers, spills, shared memory and its limit, and the addresses computed in less than 64 bits.
+`python -m metok_kernels.variants` compiles all of them for sm_80 and sm_90 without a GPU, and prints one JSON
+object a
+kernel and chip: registers, spills, shared memory and its limit, and what is wrong, if anything.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from metok_kernels.aot import SHARED_LIMIT, compile_launch
+from metok_kernels.aot import SHARED_LIMIT, Usage, compile_launch
 from metok_kernels.event_similarity.launch import plan as plan_similarity
 from metok_kernels.gather_rows.launch import plan as plan_gather
 from metok_kernels.launch import Launch
@@ -28,6 +30,9 @@ from metok_kernels.tiered_pool.reference import Mode
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 E4M3, E5M2, INT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
+
+SPILL_BOUND = 64
+"""Bytes a thread may spill: a few registers for an instant. Only float32 scoring spills at all."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +88,21 @@ def _scores(
 
 def _score_variants() -> Iterator[Variant]:
     small, large = MODELS[:2]
-    cases: list[tuple[str, tuple[Launch, ...], tuple[int, ...]]] = []
-    for dtype in (BF16, FP16, FP32):
-        cases.append((f"{small.name} {dtype} paged", _scores(small, dtype, None), (80, 90)))
-        cases.append((f"{large.name} {dtype} packed", _scores(large, dtype, None, page=0), (80, 90)))
-    cases.append((f"{large.name} {BF16} paged", _scores(large, BF16, None), (80, 90)))
-    cases.append((f"{large.name} {BF16} paged by 64", _scores(large, BF16, None, page=64), (90,)))
-    cases.append((f"{large.name} {BF16} tensor parallel 4", _scores(large, BF16, None, split=4), (90,)))
-    # Triton has no float8_e4m3fn before sm_89; vLLM refuses that cache there too.
-    for cache, chips in ((E4M3, (90,)), (E5M2, (80, 90)), (INT8, (80, 90))):
-        cases.append((f"{large.name} {BF16} cache {cache}", _scores(large, BF16, cache), chips))
+    both, hopper = (80, 90), (90,)
+    cases: list[tuple[str, tuple[Launch, ...], tuple[int, ...]]] = [
+        (f"{small.name} {BF16} paged", _scores(small, BF16, None), both),
+        (f"{small.name} {FP16} paged", _scores(small, FP16, None), both),
+        (f"{small.name} {FP32} paged", _scores(small, FP32, None), both),
+        (f"{large.name} {BF16} packed", _scores(large, BF16, None, page=0), both),
+        (f"{large.name} {FP32} packed", _scores(large, FP32, None, page=0), both),
+        (f"{large.name} {BF16} paged", _scores(large, BF16, None), both),
+        (f"{large.name} {BF16} paged by 64", _scores(large, BF16, None, page=64), hopper),
+        (f"{large.name} {BF16} tensor parallel 4", _scores(large, BF16, None, split=4), hopper),
+        # Triton has no float8_e4m3fn before sm_89; vLLM refuses that cache there too.
+        (f"{large.name} {BF16} cache {E4M3}", _scores(large, BF16, E4M3), hopper),
+        (f"{large.name} {BF16} cache {E5M2}", _scores(large, BF16, E5M2), both),
+        (f"{large.name} {BF16} cache {INT8}", _scores(large, BF16, INT8), both),
+    ]
     for name, launches, chips in cases:
         for launch in launches:
             yield Variant(name, launch, chips)
@@ -150,12 +160,27 @@ def variants() -> Iterator[Variant]:
 
 def narrow_addresses(ttir: str) -> list[str]:
     """The pointer additions of a kernel whose offset has fewer than 64 bits."""
-    return [line.strip() for line in ttir.splitlines() if "tt.addptr" in line and not re.search(r"i64(>|\s|$)", line)]
+    additions = [line.strip() for line in ttir.splitlines() if "tt.addptr" in line]
+    return [line for line in additions if not re.search(r"i64(>|\s|$)", line)]
 
 
-def main() -> None:
-    """Compile all variants and print one JSON object a line."""
+def problems(name: str, usage: Usage) -> list[str]:
+    """What is wrong with a compiled kernel, one sentence each; empty if nothing is."""
+    where = f"{usage.kernel} ({name}, sm_{usage.capability})"
+    found = []
+    if usage.spills > SPILL_BOUND:
+        found.append(f"{where} spills {usage.spills} bytes a thread, more than {SPILL_BOUND}")
+    if usage.shared > SHARED_LIMIT[usage.capability]:
+        limit = SHARED_LIMIT[usage.capability]
+        found.append(f"{where} needs {usage.shared} bytes of shared memory, the chip has {limit}")
+    found += [f"{where} computes an address in 32 bits: {line}" for line in narrow_addresses(usage.ttir)]
+    return found
+
+
+def main() -> int:
+    """Compile all variants, print one JSON object a line; 1 if any of them has a problem."""
     warnings.simplefilter("ignore")
+    failed = False
     for variant in variants():
         for capability in variant.capabilities:
             usage = compile_launch(variant.launch, capability)
@@ -167,10 +192,12 @@ def main() -> None:
                 "spills": usage.spills,
                 "shared": usage.shared,
                 "shared_limit": SHARED_LIMIT[capability],
-                "narrow": narrow_addresses(usage.ttir),
+                "problems": problems(variant.name, usage),
             }
+            failed |= bool(report["problems"])
             print(json.dumps(report), flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -35,8 +35,7 @@ def segment(similarity: Tensor, events: int) -> Tensor:
     """
     if events < 1:
         raise ValueError(f"a video has at least 1 event, not {events}")
-    # + 0.0 as in `ordering.best_first`; ascending sort puts NaN last by itself.
-    cuts = torch.argsort(similarity + 0.0, stable=True)[: events - 1]
+    cuts = torch.argsort(similarity, stable=True)[: events - 1]
     starts_event = torch.zeros(similarity.shape[0] + 1, dtype=torch.int64, device=similarity.device)
     return starts_event.index_fill_(0, cuts + 1, 1).cumsum(0)
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 def best_first(scores: Tensor) -> Tensor:
     """Indices of `scores[n]` from best to worst, int64 [n]."""
-    # + 0.0 turns -0.0 into 0.0: a radix sort may otherwise tell the two apart.
-    comparable = torch.where(scores.isnan(), float("-inf"), scores) + 0.0
+    comparable = torch.where(scores.isnan(), float("-inf"), scores)
     return torch.argsort(comparable, descending=True, stable=True)
 
 

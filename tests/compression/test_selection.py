@@ -31,6 +31,10 @@ def test_ratios_are_the_decimals_they_print_as(printed: str) -> None:
     assert to_micro(float(printed)) == Decimal(printed) * MICRO
 
 
+def test_every_decimal_survives_binary_floating_point() -> None:
+    assert all(to_micro(micro / MICRO) == micro for micro in range(0, MICRO + 1, 7))
+
+
 @pytest.mark.parametrize("ratio", [-0.01, 1.01, float("nan"), float("inf")])
 def test_ratios_outside_their_range_are_refused(ratio: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):

@@ -16,7 +16,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def project(model: Any, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q [heads, tokens, width], k and v [kv_heads, tokens, width] of `hidden` [tokens, D]; q and k rotated."""
+    """q [heads, tokens, width], k and v [kv_heads, tokens, width] of `hidden` [tokens, D]; q, k rotated."""
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
 

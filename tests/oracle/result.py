@@ -29,7 +29,7 @@ class OracleResult:
     """One request's outcome. An engine fills in what it can observe; the other fields stay None.
 
     `logprobs` has one row a generated token: the oracle's is the whole log-softmax, float32 [steps,
-    vocabulary]; an engine's may be its top entries, a mapping from token id to natural log-probability a step.
+    vocabulary]; an engine's may be its top entries, a mapping from token id to natural logarithm a step.
     """
 
     prompt_ids: list[int]  # every placeholder written out

@@ -21,7 +21,7 @@ from tests.oracle.stage1 import Stage1
 from tests.oracle.stage2 import Video
 
 Towers = tuple[Any, Sequence[Tensor], Tensor]
-"""A paired image/text model, its frames of each video [T, 3, h, w], the question's token windows [windows, n]."""
+"""A paired image/text model, its frames of each video [T, 3, h, w], the question's windows [windows, n]."""
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def run(
     `prompt_ids` holds one placeholder an item. `videos`: pixel values [T, 3, height, width] each. `images`:
     the HF processor's (pixel_values, image_sizes); every image is tiled as if it were the only one, as vLLM
     does. `question_ids`: the question in the language model's own tokens, no special ones. `force_tokens`:
-    fed instead of the tokens chosen, `max_new_tokens - 1` of them or more. The end token does not end the run.
+    fed instead of the tokens chosen, at least `max_new_tokens - 1`. The end token does not end the run.
 
     Raises ValueError if METok is on and the prompt does not end with text.
     """

@@ -29,7 +29,7 @@ class Sample:
     def prompt_ids(
         self, question: str = QUESTION, *, videos: int = 1, images: int = 0, between: str = ""
     ) -> list[int]:
-        """The chat prompt's token ids, one placeholder an item, images first; `between` follows the first video."""
+        """The chat prompt, one placeholder an item, images first; `between` follows the first video."""
         parts = [{"type": "image"}] * images + [{"type": "video"}] * videos
         message = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
         text = self.processor.apply_chat_template([message], add_generation_prompt=True)

@@ -33,7 +33,7 @@ def exact(share: float) -> Fraction:
 
 
 def prune_layers(settings: OracleSettings, layers: int) -> tuple[int, int, int]:
-    """Section 2: the 0-based layers L1 < L2 < L3 before which tokens are dropped (`layers`: after the last)."""
+    """Section 2: the 0-based layers L1 < L2 < L3 before which tokens are dropped (`layers`: never)."""
     if settings.prune_layers is None:
         first = max(1, round(Fraction(3 * layers, 28)))
         second = max(first + 1, round(Fraction(10 * layers, 28)))

@@ -44,7 +44,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cut_events(similarities: list[float], events: int) -> list[tuple[int, int]]:
-    """1.2: [start, stop) of each event, cut after the lowest similarities; among equals at the lower index."""
+    """1.2: [start, stop) of each event, cut after the lowest similarities; equal ones: the lower index."""
     frames = len(similarities) + 1
     order = sorted(range(len(similarities)), key=lambda i: (similarities[i], i))
     starts = [0, *(i + 1 for i in sorted(order[: min(events, frames) - 1]))]
@@ -59,7 +59,7 @@ def align(
     mode: str,
     towers: tuple[Any, Tensor, Tensor] | None,
 ) -> Tensor:
-    """1.3: r[T]. `towers`, for "dual-tower": the model, its frames [T, 3, h, w], token windows [windows, n]."""
+    """1.3: r[T]. `towers`, for "dual-tower": the model, frames [T, 3, h, w], token windows [windows, n]."""
     if mode == "none":
         means = torch.cat([vectors[a:b].mean(0).expand(b - a, -1) for a, b in events])
         return cosine(vectors, means)
@@ -122,7 +122,7 @@ def separators(model: Any) -> list[Tensor]:
 
 
 def gap(values: list[float], count: int) -> float:
-    """How far the `count`-th best of `values` is ahead of the next; infinite if there was nothing to choose."""
+    """How far the `count`-th best of `values` is ahead of the next; infinite if nothing was to choose."""
     best = sorted(values, reverse=True)
     return best[count - 1] - best[count] if 0 < count < len(best) else math.inf
 

@@ -109,7 +109,7 @@ def test_keeping_everything_is_off(sample: Callable[..., Sample]):
 def test_a_run_is_one_masked_forward_of_the_plain_model(
     sample: Callable[..., Sample], make, shape, retention
 ):
-    """Told who was alive or held, transformers gives the oracle's logprobs and, by its attention, its survivors."""
+    """Told who is alive, transformers gives the oracle's logprobs and, by its attention, its survivors."""
     tiny = sample(**shape)
     settings = OracleSettings(decode_retention=retention)
     request = make(tiny)

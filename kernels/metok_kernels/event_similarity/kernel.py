@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# (Triton's language is Python syntax with types of its own: pointers, blocks, constexpr. mypy cannot follow it.)
+# Triton's language has types of its own (pointers, blocks, constexpr) that mypy cannot follow.
 """The input is read once, by the means; the cosines read only the means, `tokens` times smaller."""
 
 import triton
@@ -26,7 +26,7 @@ def frame_mean_kernel(
 def adjacent_cosine_kernel(
     p_mean, p_cu_frames, p_similarity, frames, videos, width, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr
 ):  # fmt: skip
-    """similarity[i] = cos(mean[i], mean[i + 1]), or +inf where frame i is the last of its video. Grid (frames,)."""
+    """similarity[i] = cos(mean[i], mean[i + 1]), or +inf at the last frame of each video. Grid (frames,)."""
     frame = tl.program_id(0).to(tl.int64)
     ends_here = tl.zeros([BLOCK_V], tl.int32)
     for first in range(0, videos, BLOCK_V):

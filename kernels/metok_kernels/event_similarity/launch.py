@@ -12,12 +12,12 @@ from metok_kernels.launch import Launch, ceil_div, power_of_two
 def plan(
     features: torch.Tensor, cu_frames: torch.Tensor
 ) -> tuple[tuple[Launch, Launch], torch.Tensor, torch.Tensor]:
-    """Check the arguments of `event_similarity`; returns its launches in order, the means and the similarities."""
+    """Check the arguments of `event_similarity`; returns its launches in order and what they fill."""
     device = features.device
-    expect("features", features, (None, None, None), FLOATS, device, dense=False)
+    expect("features", features, (None, None, None), FLOATS, device, layout="rows")
     expect("cu_frames", cu_frames, (None,), INDEX, device)
     frames, tokens, width = features.shape
-    require(tokens > 0 and width > 0, f"features has shape {list(features.shape)}: a frame needs tokens and a width")
+    require(tokens > 0 and width > 0, f"features has shape {list(features.shape)}: its frames are empty")
     mean = torch.empty(frames, width, dtype=torch.float32, device=device)
     similarity = torch.empty(frames, dtype=torch.float32, device=device)
     block_d = min(max(power_of_two(width), 16), 128)
@@ -25,7 +25,8 @@ def plan(
         frame_mean_kernel,
         (frames, ceil_div(width, block_d), 1),
         {
-            "p_x": features, "p_mean": mean, "stride_frame": features.stride(0), "stride_token": features.stride(1),
+            "p_x": features, "p_mean": mean,
+            "stride_frame": features.stride(0), "stride_token": features.stride(1),
             "tokens": tokens, "width": width,
         },
         {"BLOCK_N": 32, "BLOCK_D": block_d},
@@ -43,17 +44,17 @@ def plan(
 
 
 def event_similarity(features: torch.Tensor, cu_frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frame vectors `f_i` and adjacent similarities `S_i = cos(f_i, f_{i+1})` of packed videos (method.md 1, rule 1).
+    """Frame vectors `f_i`, similarities `S_i = cos(f_i, f_{i+1})` of packed videos (method.md 1, rule 1).
 
     Args:
-        features: [frames, tokens, width] float, frames of all videos one after the other; frame and token strides
-            are free.
+        features: [frames, tokens, width] float, frames of all videos one after the other; frame and token
+            strides are free.
         cu_frames: [videos + 1] int, cumulative frames.
 
     Returns:
         mean: [frames, width] float32.
-        similarity: [frames] float32. At the last frame of each video +inf: there is nothing to cut after it, and no pair
-            spans two videos. Norms below 1e-12 count as 1e-12.
+        similarity: [frames] float32. At the last frame of each video +inf: there is nothing to cut after it,
+            and no pair spans two videos. Norms below 1e-12 count as 1e-12.
 
     Cost: reads `frames * tokens * width` elements once, writes (and reads back) `4 * frames * width` bytes;
     one addition an element.

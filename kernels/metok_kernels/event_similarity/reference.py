@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 
@@ -11,7 +13,7 @@ def reference(features: torch.Tensor, cu_frames: torch.Tensor) -> tuple[torch.Te
     norm = mean.norm(dim=1).clamp_min(1e-12)
     similarity = torch.full((mean.shape[0],), float("inf"), device=features.device)
     bounds = cu_frames.tolist()
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         here, after = slice(start, max(stop - 1, start)), slice(min(start + 1, stop), stop)
         similarity[here] = (mean[here] * mean[after]).sum(1) / (norm[here] * norm[after])
     return mean, similarity

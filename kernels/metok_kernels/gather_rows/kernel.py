@@ -1,6 +1,6 @@
 # mypy: ignore-errors
-# (Triton's language is Python syntax with types of its own: pointers, blocks, constexpr. mypy cannot follow it.)
-"""One program a (block of output rows, block of columns); the first block of columns also moves the positions."""
+# Triton's language has types of its own (pointers, blocks, constexpr) that mypy cannot follow.
+"""One program a (block of output rows, block of columns); the first of a row block moves the positions."""
 
 import triton
 import triton.language as tl
@@ -27,7 +27,7 @@ def gather_kernel(
     if HAS_RESIDUAL:
         b = tl.load(p_residual + o_in[:, None] * stride_residual + o_d[None, :], mask=read, other=0.0)
         tl.store(p_residual_out + o_r[:, None] * stride_residual_out + o_d[None, :], b, mask=write)
-    if HAS_POSITION:
+    if HAS_POSITION:  # noqa: SIM102 (this one is decided when compiling, the next when running)
         if tl.program_id(1) == 0:
             for axis in tl.static_range(AXES):
                 o_axis = tl.full([BLOCK_R], axis, tl.int64)

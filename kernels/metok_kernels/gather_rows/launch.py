@@ -20,17 +20,17 @@ def plan(
     """Check the arguments of `gather_rows`; returns its launch and the tensors it fills."""
     device = hidden.device
     expect("index", index, (None,), INDEX, device)
-    expect("hidden", hidden, (None, None), FLOATS, device, dense=False)
+    expect("hidden", hidden, (None, None), FLOATS, device, layout="rows")
     rows, width = hidden.shape
     out = index.shape[0]
     hidden_out = torch.empty(out, width, dtype=hidden.dtype, device=device)
     residual_out = position_out = None
     if residual is not None:
-        expect("residual", residual, (rows, width), FLOATS, device, dense=False)
+        expect("residual", residual, (rows, width), FLOATS, device, layout="rows")
         residual_out = torch.empty(out, width, dtype=residual.dtype, device=device)
     if positions is not None:
-        require(positions.dim() in (1, 2), f"positions has shape {list(positions.shape)}, expected [rows] or [axes, rows]")
-        expect("positions", positions, (*positions.shape[:-1], rows), INDEX, device, dense=False)
+        require(positions.dim() in (1, 2), "positions must be [rows] or [axes, rows]")
+        expect("positions", positions, (*positions.shape[:-1], rows), INDEX, device, layout="rows")
         position_out = torch.empty(*positions.shape[:-1], out, dtype=positions.dtype, device=device)
     two_axes = positions is not None and positions.dim() == 2
     block_d = min(max(power_of_two(width), 16), 1024)
@@ -62,17 +62,19 @@ def gather_rows(
     residual: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
 ) -> Gathered:
-    """Rows `index` of the hidden state, the residual and the positions (method.md section 2: survivors keep theirs).
+    """Rows `index` of the hidden state, the residual and the positions (method.md section 2: survivors keep
+    theirs).
 
     Args:
-        index: [out] int, rows to take, in any order, repeats allowed. Indices outside `0 .. rows - 1`, such as
-            the -1 with which `select_per_event` fills up, are not read and give zeros.
+        index: [out] int, rows to take, in any order, repeats allowed. Indices outside `0 .. rows - 1`, such
+            as the -1 with which `select_per_event` fills up, are not read and give zeros.
         hidden: [rows, width] float, row stride free.
         residual: [rows, width] float (of any float dtype), or None.
         positions: [rows] or, for M-RoPE, [axes, rows] int, or None.
 
     Returns:
-        Contiguous copies in the dtypes of the inputs: [out, width], [out, width] or None, [out] / [axes, out] or None.
+        Contiguous copies in the dtypes of the inputs: [out, width], [out, width] or None, [out] / [axes, out]
+        or None.
 
     Cost: reads and writes `out * width` elements a tensor, 8 bytes read a row of index; no FLOPs.
     """

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# (Triton's language is Python syntax with types of its own: pointers, blocks, constexpr. mypy cannot follow it.)
+# Triton's language has types of its own (pointers, blocks, constexpr) that mypy cannot follow.
 """One program a (group, batch row); one more a group for the padding that CUDA graphs replay over."""
 
 import triton
@@ -8,9 +8,10 @@ import triton.language as tl
 
 @triton.jit
 def rank_of(
-    o_position, p_start, p_length, p_kept, span_begin, span_end, retains, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr
+    o_position, p_start, p_length, p_kept, span_begin, span_end, retains,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """(rank [BLOCK_T], spans around it [BLOCK_T]: 0 for text) of prompt positions; rank = slots owned before each."""
+    """(slots owned before it [BLOCK_T], spans around it [BLOCK_T], 0 for text) of each prompt position."""
     b_rank = o_position
     b_inside = tl.zeros([BLOCK_T], tl.int32)
     for first in range(span_begin, span_end, BLOCK_S):

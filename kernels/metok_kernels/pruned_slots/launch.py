@@ -26,10 +26,10 @@ def plan(
     expect("num_computed", num_computed, (None,), INDEX, device)
     batch = num_computed.shape[0]
     expect("query_start", query_start, (batch + 1,), INDEX, device)
-    expect("seq_lens", seq_lens, (len(groups), None), (torch.int32,), device, dense=False)
-    expect("slot_mapping", slot_mapping, (len(groups), None), (torch.int64,), device, dense=False)
+    expect("seq_lens", seq_lens, (len(groups), None), (torch.int32,), device, layout="rows")
+    expect("slot_mapping", slot_mapping, (len(groups), None), (torch.int64,), device, layout="rows")
     require(groups.sizes.device == device, f"groups are on {groups.sizes.device}, expected {device}")
-    require(seq_lens.shape[1] >= batch, f"seq_lens has room for {seq_lens.shape[1]} requests, the batch has {batch}")
+    require(seq_lens.shape[1] >= batch, f"seq_lens has {seq_lens.shape[1]} columns for {batch} requests")
     spans.check(device)
     for name, rows, size in (("span_row", span_row, spans.begin.shape[0]), ("table_row", table_row, None)):
         if rows is not None:
@@ -70,17 +70,17 @@ def pruned_slots(
 ) -> None:
     """Write `seq_lens` and `slot_mapping` of every pruned KV group for one step, in one launch.
 
-    Batch row `b` brings the tokens at prompt positions `num_computed[b] + i`, `i < query_start[b+1] - query_start[b]`.
-    With `rank` as the reference defines it (text owns a slot each, a span owns `kept`, laid at its front; 0 in
-    a group that retains nothing):
+    Batch row `b` brings the tokens at prompt positions `num_computed[b] + i`, `i < query_start[b+1] -
+    query_start[b]`. With `rank` as the reference defines it (text owns a slot each, a span owns `kept`, laid
+    at its front; 0 in a group that retains nothing):
 
     - `seq_lens[g, b] = rank(num_computed[b] + query length)`;
     - text token at position p: slot `table[g][b, rank(p) // block_size] * block_size + rank(p) % block_size`;
-    - visual token of this step: -1, always. The retained ones (slots of ranks `rank(start) .. rank(start)+kept-1`)
-      are written when layer L2 has chosen them.
+    - visual token of this step: -1, always. The retained ones own the slots of ranks
+      `rank(start) .. rank(start) + kept - 1`, which are written when layer L2 has chosen them.
 
-    Every element of both outputs is written: rows from `len(num_computed)` on get 0 and tokens from `query_start[-1]` on
-    get -1, so that a CUDA graph captured at a larger batch may replay over the buffers.
+    Every element of both outputs is written: rows from `len(num_computed)` on get 0 and tokens from
+    `query_start[-1]` on get -1, so that a CUDA graph captured at a larger batch may replay over the buffers.
 
     Args:
         groups: block tables, block sizes and retention of the pruned groups (built once).
@@ -89,12 +89,11 @@ def pruned_slots(
         query_start: [batch + 1] int, cumulative tokens of this step.
         seq_lens: [groups, >= batch] int32, out.
         slot_mapping: [groups, >= tokens] int64, out.
-        span_row: [batch] int: request of `spans` of each batch row; -1 for a padding row. Without it, row b is b.
+        span_row: [batch] int: request of `spans` of each batch row; -1 for a padding row. Without it, b is b.
         table_row: [batch] int: row of the block tables; -1 for a padding row. Without it, row b is b.
 
     Tokens whose rank lies past their block table get -1: nothing is read out of range.
     Cost: per group, 8 bytes written a token and 4 a row, 4 read a text token; no FLOPs to speak of.
     """
-    plan(
-        groups, spans, num_computed, query_start, seq_lens, slot_mapping, span_row=span_row, table_row=table_row
-    ).run()
+    outputs = seq_lens, slot_mapping
+    plan(groups, spans, num_computed, query_start, *outputs, span_row=span_row, table_row=table_row).run()

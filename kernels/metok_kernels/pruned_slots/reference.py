@@ -13,9 +13,9 @@ def rank(position: int, spans: Sequence[tuple[int, int, int]]) -> int:
     """How many of a prompt's first `position` tokens own a slot, for spans (start, length, kept).
 
     Text owns one slot a token. A span owns `kept`, and for counting they lie at its front: the ranks
-    `rank(start) .. rank(start) + kept - 1` are the span's, whichever of its tokens were retained, and the text after it
-    goes on from `rank(start) + kept`. So rank grows by 0 or 1 a token, and no two owners share a slot. A request's KV
-    order is free, since rotation has been applied before the cache is written.
+    `rank(start) .. rank(start) + kept - 1` are the span's, whichever of its tokens were retained, and the
+    text after it goes on from `rank(start) + kept`. So rank grows by 0 or 1 a token, and no two owners share
+    a slot. A request's KV order is free, since rotation has been applied before the cache is written.
     """
     owned = position
     for start, length, kept in spans:
@@ -45,11 +45,8 @@ def reference(
         if not (0 <= request < spans.begin.shape[0] and 0 <= table_at < groups.tables[0].shape[0]):
             continue
         owned = slice(int(spans.begin[request]), int(spans.end[request]))
-        triples = list(
-            zip(
-                spans.start[owned].tolist(), spans.length[owned].tolist(), spans.kept[owned].tolist(), strict=True
-            )
-        )
+        columns = (spans.start[owned], spans.length[owned], spans.kept[owned])
+        triples = list(zip(*(column.tolist() for column in columns), strict=True))
         length = starts[row + 1] - starts[row]
         for group, (table, block_size) in enumerate(zip(groups.tables, groups.block_sizes, strict=True)):
             known = [(start, size, kept * groups.retains[group]) for start, size, kept in triples]
@@ -60,4 +57,5 @@ def reference(
                     continue
                 page, offset = divmod(rank(position, known), block_size)
                 if page < table.shape[1]:
-                    slot_mapping[group, starts[row] + token] = int(table[table_at, page]) * block_size + offset
+                    slot = int(table[table_at, page]) * block_size + offset
+                    slot_mapping[group, starts[row] + token] = slot

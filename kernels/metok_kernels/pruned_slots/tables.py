@@ -15,10 +15,11 @@ PAD_SLOT = -1
 
 @dataclass(frozen=True)
 class SpanTables:
-    """Visual spans of every request, in prompt order and without overlap, each request's contiguous in the table.
+    """Visual spans of every request, in prompt order and without overlap, those of a request in a row.
 
-    Request `r` owns rows `begin[r] .. end[r] - 1`. For packed tables with cumulative counts `cu` pass `cu[:-1]` and
-    `cu[1:]`; for a persistent table with room for `n` spans a request, `n * r` and `n * r + count`.
+    Request `r` owns rows `begin[r] .. end[r] - 1`. For packed tables with cumulative counts `cu` pass
+    `cu[:-1]` and `cu[1:]`; for a persistent table with room for `n` spans a request, `n * r` and
+    `n * r + count`.
     """
 
     start: torch.Tensor
@@ -26,8 +27,9 @@ class SpanTables:
     length: torch.Tensor
     """[spans] int32: visual tokens in the span."""
     kept: torch.Tensor
-    """[spans] int32: retained visual tokens booked on this span (method.md section 4, `decode_retention`). Clamped to
-    0 .. length. May be written on the device, by the forward pass that chooses them, for the steps that follow."""
+    """[spans] int32: retained visual tokens booked on this span (method.md section 4, `decode_retention`).
+    Clamped to 0 .. length. May be written on the device, by the forward pass that chooses them, for the steps
+    that follow."""
     begin: torch.Tensor
     """[requests] int32."""
     end: torch.Tensor
@@ -46,8 +48,8 @@ class PrunedGroups:
     """The block tables of the pruned KV groups. Build once: kernels keep the tables' addresses.
 
     Args:
-        tables: one a group, [rows, max_blocks] int32 contiguous, all with the same number of rows. The caller keeps
-            them alive and in place.
+        tables: one a group, [rows, max_blocks] int32 contiguous, all with the same number of rows. The caller
+            keeps them alive and in place.
         block_sizes: tokens a block, one a group.
         retains: one a group: whether it holds the retained visual tokens (layers `L1 .. L3-1`) or text alone
             (from `L3` up).
@@ -57,7 +59,7 @@ class PrunedGroups:
         self, tables: Sequence[torch.Tensor], block_sizes: Sequence[int], retains: Sequence[bool]
     ) -> None:
         require(len(tables) > 0, "at least one pruned group is needed")
-        require(len(tables) == len(block_sizes) == len(retains), "tables, block_sizes and retains differ in length")
+        require(len(tables) == len(block_sizes) == len(retains), "tables, block_sizes, retains differ")
         require(min(block_sizes) > 0, "a block holds at least one token")
         device = tables[0].device
         for group, table in enumerate(tables):

@@ -1,8 +1,9 @@
 # mypy: ignore-errors
-# (Triton's language is Python syntax with types of its own: pointers, blocks, constexpr. mypy cannot follow it.)
+# Triton's language has types of its own (pointers, blocks, constexpr) that mypy cannot follow.
 """One program an event: bisect the bits of the k-th largest score, then write the chosen in order.
 
-Scores become unsigned keys of the same order, so the k-th largest key is found bit by bit with 32 counts and no
+Scores become unsigned keys of the same order, so the k-th largest key is found bit by bit with 32 counts and
+no
 sort: the work is linear in the event, whatever its length, and every comparison is exact.
 """
 
@@ -12,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def order_keys(b_score):
-    """uint32 keys in the order of the scores: -0 equals +0, and every NaN is above infinity (as in torch.sort)."""
+    """uint32 keys in the order of the scores: -0 is +0, and a NaN is above infinity (as in torch.sort)."""
     b_score = tl.where(b_score == 0.0, 0.0, b_score)
     b_bits = b_score.to(tl.uint32, bitcast=True)
     negative = (b_bits >> 31) != 0
@@ -22,7 +23,7 @@ def order_keys(b_score):
 
 @triton.jit
 def load_block(p_score, start, offset, length, BLOCK: tl.constexpr):
-    """(keys [BLOCK], in-event mask [BLOCK]) of the scores from `offset` in the event; keys outside mean nothing."""
+    """(keys [BLOCK], in-event mask [BLOCK]) from `offset` in the event; keys outside mean nothing."""
     o = offset + tl.arange(0, BLOCK)
     m = o < length
     return order_keys(tl.load(p_score + (start + o), mask=m, other=0.0)), m

@@ -36,8 +36,8 @@ def plan(
         select_kernel,
         (events + 1, 1, 1),
         {
-            "p_score": scores, "p_cu_events": cu_events, "p_keep": keep, "p_index": index, "p_cu_kept": cu_kept,
-            "num_events": events, "capacity": size,
+            "p_score": scores, "p_cu_events": cu_events, "p_keep": keep,
+            "p_index": index, "p_cu_kept": cu_kept, "num_events": events, "capacity": size,
         },
         {"BLOCK": block, "BLOCK_E": 1024},
         num_warps=min(max(block // 256, 4), 16),
@@ -53,11 +53,13 @@ def select_per_event(
     max_length: int,
     capacity: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the `keep[e]` highest-scored tokens of each event, ties to the lowest index (method.md section 2).
+    """Choose the `keep[e]` highest-scored tokens of each event, ties to the lowest index (method.md section
+    2).
 
-    Deterministic, exact, and without a host read: how many were chosen stays on the device, in the second result.
-    Events of several videos or requests go into one call. A run of tokens that is always kept (text between
-    videos) may be passed as an event with `keep` >= its length: the result then is the survivors in order.
+    Deterministic, exact, and without a host read: how many were chosen stays on the device, in the second
+    result. Events of several videos or requests go into one call. A run of tokens that is always kept (text
+    between videos) may be passed as an event with `keep` >= its length: the result then is the survivors in
+    order.
 
     Args:
         scores: [tokens] float32, higher = kept. NaN counts as above infinity, so that counts stay exact.

@@ -13,7 +13,7 @@ def reference(
     max_length: int = 0,
     capacity: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Same arguments and result as `select_per_event`; `max_length` is not used. Reads lengths on the host."""
+    """Same arguments and result as `select_per_event`; `max_length` is not used. Reads on the host."""
     capacity = scores.shape[0] if capacity is None else capacity
     bounds = cu_events.tolist()
     chosen, counts = [], [0]

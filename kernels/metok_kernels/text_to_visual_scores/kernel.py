@@ -1,9 +1,9 @@
 # mypy: ignore-errors
-# (Triton's language is Python syntax with types of its own: pointers, blocks, constexpr. mypy cannot follow it.)
+# Triton's language has types of its own (pointers, blocks, constexpr) that mypy cannot follow.
 """Three passes: log-sum-exp of every text row by ranges of keys, their sum, column sums of the probabilities.
 
-The M axis of a block is (text row, query head of one KV group), row major: `m = row * GROUP + group`, so that a
-group of any size (7 for Qwen2) fills a block, and a key is read once for all the query heads that share it.
+The M axis of a block is (text row, query head of one KV group), row major: `m = row * GROUP + group`, so that
+a group of any size (7 for Qwen2) fills a block, and a key is read once for all the query heads that share it.
 """
 
 import triton
@@ -29,8 +29,8 @@ def load_queries(
 
 @triton.jit
 def load_keys(
-    p_k, p_scale, p_table, o_key, m_key, where, kv_head, o_d, m_d, stride_k_outer, stride_k_inner, stride_k_head,
-    stride_s_outer, stride_s_inner, stride_s_head, stride_table, table_width, num_outer,
+    p_k, p_scale, p_table, o_key, m_key, where, kv_head, o_d, m_d, stride_k_outer, stride_k_inner,
+    stride_k_head, stride_s_outer, stride_s_inner, stride_s_head, stride_table, table_width, num_outer,
     PAGED: tl.constexpr, PAGE_SIZE: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
     """(keys [BLOCK_N, BLOCK_D], scales [BLOCK_N], valid [BLOCK_N]) of the request's keys number `o_key`.
@@ -41,7 +41,8 @@ def load_keys(
     if PAGED:
         page = o_key // PAGE_SIZE
         valid = m_key & (o_key >= 0) & (page < table_width)
-        o_outer = tl.load(p_table + where * stride_table + page.to(tl.int64), mask=valid, other=-1).to(tl.int64)
+        o_table = where * stride_table + page.to(tl.int64)
+        o_outer = tl.load(p_table + o_table, mask=valid, other=-1).to(tl.int64)
         o_inner = (o_key % PAGE_SIZE).to(tl.int64)
     else:
         valid = m_key & (o_key >= 0)
@@ -63,7 +64,8 @@ def load_keys(
 def logits(b_q, b_k, b_key_scale, qk_scale, WIDEN: tl.constexpr):
     """Base-2 logits [BLOCK_M, BLOCK_N] in float32; float32 inputs keep their precision (three tf32 products).
 
-    WIDEN is for Triton's interpreter alone, whose `dot` multiplies bfloat16 bit patterns as integers. The result
+    WIDEN is for Triton's interpreter alone, whose `dot` multiplies bfloat16 bit patterns as integers. The
+    result
     is that of tensor cores: products of bfloat16 numbers are exact in float32.
     """
     if b_k.dtype != b_q.dtype:
@@ -132,8 +134,8 @@ def partial_lse_kernel(
 def combine_lse_kernel(p_partial, p_lse, size, splits, BLOCK: tl.constexpr):
     """lse[i] = log2 sum over splits of exp2(partial[split, i]); grid (blocks of `size` = heads * rows,).
 
-    One split after the other: a trailing split without keys adds an exact zero, so the result of a request does
-    not depend on how long the other requests of the batch are.
+    One split after the other: a trailing split without keys adds an exact zero, so the result of a request
+    does not depend on how long the other requests of the batch are.
     """
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < size
@@ -154,8 +156,8 @@ def combine_lse_kernel(p_partial, p_lse, size, splits, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "table_width", "num_outer"])
 def column_sum_kernel(
-    p_q, p_row_index, p_row_keys, p_cu_rows, p_visual, p_cu_visual, p_k, p_scale, p_table, p_where, p_lse, p_out,
-    stride_q_token, stride_q_head, stride_k_outer, stride_k_inner, stride_k_head,
+    p_q, p_row_index, p_row_keys, p_cu_rows, p_visual, p_cu_visual, p_k, p_scale, p_table, p_where, p_lse,
+    p_out, stride_q_token, stride_q_head, stride_k_outer, stride_k_inner, stride_k_head,
     stride_s_outer, stride_s_inner, stride_s_head, stride_table,
     num_tokens, num_rows, table_width, num_outer, qk_scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,

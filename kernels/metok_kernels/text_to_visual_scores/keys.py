@@ -27,7 +27,8 @@ class PagedKeys:
     `kv_cache.transpose(1, 2)[..., :head_size]`: strides are free, so every physical layout is served."""
 
     cache: torch.Tensor
-    """[blocks, block_size, kv_heads, head_dim], rotated; float, or float8 / int8 with `scale`; last axis contiguous."""
+    """[blocks, block_size, kv_heads, head_dim], rotated; float, or float8 / int8 with `scale`; last axis
+    contiguous."""
     block_table: torch.Tensor
     """[rows, max_blocks] int32: the blocks of each request, in order."""
     table_row: torch.Tensor
@@ -47,18 +48,17 @@ Keys = PackedKeys | PagedKeys
 def check_keys(keys: Keys, items: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> int:
     """Check shapes, dtypes and devices; returns kv_heads. `dtype` is that of the queries."""
     if isinstance(keys, PackedKeys):
-        expect("keys.keys", keys.keys, (None, None, head_dim), (dtype,), device, dense=False)
+        expect("keys.keys", keys.keys, (None, None, head_dim), (dtype,), device, layout="rows")
         expect("keys.start", keys.start, (items,), INDEX, device)
         return keys.keys.shape[1]
     cache = keys.cache
     quantised = cache.dtype in QUANTISED
-    expect("keys.cache", cache, (None, None, None, head_dim), (dtype, *QUANTISED), device, dense=False)
-    expect("keys.block_table", keys.block_table, (None, None), (torch.int32,), device, dense=False)
+    expect("keys.cache", cache, (None, None, None, head_dim), (dtype, *QUANTISED), device, layout="rows")
+    expect("keys.block_table", keys.block_table, (None, None), (torch.int32,), device, layout="rows")
     expect("keys.table_row", keys.table_row, (items,), INDEX, device)
-    require(quantised == (keys.scale is not None), "a float8 or int8 key cache needs `scale`; any other takes none")
+    require(quantised == (keys.scale is not None), "a float8 or int8 cache needs `scale`, any other none")
     if keys.scale is not None:
-        per_vector = keys.scale.shape == cache.shape[:3]
-        require(per_vector or keys.scale.numel() == 1, "keys.scale must be one number or [blocks, block_size, kv_heads]")
-        require(keys.scale.dtype == torch.float32 and keys.scale.device == device, "keys.scale: float32, same device")
+        shape = cache.shape[:3] if keys.scale.dim() == 3 else (1,) * keys.scale.dim()
+        expect("keys.scale", keys.scale, shape, (torch.float32,), device, layout="any")
     require(dtype in FLOATS, f"queries are {dtype}, expected float32, float16 or bfloat16")
     return cache.shape[2]

@@ -8,11 +8,15 @@ import torch
 
 from metok_kernels.checks import FLOATS, INDEX, expect, require
 from metok_kernels.launch import Argument, Constant, Launch, ceil_div, interpreted, power_of_two
-from metok_kernels.text_to_visual_scores.kernel import column_sum_kernel, combine_lse_kernel, partial_lse_kernel
+from metok_kernels.text_to_visual_scores.kernel import (
+    column_sum_kernel,
+    combine_lse_kernel,
+    partial_lse_kernel,
+)
 from metok_kernels.text_to_visual_scores.keys import Keys, PackedKeys, check_keys
 
 KEYS_PER_SPLIT = 1024
-"""Keys of one partial log-sum-exp. Fixed, so that a request's scores do not depend on its neighbours' lengths."""
+"""Keys of one partial log-sum-exp. Fixed: a request's scores must not depend on its neighbours' lengths."""
 
 
 def plan(
@@ -29,9 +33,9 @@ def plan(
     max_keys: int,
     row_index: torch.Tensor | None = None,
 ) -> tuple[tuple[Launch, Launch, Launch], torch.Tensor]:
-    """Check the arguments of `text_to_visual_scores`; returns its launches in order and the tensor they fill."""
+    """Check the arguments of `text_to_visual_scores`; returns its launches in order and what they fill."""
     device, heads = q.device, q.shape[1]
-    expect("q", q, (None, None, None), FLOATS, device, dense=False)
+    expect("q", q, (None, None, None), FLOATS, device, layout="rows")
     expect("cu_rows", cu_rows, (None,), INDEX, device)
     items, rows = cu_rows.shape[0] - 1, row_keys.shape[0]
     expect("row_keys", row_keys, (None,), INDEX, device)
@@ -41,8 +45,8 @@ def plan(
         expect("row_index", row_index, (rows,), INDEX, device)
     require(row_index is not None or rows <= q.shape[0], f"{rows} text rows, but q has {q.shape[0]} tokens")
     kv_heads = check_keys(keys, items, q.shape[2], q.dtype, device)
-    require(kv_heads > 0 and heads % kv_heads == 0, f"{heads} query heads do not divide over {kv_heads} KV heads")
-    require(min(max_rows, max_visual, max_keys) >= 0, "max_rows, max_visual and max_keys must not be negative")
+    require(kv_heads > 0 and heads % kv_heads == 0, f"{heads} heads do not divide over {kv_heads} KV heads")
+    require(min(max_rows, max_visual, max_keys) >= 0, "max_rows, max_visual, max_keys: not negative")
 
     group, head_dim = heads // kv_heads, q.shape[2]
     splits = max(ceil_div(max_keys, KEYS_PER_SPLIT), 1)
@@ -51,12 +55,13 @@ def plan(
     out = torch.empty(visual.shape[0], dtype=torch.float32, device=device)
     common: dict[str, Argument] = {
         "p_q": q, "p_row_index": row_index, "p_row_keys": row_keys, "p_cu_rows": cu_rows,
-        "stride_q_token": q.stride(0), "stride_q_head": q.stride(1), "num_tokens": q.shape[0], "num_rows": rows,
-        "qk_scale": scale * math.log2(math.e),
+        "stride_q_token": q.stride(0), "stride_q_head": q.stride(1),
+        "num_tokens": q.shape[0], "num_rows": rows, "qk_scale": scale * math.log2(math.e),
         **_key_arguments(keys),
     }  # fmt: skip
     constants: dict[str, Constant] = {
-        "KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": max(power_of_two(head_dim), 16),
+        "KV_HEADS": kv_heads, "GROUP": group,
+        "HEAD_DIM": head_dim, "BLOCK_D": max(power_of_two(head_dim), 16),
         "HAS_ROW_INDEX": row_index is not None, "PAGED": not isinstance(keys, PackedKeys),
         "PAGE_SIZE": 1 if isinstance(keys, PackedKeys) else keys.cache.shape[1],
         "HAS_SCALE": not isinstance(keys, PackedKeys) and keys.scale is not None,
@@ -90,7 +95,7 @@ def plan(
 
 
 def _key_arguments(keys: Keys) -> dict[str, Argument]:
-    """Pointers, strides and bounds of the keys, under the kernels' names. A packed row counts as a page of one key."""
+    """Pointers, strides and bounds of the keys, by the kernels' names. A packed row is a page of one key."""
     if isinstance(keys, PackedKeys):
         outer, head = keys.keys.stride()[:2]
         return {
@@ -127,14 +132,16 @@ def text_to_visual_scores(
 ) -> torch.Tensor:
     """`a_n = mean over heads, mean over text rows, of softmax(Q K^T * scale)[row, n]` (method.md section 2).
 
-    An item is one video of one request. Each text row attends, causally, to every key alive in its request (text,
-    other videos, images); the probabilities of the item's visual tokens are summed, in float32 throughout.
+    An item is one video of one request. Each text row attends, causally, to every key alive in its request
+    (text, other videos, images); the probabilities of the item's visual tokens are summed, in float32
+    throughout.
 
     Args:
         q: [tokens, heads, head_dim] float, rotated; token and head strides are free.
         keys: `PackedKeys` or `PagedKeys`; query heads `g*group .. (g+1)*group - 1` share KV head `g`.
-        row_keys: [rows] int: keys that a text row sees, its own included. In the paged cache of a shallow layer that
-            is its position in the prompt plus one; among packed survivors, its index among them plus one.
+        row_keys: [rows] int: keys that a text row sees, its own included. In the paged cache of a shallow
+            layer that is its position in the prompt plus one; among packed survivors, its index among them
+            plus one.
         cu_rows: [items + 1] int, cumulative text rows.
         visual: [visual] int: key number, within its request, of each visual token of each item.
         cu_visual: [items + 1] int, cumulative visual tokens.
@@ -148,10 +155,11 @@ def text_to_visual_scores(
         are not written.
 
     Cost, for M = rows * heads: 2 * M * head_dim * (keys + visual) FLOPs. Must read the keys once
-    (`keys * kv_heads * head_dim` elements) and the visual ones twice; writes 4 bytes a visual token. Scratch is
-    `4 * M * (1 + ceil(max_keys / 1024))` bytes: no rows x keys tensor exists.
+    (`keys * kv_heads * head_dim` elements) and the visual ones twice; writes 4 bytes a visual token. Scratch
+    is `4 * M * (1 + ceil(max_keys / 1024))` bytes: no rows x keys tensor exists.
 
-    A visual index without a key of its own (outside the table, the cache or the tensor) is not read and scores 0.
+    A visual index without a key of its own (outside the table, the cache or the tensor) is not read and
+    scores 0.
     """
     launches, out = plan(
         q, keys, row_keys, cu_rows, visual, cu_visual, scale=scale, max_rows=max_rows, max_visual=max_visual,

@@ -1,4 +1,4 @@
-"""The definition of the scores, in float32 torch; it does build the rows x keys matrix, one item at a time."""
+"""The definition of the scores, in float32 torch; it builds the rows x keys matrix, item by item."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ def request_keys(keys: Keys, item: int, count: int) -> torch.Tensor:
     if isinstance(keys, PackedKeys):
         start = int(keys.start[item])
         return keys.keys[start : start + count].float()
-    blocks, block_size = keys.cache.shape[:2]
+    block_size = keys.cache.shape[1]
     index = torch.arange(count, device=keys.cache.device)
     row = keys.block_table[int(keys.table_row[item])].long()
     block, slot = row[index // block_size], index % block_size
-    # Indexing is not implemented for float8, so whole pages are converted and then indexed.
-    pages = keys.cache[block.unique()].float() if keys.cache.element_size() > 1 else None
-    cache = keys.cache.float() if pages is None else keys.cache
     scales = keys.scales()
+    # torch does not index float8 tensors, so a quantised cache is converted whole: a reference may be slow.
+    cache = keys.cache if scales is None else keys.cache.float()
     chosen = cache[block, slot].float()
     return chosen if scales is None else chosen * scales[block, slot].unsqueeze(-1)
 
@@ -38,7 +37,7 @@ def reference(
     max_keys: int = 0,
     row_index: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Same arguments and result as `text_to_visual_scores`; the `max_*` are not used. Reads lengths on the host."""
+    """Same arguments and result as `text_to_visual_scores`; the `max_*` are not used. Reads on the host."""
     out = torch.zeros(visual.shape[0], dtype=torch.float32, device=q.device)
     rows_at, visual_at = cu_rows.tolist(), cu_visual.tolist()
     for item in range(len(rows_at) - 1):
@@ -47,8 +46,7 @@ def reference(
         if rows.start == rows.stop or columns.start == columns.stop:
             continue
         visible = row_keys[rows].long()
-        tokens = torch.arange(rows.start, rows.stop, device=q.device) if row_index is None else row_index[rows].long()
-        queries = q[tokens].float()
+        queries = (q[rows] if row_index is None else q[row_index[rows].long()]).float()
         known = request_keys(keys, item, int(visible.max()))
         known = known.repeat_interleave(q.shape[1] // known.shape[1], dim=1)
         logits = torch.einsum("rhd,khd->hrk", queries, known) * scale

@@ -1,6 +1,6 @@
 # mypy: ignore-errors
-# (Triton's language is Python syntax with types of its own: pointers, blocks, constexpr. mypy cannot follow it.)
-"""One program a (frame, block of its output tokens, block of D); the programs after the frames copy separators."""
+# Triton's language has types of its own (pointers, blocks, constexpr) that mypy cannot follow.
+"""One program a (frame, block of its tokens, block of D); the programs after the frames copy separators."""
 
 import triton
 import triton.language as tl
@@ -15,7 +15,7 @@ def tap(p_frame, o_y, o_x, o_d, m, stride_y, stride_x):
 
 @triton.jit
 def source(o_out, size_in: tl.constexpr, size_out):
-    """(lower cell, upper cell, weight of the upper) of bilinear resizing, corners not aligned, as in torch."""
+    """(lower cell, upper cell, weight of the upper) of bilinear resizing with corners not aligned."""
     scale = tl.div_rn(tl.full([], size_in, tl.float32), size_out.to(tl.float32))
     b = tl.maximum((o_out.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
     o_low = tl.minimum(b.to(tl.int32), size_in - 1)
@@ -26,7 +26,8 @@ def source(o_out, size_in: tl.constexpr, size_out):
 def tiered_pool_kernel(
     p_x, p_stride, p_offset, p_separator, p_separator_offset, p_out,
     stride_frame, stride_y, stride_x, frames, separators, total, width,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     BILINEAR: tl.constexpr, HAS_SEPARATOR: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """Grid (frames * BLOCKS + blocks of separators, blocks of D). TAPS loads are in flight at a time."""
@@ -42,7 +43,8 @@ def tiered_pool_kernel(
             m_row = (o_row >= 0) & (o_row < total)
             b_row = tl.load(p_separator + o_d, mask=m_d, other=0.0)
             b_rows = tl.broadcast_to(b_row[None, :], [BLOCK_T, BLOCK_D])
-            tl.store(p_out + o_row[:, None] * width + o_d[None, :], b_rows, mask=m_row[:, None] & m_d[None, :])
+            o_out = o_row[:, None] * width + o_d[None, :]
+            tl.store(p_out + o_out, b_rows, mask=m_row[:, None] & m_d[None, :])
         return
 
     s = tl.maximum(tl.load(p_stride + frame.to(tl.int64)), 1).to(tl.int32)
@@ -81,7 +83,8 @@ def tiered_pool_kernel(
             for i in tl.static_range(TAPS):
                 cell = start + i
                 m_cell = m & (o_t < tl.where(cell < cells, size_y * size_x, 0))[:, None]
-                b += tap(p_frame, o_y * s + cell // window_x, o_x * s + cell % window_x, o_d, m_cell, stride_y, stride_x)
+                o_cell_y, o_cell_x = o_y * s + cell // window_x, o_x * s + cell % window_x
+                b += tap(p_frame, o_cell_y, o_cell_x, o_d, m_cell, stride_y, stride_x)
         b = tl.div_rn(b, tl.full([BLOCK_T, BLOCK_D], 0.0, tl.float32) + cells.to(tl.float32))
     o_row = tl.load(p_offset + frame.to(tl.int64)).to(tl.int64) + o_t
     m_row = m_t & (o_row >= 0) & (o_row < total)

@@ -25,9 +25,9 @@ def plan(
 ) -> tuple[Launch, torch.Tensor]:
     """Check the arguments of `tiered_pool`; returns its launch and the tensor it fills."""
     device = frames.device
-    expect("frames", frames, (None, None, None, None), FLOATS, device, dense=False)
+    expect("frames", frames, (None, None, None, None), FLOATS, device, layout="rows")
     count, height, width, channels = frames.shape
-    require(min(height, width, channels) > 0, f"frames has shape {list(frames.shape)}: a frame must not be empty")
+    require(min(height, width, channels) > 0, f"frames has shape {list(frames.shape)}: its frames are empty")
     expect("stride", stride, (count,), INDEX, device)
     expect("offset", offset, (count,), INDEX, device)
     require(mode in ("average", "bilinear"), f"mode is {mode!r}, expected 'average' or 'bilinear'")
@@ -70,15 +70,17 @@ def tiered_pool(
     separator: torch.Tensor | None = None,
     separator_offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Pool each frame's grid by its stride and pack the tokens, separators included (method.md 1, rules 5 and 6).
+    """Pool each frame's grid by its stride, pack the tokens and the separators (method.md 1, rules 5 and 6).
 
-    `average` is `torch.nn.functional.avg_pool2d(stride)`, a window larger than the grid being cut to it; `bilinear` is
-    `interpolate(size=ceil(H/s) x ceil(W/s), mode="bilinear")`. Computed in float32, stored in the input's dtype.
+    `average` is `torch.nn.functional.avg_pool2d(stride)`, a window larger than the grid being cut to it;
+    `bilinear` is `interpolate(size=ceil(H/s) x ceil(W/s), mode="bilinear")`. Computed in float32, stored in
+    the input's dtype.
 
     Args:
         frames: [frames, height, width, D] float, all videos packed; all strides but D's are free.
         stride: [frames] int, at least 1: tokens merged along each axis. Chosen on the device; not read here.
-        offset: [frames] int: output row of each frame's first token; its tokens follow, row by row of its grid.
+        offset: [frames] int: output row of each frame's first token; its tokens follow, row by row of its
+            grid.
         mode: the model's own pooling.
         total: output rows; method.md section 4 knows it before any tensor exists.
         min_stride: host bound: no frame has a smaller stride. Sizes the grid.
@@ -89,8 +91,8 @@ def tiered_pool(
         [total, D] in the dtype of `frames`. Rows that no frame and no separator covers are not written; rows
         outside 0 .. total - 1 are dropped.
 
-    Cost: average reads `frames * H * W * D` elements once (less the cells no window covers), bilinear at most 4 an output
-    element; writes `total * D`. About one FLOP an element read.
+    Cost: average reads `frames * H * W * D` elements once (less the cells no window covers), bilinear at most
+    4 an output element; writes `total * D`. About one FLOP an element read.
     """
     launch, out = plan(
         frames, stride, offset, mode=mode, total=total, min_stride=min_stride, separator=separator,

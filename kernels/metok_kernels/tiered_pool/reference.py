@@ -42,7 +42,7 @@ def reference(
     separator: torch.Tensor | None = None,
     separator_offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Same arguments and result as `tiered_pool`; `min_stride` is not used. Rows given by nobody are zero here."""
+    """Same arguments and result as `tiered_pool`; `min_stride` is not used. Rows nobody fills are zero."""
     out = torch.zeros(total, frames.shape[3], dtype=frames.dtype, device=frames.device)
     for frame, (s, start) in enumerate(zip(stride.tolist(), offset.tolist(), strict=True)):
         tokens = _pool(frames[frame], s, mode)
