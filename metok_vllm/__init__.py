@@ -32,6 +32,4 @@ def enable(**settings: Any) -> dict[str, Any]:
     return {
         "hf_overrides": select_architecture,
         "additional_config": {"metok": settings},
-        "media_io_kwargs": {"video": {"video_backend": "metok"}},
-        "worker_extension_cls": "metok_vllm.engine.worker.MetokWorkerExtension",
     }

@@ -94,12 +94,16 @@ def explain(error: ValidationError, where: str) -> str:
     """One sentence for the first fault that pydantic found in the settings given at `where`."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and "-" in part)) or "the settings"
-    known = ", ".join(name for name in (RequestSettings if where == "mm_processor_kwargs" else MetokSettings).model_fields)
+    known = ", ".join(
+        name for name in (RequestSettings if where == "mm_processor_kwargs" else MetokSettings).model_fields
+    )
     if first["type"] == "extra_forbidden":
         return f"METok ({where}): unknown setting '{key}'; the settings are {known}."
     if first["type"] == "value_error":
         return f"METok ({where}): {first['ctx']['error']}."
-    return f"METok ({where}): '{key.split('.')[0]}' got {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
+    return (
+        f"METok ({where}): '{key.split('.')[0]}' got {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
+    )
 
 
 def parse_settings(value: object, where: str = "additional_config") -> MetokSettings:

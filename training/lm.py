@@ -67,6 +67,20 @@ class Layer(nn.Module):
         self.up_proj = nn.Linear(c.hidden, c.intermediate, bias=False)
         self.down_proj = nn.Linear(c.intermediate, c.hidden, bias=False)
 
+    @torch.no_grad()
+    def mimic(self, copying: float = 0.3) -> None:
+        """Start with attention to similar tokens and a faint copy of what they hold.
+
+        Every query projection begins as its key projection and the output as the value's transpose
+        ("mimetic initialisation", arXiv 2305.09828, with a positive sign for the copy): looking things up
+        need not be discovered.
+        """
+        c, group = self.c, self.c.heads // self.c.kv_heads
+        keys = self.k_proj.weight.view(c.kv_heads, 1, c.head_dim, c.hidden)
+        self.q_proj.weight.copy_(keys.expand(-1, group, -1, -1).reshape(-1, c.hidden))
+        values = self.v_proj.weight.view(c.kv_heads, 1, c.head_dim, c.hidden)
+        self.o_proj.weight.add_(copying * values.expand(-1, group, -1, -1).reshape(-1, c.hidden).T)
+
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, batch: Packed, causal: tuple[Tensor, Tensor]
     ) -> Tensor:
@@ -132,6 +146,8 @@ class LM(nn.Module):
                 nn.init.normal_(p, std=scale)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+        for layer in self.layers:
+            layer.mimic()
 
     def hidden(self, batch: Packed, tap: int | None = None) -> tuple[Tensor, Tensor | None]:
         """Final-norm states of the questions, ``[B, Q, H]``, and the same read-out after layer ``tap``."""

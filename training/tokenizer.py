@@ -22,7 +22,7 @@ VOCAB = 640
 _SPLIT = r"\n[A-Z]\.| ?\p{L}+| ?\p{N}|[ ]?[^\s\p{L}\p{N}]+|\s+"
 
 
-def corpus(videos: int = 3000) -> Iterator[str]:
+def corpus(videos: int = 800) -> Iterator[str]:
     """Prompts and answers of the first training videos."""
     for index in range(videos):
         video = make_video(seed_of("train", index))

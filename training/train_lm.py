@@ -42,7 +42,8 @@ from training.packing import (
     stock_plan,
 )
 from training.tokenizer import load_tokenizer
-from training.tower import Tower, TowerConfig
+from training.tower import COMBOS, Tower, TowerConfig
+from training.world import COLOURS, DIGITS, SCENES, SHAPES, WORDS
 
 MIXES = ((0.3, 0.4, 0.3), (0.1, 0.6, 0.3), (0.5, 0.4, 0.1), (0.0, 1.0, 0.0), (0.5, 0.5, 0.0))
 
@@ -148,6 +149,7 @@ class Run:
         if self.step == 0:
             self.pool.grow(64, STAGES[0].frames, STAGES[0].scenes)
             settle(self.master.last, torch.cat([v.rows for v in self.pool.videos]).to(DEVICE).float())
+            align(self.master.lm, args.tower, self.coder)
         self.publish()
         self.rng = random.Random(self.step)
 
@@ -220,6 +222,24 @@ def settle(last: nn.Linear, rows: Tensor, spread: float = 0.5) -> None:
     scale = spread / (out - out.mean(0)).std()
     last.bias.sub_(out.mean(0)).mul_(scale)
     last.weight.mul_(scale)
+
+
+@torch.no_grad()
+def align(lm: LM, tower: Path, coder: Coder, size: float = 0.5) -> None:
+    """Start every word the tower can name at the direction by which stage 1's read-out recognises it.
+
+    What LLaVA's first stage (captions, projector only) does slowly: a word and its picture begin alike.
+    """
+    state = torch.load(tower, map_location=lm.norm.device)["model"]
+    labels, signs = state["1.labels.weight"], DIGITS + WORDS
+    rows = dict(zip(SHAPES + COLOURS, labels[-len(SHAPES + COLOURS) :], strict=True))
+    rows |= dict(zip(signs, labels[COMBOS : COMBOS + len(signs)], strict=True))
+    rows |= dict(zip(SCENES, state["1.scene.weight"], strict=True))
+    for word, row in rows.items():
+        unit = row / row.square().mean().sqrt()
+        for text in (word, f" {word}"):
+            lm.embed_tokens.weight[coder.ids(text)[-1]] = size * unit
+            lm.lm_head.weight[coder.ids(text)[-1]] = 0.05 * unit
 
 
 def load_tower(path: Path) -> Tower:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm.logger import init_logger
+from metok_vllm.log import metok_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from metok_vllm.compression.selection import prune_layers
 from metok_vllm.config import parse_settings
 from metok_vllm.engine.scheduler import MetokScheduler
 from metok_vllm.engine.server import attach_settings
+from metok_vllm.engine.worker import MetokWorkerExtension
+from metok_vllm.media.loader import prefer_loader
 from metok_vllm.models.aligners import resolve_aligner
 from metok_vllm.models.registry import SUPPORTED
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = init_logger(__name__)
+logger = metok_logger(__name__)
 
 
 class MetokConfig(VerifyAndUpdateConfig):
@@ -37,6 +39,11 @@ class MetokConfig(VerifyAndUpdateConfig):
             raise ValueError(f"METok (additional_config): {error}.") from None
         aligner, tower = resolve_aligner(model_config.model, settings.aligner, settings.aligner_model)
         attach_settings(model_config.hf_config, settings)
+        multimodal = model_config.multimodal_config
+        if multimodal is None:
+            raise ValueError("METok needs the model's video input: remove --language-model-only.")
+        prefer_loader(multimodal.media_io_kwargs)
+        _set_worker_extension(vllm_config)
         scheduler = vllm_config.scheduler_config
         # A prompt longer than this may have to be deferred: decodes of all other requests take one token each of a step.
         model_config.hf_config.metok_step_tokens = scheduler.max_num_batched_tokens - scheduler.max_num_seqs
@@ -105,6 +112,16 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
             raise ValueError(sentence)
     if scheduler.scheduler_cls is None:
         scheduler.scheduler_cls = MetokScheduler
+
+
+def _set_worker_extension(vllm_config: VllmConfig) -> None:
+    extension = f"{MetokWorkerExtension.__module__}.{MetokWorkerExtension.__qualname__}"
+    parallel = vllm_config.parallel_config
+    if parallel.worker_extension_cls not in ("", extension):
+        raise ValueError(
+            "METok needs its own worker extension, which METok sets itself: remove --worker-extension-cls."
+        )
+    parallel.worker_extension_cls = extension
 
 
 def _is_metok_scheduler(scheduler_cls: object) -> bool:

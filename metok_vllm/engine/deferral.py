@@ -27,7 +27,7 @@ def bytes_per_token(model_config: ModelConfig) -> int:
     width = 2 * text.hidden_size + (text.num_attention_heads + text.num_key_value_heads) * head_dim
     dtype = model_config.dtype
     assert isinstance(dtype, torch.dtype)
-    return width * dtype.itemsize
+    return int(width) * dtype.itemsize
 
 
 def deferral_limit(model_config: ModelConfig) -> int:
@@ -36,4 +36,3 @@ def deferral_limit(model_config: ModelConfig) -> int:
     if limit is not None:
         return limit
     return DEFAULT_PROMPTS * model_config.max_model_len * bytes_per_token(model_config)
-

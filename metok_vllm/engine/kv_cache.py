@@ -86,9 +86,7 @@ class PrunedManager(SingleTypeKVCacheManager):
             prefill_end,
         )
 
-    def allocate_new_blocks(
-        self, request_id: str, num_tokens: int, num_tokens_main_model: int
-    ) -> list[KVCacheBlock]:
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         return super().allocate_new_blocks(request_id, self._slots(request_id, num_tokens), num_tokens_main_model)
 
     def cache_blocks(

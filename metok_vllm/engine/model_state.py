@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 from vllm.config.compilation import CUDAGraphMode
-from vllm.logger import init_logger
+from metok_vllm.log import metok_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.states import RequestState
     from vllm.v1.worker.utils import AttentionGroup
 
-logger = init_logger(__name__)
+logger = metok_logger(__name__)
 
 KINDS = (False, True)
 """Kinds of pruned group, by `PrunedAttentionSpec.retains`; also the index of a kind's row in the tensors below."""
@@ -145,7 +145,8 @@ class MetokModelState(DefaultModelState):
                 metadata |= self._others_metadata(
                     rows, input_batch, block_tables, batch, kinds, attn_groups, kv_cache_config
                 )
-            self._step = PrunedStep(self.model.decoder_stack, batch)
+            stack: Any = self.model.decoder_stack
+            self._step = PrunedStep(stack, batch)
             return metadata
 
         shifted = self._rank_by_shift(input_batch, block_tables, slot_mappings, kinds, kv_cache_config)

@@ -88,9 +88,7 @@ def plan_video(
         ValueError: one sentence, where the settings cannot be met for this video.
     """
     if settings is None:
-        return VideoPlan(
-            0, frames, 1, 0, 0, 2, 2, 2, frames, 0, 0, stock_tokens, stock_tokens, 0, 0, 0, 0, 0, report=0
-        )
+        return VideoPlan(0, frames, 1, 0, 0, 2, 2, 2, frames, 0, 0, stock_tokens, stock_tokens, 0, 0, 0, 0, 0, report=0)
     strides = settings.strides
     per_frame = tokens_per_frame(*grid, strides, mode)
     counts = quota(frames, settings.events, settings.key_events, settings.key_frames)

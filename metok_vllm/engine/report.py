@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.logger import init_logger
+from metok_vllm.log import metok_logger
 
 from metok_vllm.compression.accounting import ModelShape, VisualTokens, account
 from metok_vllm.compression.selection import prune_layers
@@ -18,7 +18,7 @@ from metok_vllm.engine.server import server_settings
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-logger = init_logger(__name__)
+logger = metok_logger(__name__)
 
 KEPT_REPORTS = 256
 """Reports of the latest requests that asked for one; older ones are forgotten."""
@@ -73,7 +73,9 @@ class Reports:
         if not any(span.plan.report for span in request.spans):
             return
         summary["videos"] = [
-            describe_video(span, tags) for span, tags in zip(request.spans, request.tags, strict=True) if tags is not None
+            describe_video(span, tags)
+            for span, tags in zip(request.spans, request.tags, strict=True)
+            if tags is not None
         ]
         self.by_id[request.req_id] = summary
         self.by_id.move_to_end(request.req_id)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.logger import init_logger
+from metok_vllm.log import metok_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from metok_vllm.engine.deferral import bytes_per_token, deferral_limit
@@ -18,7 +18,7 @@ from metok_vllm.engine.kv_cache import PrunedManager
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-logger = init_logger(__name__)
+logger = metok_logger(__name__)
 
 
 class MetokScheduler(AsyncScheduler):

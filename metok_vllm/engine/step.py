@@ -121,7 +121,7 @@ class PrunedStep:
             would compute on the survivors; every other row is zero and must not be read.
         """
         first, second, third = self.stack.prune_layers
-        context = get_forward_context()
+        context: Any = get_forward_context()
         context.slot_mapping = {**context.slot_mapping, **self.batch.others_slots}
         for role in self.stack.roles:
             role.step = self
@@ -245,7 +245,7 @@ class PrunedStep:
         if ranks == 1 or not scores:
             return
         together = tensor_model_parallel_all_reduce(torch.cat(list(scores))) / ranks
-        for score, mean in zip(scores, together.split([s.shape[0] for s in scores]), strict=True):
+        for score, mean in zip(scores, torch.split(together, [s.shape[0] for s in scores]), strict=True):
             score.copy_(mean)
 
     def _select(self, ending: Sequence[PrefillRow], scores: Sequence[Sequence[torch.Tensor]]) -> list[Survivors]:
@@ -263,7 +263,9 @@ class PrunedStep:
         totals = iter(torch.stack([torch.stack([c1.sum(), c2.sum()]) for c1, c2 in counts]).tolist())
         each = iter(counts)
         return [
-            self._survivors(row, of_prompt, [next(each) for _ in row.request.spans], [next(totals) for _ in row.request.spans])
+            self._survivors(
+                row, of_prompt, [next(each) for _ in row.request.spans], [next(totals) for _ in row.request.spans]
+            )
             for row, of_prompt in zip(ending, scores, strict=True)
         ]
 

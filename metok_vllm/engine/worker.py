@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from metok_vllm.engine.kv_cache import PrunedAttentionSpec
+
 
 class MetokWorkerExtension:
-    """Read-only questions to the worker about the requests that METok pruned."""
+    """Read-only questions to the worker about the requests that METok prunes."""
 
     model_runner: Any
 
@@ -14,7 +16,25 @@ class MetokWorkerExtension:
         """The report of a request that asked for one, by the id that the client saw; None where there is none."""
         return self.model_runner.model_state.reports.find(request_id)  # type: ignore[no-any-return]
 
-    def metok_state(self) -> dict[str, int]:
-        """What METok holds on this worker: requests, and bytes of deferred prompts."""
-        pruned = self.model_runner.model_state.pruned
-        return {"requests": len(pruned.by_id), "deferred_bytes": pruned.deferred_bytes}
+    def metok_state(self) -> dict[str, Any]:
+        """What this worker holds right now: deferred prompts, and the KV blocks of every request in each group.
+
+        A group is "every token" (layers below L1), "text and retained" (L1 .. L3-1) or "text" (from L3 up).
+        """
+        runner = self.model_runner
+        pruned = runner.model_state.pruned
+        held = runner.block_tables.num_blocks.np
+        groups = []
+        for i, group in enumerate(runner.kv_cache_config.kv_cache_groups):
+            spec = group.kv_cache_spec
+            kind = "every token"
+            if isinstance(spec, PrunedAttentionSpec):
+                kind = "text and retained" if spec.retains else "text"
+            blocks = {req_id: int(held[i, index]) for req_id, index in runner.req_states.req_id_to_index.items()}
+            groups.append({"holds": kind, "layers": len(group.layer_names), "blocks": blocks})
+        return {
+            "pruned_requests": len(pruned.by_id),
+            "deferred_bytes": pruned.deferred_bytes,
+            "block_size": runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
+            "groups": groups,
+        }

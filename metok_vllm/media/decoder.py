@@ -1,8 +1,8 @@
 """Sample frames from a video held in memory: PyAV and numpy alone, no vLLM.
 
-Two steps. The packets are listed without decoding (cheap, and the only truth about damaged or endless files); then
-only those stretches of packets are decoded that lead from a key frame to a wanted frame. Where frames are wanted so
-densely that every stretch touches the next, this is a plain walk. Nothing is ever decoded past what is asked.
+Two steps. First the packets are listed without decoding, which is cheap and the only truth about damaged and
+endless files. Then only those stretches of packets are decoded that lead from a key frame to a wanted frame.
+Where frames are wanted so densely that each stretch touches the next, this becomes a plain walk.
 """
 
 from __future__ import annotations
@@ -16,17 +16,9 @@ from av.video.frame import VideoFrame
 
 from .plan import PacketTable, Run, plan_runs, sample_indices
 from .settings import VideoError, VideoSettings
-from .source import (
-    Clock,
-    PacketReader,
-    SeekMissed,
-    check_bytes,
-    frame_rate,
-    open_source,
-    read_packet_table,
-)
+from .source import Clock, PacketReader, SeekMissed, VideoFile, frame_rate, open_source, read_packet_table
 
-# Codecs in which damage is noticed while decoding with threads, so that the frames do not depend on their race.
+# Codecs whose decoders notice damage with threads on too, so that no frame depends on which thread was first.
 _THREADED_CODECS = ("h264", "hevc", "vp9", "av1")
 
 
@@ -35,9 +27,9 @@ class DecodedVideo:
     """Sampled frames and what is known of the video they come from."""
 
     frames: npt.NDArray[np.uint8]
-    """[T, H, W, 3] RGB, upright: a rotation stated by the container is applied, its pixel aspect ratio is not."""
+    """[T, H, W, 3] RGB, upright: a rotation stated by the file is applied, its pixel aspect ratio is not."""
     indices: list[int]
-    """[T] index of each frame among the video's frames, in order of display; increasing."""
+    """[T] number of each frame among the video's frames, in order of display; increasing."""
     total_frames: int
     """Frames in the video."""
     fps: float
@@ -45,7 +37,7 @@ class DecodedVideo:
     duration: float
     """`total_frames` / `fps`, in seconds; 0.0 where `fps` is unknown."""
     missing: int
-    """Wanted frames that could not be decoded, so that `frames` lacks them; 0 for a sound file."""
+    """Wanted frames that could not be decoded and are left out of `frames`; 0 for a sound file."""
     packets_decoded: int
     """Packets sent to the decoder over all passes: the work done."""
 
@@ -53,26 +45,31 @@ class DecodedVideo:
 def decode_video(data: bytes, settings: VideoSettings | None = None) -> DecodedVideo:
     """Decode the sampled frames of the video file `data`.
 
-    Raises `VideoError` with one sentence for whatever is wrong with the data or too large for `settings`.
-    A file of which some wanted frames are damaged beyond decoding yields the others.
+    Raises `VideoError`, one sentence, for whatever is wrong with the data or too large for `settings`. A file
+    of which some wanted frames are damaged beyond decoding yields the others. ``settings.fps`` has no effect
+    where the frame rate is unknown.
     """
     settings = settings or VideoSettings()
     clock = Clock(settings.timeout_s)
-    data = bytes(data)
-    check_bytes(data)
-    with open_source(data, settings) as source:
+    file = VideoFile.check(bytes(data))
+    with open_source(file, settings) as source:
+        size = (source.stream.codec_context.width, source.stream.codec_context.height)
+        _check_size(size, settings)
         table = read_packet_table(source, settings, clock)
         fps = frame_rate(source.stream, table)
-        size = (source.stream.codec_context.width, source.stream.codec_context.height)
     total = table.total
     if total == 0:
         raise VideoError("The video holds no frames; it is damaged or cut off.")
     duration = total / fps if fps > 0 else 0.0
     indices = sample_indices(total, duration, settings.num_frames, settings.fps if fps > 0 else -1)
-    _check_output(len(indices), size, settings)
+    _check_count(len(indices), size, settings)
 
     picker = _Picker(len(indices), settings, clock)
-    _decode(data, table, indices, settings, picker)
+    try:
+        _passes(file, table, indices, settings, picker)
+    except _TimesLie:
+        picker.forget()
+        _passes(file, replace(table, timed=False), indices, settings, picker)
     got = np.flatnonzero(picker.have)
     if picker.frames is None or len(got) == 0:
         raise VideoError("No frame of the video could be decoded; it is damaged or in an unknown format.")
@@ -87,43 +84,8 @@ def decode_video(data: bytes, settings: VideoSettings | None = None) -> DecodedV
     )
 
 
-def _decode(
-    data: bytes, table: PacketTable, indices: list[int], settings: VideoSettings, picker: _Picker
-) -> None:
-    """Fill `picker` by the times of the frames, or by their order where the times turn out to be wrong."""
-    try:
-        _passes(data, table, indices, settings, picker)
-    except _TimesLie:
-        picker.forget()
-        _passes(data, replace(table, timed=False), indices, settings, picker)
-
-
-def _passes(
-    data: bytes, table: PacketTable, indices: list[int], settings: VideoSettings, picker: _Picker
-) -> None:
-    """Fill `picker`: quick and strict first; where that shows damage, tolerant; for what is missing then, a walk.
-
-    libav's threads race when they patch over damage, so a damaged file is read again by one thread: the same bytes
-    must give the same frames.
-    """
-    runs = plan_runs(table, indices)
-    cost = sum(run.cost for run in runs)
-    if cost > settings.max_decoded_frames:
-        raise VideoError(
-            f"To sample {len(indices)} frames of this video, {cost} would have to be decoded, more than"
-            f" {settings.max_decoded_frames} (video setting max_decoded_frames)."
-        )
-    if not table.damaged and _pass(data, table, runs, settings, picker, strict=True):
-        return
-    picker.forget()
-    _pass(data, table, runs, settings, picker, strict=False)
-    walk = plan_runs(table, indices, jump=False)
-    if not picker.have.all() and walk != runs and walk[0].cost <= settings.max_decoded_frames:
-        _pass(data, table, walk, settings, picker, strict=False)
-
-
 class _TimesLie(Exception):
-    """Decoded frames came with times that do not rise, so that a frame cannot be known by its time."""
+    """Decoded frames came with times that do not rise or fit, so that a frame is not known by its time."""
 
 
 class _Picker:
@@ -138,24 +100,25 @@ class _Picker:
         self._size = (0, 0)
 
     def forget(self) -> None:
-        """Start over: a first pass turned out to be unsound."""
+        """Start over: the passes so far turned out to be unsound."""
         self.frames, self.have[:] = None, False
 
     def put(self, slot: int, frame: VideoFrame) -> bool:
-        """Store `frame` in `slot` unless an earlier pass has; return whether the slot is now filled.
+        """Store `frame` in `slot` unless an earlier pass has; return whether the slot is filled now.
 
         Frames that differ in size take the size of the first one stored.
         """
         if self.have[slot]:
             return True
         if self.frames is None:
-            _check_output(len(self.have), (frame.width, frame.height), self._settings)
             self._size = (frame.width, frame.height)
+            _check_size(self._size, self._settings)
+            _check_count(len(self.have), self._size, self._settings)
         try:
             rgb = frame.to_ndarray(format="rgb24", width=self._size[0], height=self._size[1])
         except (av.FFmpegError, ValueError):
             return False
-        # libav states the angle by which the stored picture must be turned counter-clockwise to stand upright.
+        # PyAV states the angle by which the picture is to be turned counter-clockwise to stand upright.
         quarter_turns = round(frame.rotation / 90) % 4 if frame.rotation % 90 == 0 else 0
         upright = np.rot90(rgb, quarter_turns)
         if self.frames is None:
@@ -166,8 +129,34 @@ class _Picker:
         return bool(self.have[slot])
 
 
+def _passes(
+    file: VideoFile, table: PacketTable, indices: list[int], settings: VideoSettings, picker: _Picker
+) -> None:
+    """Fill `picker`: quick and strict first; tolerant where that shows damage; then a walk for the missing.
+
+    libav's threads race when they patch over damage, so a damaged file is read again by one thread: the same
+    bytes must give the same frames. Raises `_TimesLie` where the frames are not known by their times.
+    """
+    runs = plan_runs(table, indices)
+    cost = sum(run.cost for run in runs)
+    if cost > settings.max_decoded_frames:
+        raise VideoError(
+            f"To sample {len(indices)} frames of this video, {cost} would have to be decoded, more than"
+            f" {settings.max_decoded_frames} (video setting max_decoded_frames)."
+        )
+    if not table.damaged and _pass(file, table, runs, settings, picker, strict=True):
+        return
+    picker.forget()
+    _pass(file, table, runs, settings, picker, strict=False)
+    walk = plan_runs(table, indices, jump=False)
+    if not picker.have.all() and walk != runs and walk[0].cost <= settings.max_decoded_frames:
+        _pass(file, table, walk, settings, picker, strict=False)
+    if table.timed and not picker.have.any():
+        raise _TimesLie
+
+
 def _pass(
-    data: bytes,
+    file: VideoFile,
     table: PacketTable,
     runs: list[Run],
     settings: VideoSettings,
@@ -176,13 +165,13 @@ def _pass(
     strict: bool,
     seek: bool = True,
 ) -> bool:
-    """Decode `runs` into `picker`; return whether all went well. Strict: use threads, and stop at the first error."""
-    with open_source(data, settings) as source:
+    """Decode `runs` into `picker`; return whether all went well. Strict: threads, up to the first error."""
+    with open_source(file, settings) as source:
         context = source.stream.codec_context
         context.options = {"max_pixels": str(settings.max_pixels)}
         if strict:
             context.options |= {"err_detect": "explode"}
-        threads = settings.threads if strict and context.codec.canonical_name in _THREADED_CODECS else 1
+        threads = settings.threads if strict and source.codec in _THREADED_CODECS else 1
         context.thread_type, context.thread_count = "AUTO" if threads > 1 else "SLICE", threads
         reader = PacketReader(source, table, picker.clock, seek=seek)
         sound = True
@@ -194,7 +183,7 @@ def _pass(
                 if strict and not sound:
                     return False
         except SeekMissed:
-            return _pass(data, table, runs, settings, picker, strict=strict, seek=False)
+            return _pass(file, table, runs, settings, picker, strict=strict, seek=False)
     return sound
 
 
@@ -223,22 +212,25 @@ def _decode_run(reader: PacketReader, run: Run, timed: bool, picker: _Picker, *,
     return sound and not wanted
 
 
-def _check_output(count: int, size: tuple[int, int], settings: VideoSettings) -> None:
-    """Refuse more frames than `max_frames`, larger ones than `max_pixels`, and more bytes than `max_output_mib`."""
-    width, height = size
+def _check_size(size: tuple[int, int], settings: VideoSettings) -> None:
+    """Refuse frames of more than `max_pixels`."""
+    if size[0] * size[1] > settings.max_pixels:
+        raise VideoError(
+            f"The video's frames of {size[0]} x {size[1]} have more than"
+            f" {settings.max_pixels} pixels (video setting max_pixels)."
+        )
+
+
+def _check_count(count: int, size: tuple[int, int], settings: VideoSettings) -> None:
+    """Refuse more frames than `max_frames`, and more bytes of them than `max_output_mib`."""
     if count > settings.max_frames:
         raise VideoError(
             f"Sampling would give {count} frames, more than {settings.max_frames} (video setting max_frames);"
             " ask for fewer with num_frames or fps."
         )
-    if width * height > settings.max_pixels:
-        raise VideoError(
-            f"The video's frames of {width} x {height} have more than"
-            f" {settings.max_pixels} pixels (video setting max_pixels)."
-        )
-    mib = count * width * height * 3 / 2**20
+    mib = count * size[0] * size[1] * 3 / 2**20
     if mib > settings.max_output_mib:
         raise VideoError(
-            f"{count} frames of {width} x {height} would fill {mib:.0f} MiB, more than"
+            f"{count} frames of {size[0]} x {size[1]} would fill {mib:.0f} MiB, more than"
             f" {settings.max_output_mib} (video setting max_output_mib)."
         )

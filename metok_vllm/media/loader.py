@@ -1,9 +1,9 @@
 """The decoder as a video loader of vLLM, by the name "metok".
 
-vLLM chooses the loader by ``video_backend`` in ``--media-io-kwargs '{"video": {...}}'``, else by the environment
-variable ``VLLM_VIDEO_LOADER_BACKEND``, and hands every other key of that mapping to `MetokVideoLoader.load_bytes`;
-`VideoSettings` lists them. Whatever is wrong with a video or with the keys becomes `VideoRequestError`, for which
-vLLM's OpenAI server answers 400 with its message.
+vLLM chooses a loader by ``video_backend`` in ``--media-io-kwargs '{"video": {...}}'``, else by the
+environment variable ``VLLM_VIDEO_LOADER_BACKEND``, and hands every other key of that mapping to
+`load_bytes`; here they are the fields of `VideoSettings`. Whatever is wrong with a video or a key becomes
+`VideoRequestError`, which vLLM's OpenAI server answers with 400 and its message.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from vllm import envs
 from vllm.exceptions import VLLMValidationError
-from vllm.logger import init_logger
+from metok_vllm.log import metok_logger
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 from vllm.multimodal.video_decoders import VideoSourceMetadata
 
@@ -26,11 +26,11 @@ from .settings import VideoError, VideoSettings
 LOADER_NAME = "metok"
 _LOADER_KEY = "video_backend"
 
-logger = init_logger(__name__)
+logger = metok_logger(__name__)
 
 
 class VideoRequestError(VLLMValidationError, VideoError):
-    """A `VideoError` in the type that vLLM's entry points turn into HTTP 400; still a `ValueError` for Python users."""
+    """A `VideoError` of the type that vLLM's entry points turn into HTTP 400; still a `ValueError`."""
 
 
 class MetokVideoLoader(VideoLoader):
@@ -38,9 +38,10 @@ class MetokVideoLoader(VideoLoader):
 
     @classmethod
     def load_bytes(cls, data: bytes, **kwargs: Any) -> tuple[npt.NDArray[np.uint8], dict[str, Any]]:
-        """Frames ``[T, H, W, 3]`` RGB uint8 and vLLM's metadata mapping; `kwargs` are the fields of `VideoSettings`.
+        """Frames ``[T, H, W, 3]`` RGB uint8 and vLLM's metadata; `kwargs` are the fields of `VideoSettings`.
 
-        Raises `VideoRequestError`, one sentence, for an unusable video and for unknown or impossible `kwargs`.
+        Raises `VideoRequestError`, one sentence, for an unusable video and for unknown or impossible
+        `kwargs`.
         """
         try:
             settings = VideoSettings.from_mapping(kwargs)
@@ -69,9 +70,9 @@ def register_loader() -> None:
 def prefer_loader(media_io_kwargs: MutableMapping[str, dict[str, Any]]) -> None:
     """Make "metok" the default loader in a server's `media_io_kwargs`, and check the keys meant for it.
 
-    For a config hook, before requests come: without this, a wrong key would only show in the first request. A loader
-    that the operator chose, by the key ``video_backend`` or by ``VLLM_VIDEO_LOADER_BACKEND``, is left alone.
-    Raises `VideoError` for unknown or impossible keys.
+    For a config hook, before requests come: a wrong key would otherwise show in the first request only. A
+    loader that the operator chose, by the key ``video_backend`` or by ``VLLM_VIDEO_LOADER_BACKEND``, is left
+    alone. Raises `VideoError` for unknown or impossible keys.
     """
     video = media_io_kwargs.setdefault("video", {})
     if _LOADER_KEY not in video and not envs.is_set("VLLM_VIDEO_LOADER_BACKEND"):
@@ -81,5 +82,5 @@ def prefer_loader(media_io_kwargs: MutableMapping[str, dict[str, Any]]) -> None:
 
 
 def check_video_kwargs(video: Mapping[str, Any]) -> VideoSettings:
-    """The settings that ``--media-io-kwargs``'s "video" mapping stands for; raises `VideoError` if it is wrong."""
+    """The settings that the "video" mapping of ``--media-io-kwargs`` states; raises `VideoError` if wrong."""
     return VideoSettings.from_mapping({key: value for key, value in video.items() if key != _LOADER_KEY})

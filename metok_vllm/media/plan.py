@@ -1,4 +1,4 @@
-"""Which frames to sample, and which stretches of packets must be decoded to get them. Pure Python and numpy."""
+"""Which frames to sample, and which stretches of packets must be decoded for them. Python and numpy alone."""
 
 from __future__ import annotations
 
@@ -11,25 +11,22 @@ import numpy as np
 import numpy.typing as npt
 
 JUMP_GAP = 8
-"""Skip undecoded packets only where at least this many are saved; fewer are cheaper to decode than a restart."""
+"""Jump over packets only where more than this many are saved; fewer are cheaper to decode than a restart."""
 _KEYS_TO_TRY = 64
 
 
 @dataclass(frozen=True)
 class PacketTable:
-    """One row per packet of the video stream, in file (= decoding) order.
-
-    `pts` is in stream ticks; where `timed` is false it holds nothing of use, and frames are known by their order alone.
-    """
+    """One row per packet of the video stream, in file (= decoding) order."""
 
     pts: npt.NDArray[np.int64]
-    """[P] presentation time of each packet."""
+    """[P] time of display of each packet, in stream ticks; of no use where `timed` is false."""
     key: npt.NDArray[np.bool_]
     """[P] whether decoding may start at this packet."""
     shown: npt.NDArray[np.bool_]
-    """[P] whether the packet yields a frame for display (edit lists and hidden reference frames do not)."""
+    """[P] whether the packet yields a frame for display: what edit lists hide, for one, does not."""
     timed: bool
-    """Whether every packet has a `pts` of its own, so that a frame is known by it."""
+    """Whether every packet has a `pts` of its own by which its frame is known; else the order alone tells."""
     damaged: bool = False
     """Whether reading the container ended in an error."""
 
@@ -62,8 +59,9 @@ class Run:
 def sample_indices(total: int, duration: float, num_frames: int, fps: float) -> list[int]:
     """Frame indices to sample, as vLLM's own uniform loader chooses them.
 
-    `total` >= 1 frames last `duration` seconds; `num_frames` and `fps` limit the sample unless they are -1, the lower
-    of the two counts, and at least one frame is taken. Returns strictly increasing indices in ``[0, total)``.
+    `total` >= 1 frames last `duration` seconds; `num_frames` and `fps` limit the sample unless they are -1,
+    the lower count of the two holds; at least one frame is taken. Returns increasing indices in ``[0,
+    total)``.
     """
     count = total
     if num_frames > 0:
@@ -73,15 +71,15 @@ def sample_indices(total: int, duration: float, num_frames: int, fps: float) -> 
     count = max(1, count)
     if count == total:
         return list(range(total))
-    # The truncation of linspace's floats is part of vLLM's choice: an exact integer formula differs now and then.
+    # Truncated floats are part of vLLM's choice: exact integer arithmetic would differ now and then.
     return [int(index) for index in np.linspace(0, total - 1, count, dtype=int)]
 
 
 def plan_runs(table: PacketTable, indices: list[int], *, jump: bool = True) -> list[Run]:
     """Cut the work of decoding frames `indices` (increasing) into runs, in file order and without overlap.
 
-    Each wanted frame is decoded from the last key packet stored and shown no later than it. With `jump` false, or
-    where the table is not timed, one run from the first packet on covers everything.
+    Each wanted frame is decoded from the last key packet stored and shown no later than it. If `jump` is
+    false or the table not timed, one run from the first packet on covers everything.
     """
     if not table.timed:
         return [Run(0, len(table.pts) - 1, {index: slot for slot, index in enumerate(indices)})]
@@ -100,9 +98,9 @@ def plan_runs(table: PacketTable, indices: list[int], *, jump: bool = True) -> l
 
 
 def _start_for(table: PacketTable, keys: list[int], packet: int) -> int:
-    """The key packet from which to decode `packet`: the last one stored and shown no later; 0 where none is near."""
+    """The key packet from which to decode `packet`; 0 where none is near."""
     at = bisect_right(keys, packet) - 1
-    # Only in damaged files are many keys in a row shown after the packets that follow them: give up early there.
+    # Only in damaged files are many keys in a row shown after packets that follow them: give up early there.
     for key in keys[max(0, at - _KEYS_TO_TRY + 1) : at + 1][::-1]:
         if table.pts[key] <= table.pts[packet]:
             return key

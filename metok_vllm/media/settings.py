@@ -34,7 +34,7 @@ class VideoSettings:
     num_frames: int = -1
     """Frames to sample, evenly over the video; -1 for all. vLLM passes 32 where nobody says otherwise."""
     fps: float = -1
-    """Frames to sample per second of video; -1 for no such limit. The fewer of `num_frames` and this counts."""
+    """Frames to sample per second; -1 for no limit. Of `num_frames` and this, the fewer frames count."""
     max_frames: int = 1024
     """Refuse a request that would sample more frames than this."""
     max_pixels: int = 8192 * 4320
@@ -48,7 +48,7 @@ class VideoSettings:
     timeout_s: float = 60.0
     """Refuse a video that has taken more than this many seconds of wall time."""
     threads: int = 4
-    """Decoder threads for one video; damaged videos are always read by one, to give the same frames every time."""
+    """Decoder threads for one video; damaged videos are read by one, to give the same frames every time."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in _INT_RANGES.items():

@@ -1,4 +1,4 @@
-"""Open a video from bytes with PyAV, safely, and list its packets without decoding any."""
+"""Open a video held in memory with PyAV, safely; list its packets without decoding; hand out some of them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,28 @@ from av.packet import Packet
 from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
 
-from .mp4_guard import check_mp4_claims, looks_like_mp4
+from .mp4_guard import check_mp4, looks_like_mp4
 from .plan import PacketTable
 from .settings import VideoError, VideoSettings
 
-# Containers that libav may try. Playlists (hls, concat, dash), which make it open files and URLs, are left out.
+# Containers that libav may try. Playlists (hls, dash, concat) make it open files and URLs: they are left out.
 _CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,asf,ivf,gif,apng"
 CONTAINER_NAMES = "mp4/mov, webm/mkv, avi, mpeg-ts/ps, flv, ogg, wmv, ivf, gif or animated png"
-# Codecs whose key flag means that decoding may start there; others (gif draws on its last frame) are walked through.
-_JUMP_CODECS = frozenset(
-    ("h264", "hevc", "vvc", "av1", "vp8", "vp9", "mpeg1video", "mpeg2video", "mpeg4", "h263", "flv1", "theora")
-    + ("mjpeg", "prores", "dnxhd", "ffv1", "huffyuv", "rawvideo")
-    + ("wmv1", "wmv2", "wmv3", "vc1", "msmpeg4v2", "msmpeg4v3")
-)
+# Codecs whose key flag means that decoding may start there. Others (gif paints on its last frame) are walked.
+_JUMP_CODECS = {
+    *("h264", "hevc", "vvc", "av1", "vp8", "vp9", "mpeg1video", "mpeg2video", "mpeg4", "h263", "theora"),
+    *("flv1", "wmv1", "wmv2", "wmv3", "vc1", "msmpeg4v2", "msmpeg4v3"),
+    *("mjpeg", "prores", "dnxhd", "ffv1", "huffyuv", "rawvideo"),
+}
+# Containers whose seeking is a look-up in an index that was read already.
 _SEEKABLE = ("mov", "matroska")
-_IMAGE_MAGIC = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+_IMAGE_MAGIC = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+}
 
 
 class Clock:
@@ -48,6 +55,25 @@ class Clock:
             )
 
 
+class SeekMissed(Exception):
+    """The container went elsewhere than told; read through it instead."""
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """The bytes of a video file that passed the first checks, and how libav is to open them."""
+
+    data: bytes
+    edit_lists: bool
+
+    @classmethod
+    def check(cls, data: bytes) -> VideoFile:
+        """Refuse, with `VideoError`, what need not be opened: no data, and headers made to exhaust memory."""
+        if not data:
+            raise VideoError("The video is empty (0 bytes).")
+        return cls(data, edit_lists=not looks_like_mp4(data) or check_mp4(data))
+
+
 @dataclass
 class Source:
     """An open container and the video stream in it to read."""
@@ -55,34 +81,38 @@ class Source:
     container: InputContainer
     stream: VideoStream
 
+    @property
+    def codec(self) -> str:
+        """The codec's name, whichever decoder serves it."""
+        return self.stream.codec_context.codec.canonical_name
+
     def packets(self) -> Iterator[Packet[VideoStream]]:
-        """The stream's packets in file order, empty ones left out (to a decoder they would mean the end)."""
+        """The stream's packets in file order, without empty ones: to a decoder they would mean the end."""
         return (packet for packet in self.container.demux(self.stream) if packet.size)
 
 
 @contextmanager
-def open_source(data: bytes, settings: VideoSettings) -> Iterator[Source]:
-    """Open `data` and choose its main video stream; raises `VideoError` if there is none that may be read."""
-    # libav logs damage to stderr or into Python's logging where another library asked for it; errors are raised here.
+def open_source(file: VideoFile, settings: VideoSettings) -> Iterator[Source]:
+    """Open `file` and choose its main video stream; raises `VideoError` if there is none that may be read."""
+    # Where another library switched libav's log on, damage would fill it; here it becomes one error.
     av.logging.set_level(None)
-    limits = {"max_pixels": str(settings.max_pixels)}
     try:
         container = av.open(
-            io.BytesIO(data),
+            io.BytesIO(file.data),
             mode="r",
-            options=limits,
+            options={"max_pixels": str(settings.max_pixels)},
             container_options={
                 "format_whitelist": _CONTAINERS,
                 "protocol_whitelist": "none",
                 "max_streams": "64",
+                "advanced_editlist": str(int(file.edit_lists)),
             },
             metadata_errors="replace",
         )
     except (av.FFmpegError, ValueError, OSError, EOFError) as error:
-        raise VideoError(_why_not_opened(data)) from error
+        raise VideoError(_why_not_opened(file.data)) from error
     try:
         stream = _main_video(container)
-        _check_pixels(stream, settings)
         for other in container.streams:
             if other.index != stream.index:
                 other.discard = Discard.all
@@ -91,19 +121,14 @@ def open_source(data: bytes, settings: VideoSettings) -> Iterator[Source]:
         container.close()
 
 
-def check_bytes(data: bytes) -> None:
-    """Refuse what need not be opened: nothing at all, and headers that would make libav allocate without end."""
-    if not data:
-        raise VideoError("The video is empty (0 bytes).")
-    if looks_like_mp4(data):
-        check_mp4_claims(data)
-
-
 def read_packet_table(source: Source, settings: VideoSettings, clock: Clock) -> PacketTable:
-    """List every packet of the stream, in time proportional to the file's size; raises `VideoError` over a limit."""
-    codec = source.stream.codec_context.codec.canonical_name
+    """List every packet of the stream, in time proportional to the file's size.
+
+    Raises `VideoError` if they are more than `max_source_frames`, or when the time is up.
+    """
     pts, key, shown = array("q"), bytearray(), bytearray()
-    timed, damaged = True, False
+    timed, damaged, cut_off = True, False, False
+    jump, vp8 = source.codec in _JUMP_CODECS, source.codec == "vp8"
     try:
         for packet in source.packets():
             if len(pts) % 256 == 0:
@@ -115,84 +140,86 @@ def read_packet_table(source: Source, settings: VideoSettings, clock: Clock) -> 
                 )
             timed = timed and packet.pts is not None
             pts.append(packet.pts or 0)
-            key.append(packet.is_keyframe)
-            hidden = packet.is_discard or (codec == "vp8" and not memoryview(packet)[0] & 0x10)
-            shown.append(not hidden)
+            key.append(jump and packet.is_keyframe)
+            # Bit 4 of a vp8 packet says if it is for display; no other codec here has packets that are not.
+            shown.append(not packet.is_discard and not (vp8 and not memoryview(packet)[0] & 0x10))
+            cut_off = packet.is_corrupt
     except av.FFmpegError:
         damaged = True
+    if cut_off:  # the file ends within its last packet
+        shown[-1] = False
     times = np.array(pts, dtype=np.int64)
-    if codec not in _JUMP_CODECS:
-        key = bytearray(len(key))
     # An avi file stores no times of display: libav makes them up from the order of decoding.
     timed = timed and len(np.unique(times)) == len(times) and source.container.format.name != "avi"
     return PacketTable(times, np.array(key, dtype=bool), np.array(shown, dtype=bool), timed, damaged)
 
 
-class SeekMissed(Exception):
-    """The container went elsewhere than told; read through it instead."""
-
-
 class PacketReader:
-    """Hands out stretches of packets by their number in the table, skipping what lies between.
+    """Hands out stretches of packets by their number in the table, passing over what lies between.
 
-    Wide gaps are crossed by seeking in the container where it has a trustworthy index. Where a seek led is read off
-    the packet's pts, which the table knows: a container that lies costs time, never a wrong frame.
+    Wide gaps are crossed by seeking where the container has an index. Where a seek led to is read off the
+    packets' pts, which the table knows: a container that lies costs time, never a wrong frame.
     """
 
     SEEK_GAP = 512
-    """Seek where at least this many packets are to be skipped; reading past fewer is as quick."""
+    """Seek where at least this many packets are to be passed over; reading past fewer is as quick."""
 
     def __init__(self, source: Source, table: PacketTable, clock: Clock, *, seek: bool) -> None:
         self.source = source
-        self.seeks = 0
         self._table = table
         self._clock = clock
         self._packets = source.packets()
         self._next = 0
-        self._seekable = seek and table.timed and source.container.format.name.startswith(_SEEKABLE)
-        self._number_of = {int(pts): number for number, pts in enumerate(table.pts)} if self._seekable else {}
+        self._may_seek = seek and table.timed and source.container.format.name.startswith(_SEEKABLE)
+        self._sought = False
 
     def read(self, start: int, end: int) -> Iterator[Packet[VideoStream] | None]:
-        """Packets `start` .. `end` of the table, then None: the end of the stretch, on which a decoder drains."""
-        if self._seekable and start - self._next >= self.SEEK_GAP:
+        """Packets `start` .. `end` of the table, then None: the stretch's end, on which a decoder drains."""
+        if self._may_seek and start - self._next >= self.SEEK_GAP:
             self._seek(start)
-        for packet in self._packets:
-            number, self._next = self._next, self._next + 1
-            if number % 256 == 0:
-                self._clock()
-            if self._table.timed and packet.pts != self._table.pts[number]:
-                raise SeekMissed
-            if number >= start:
-                yield packet
-            if number >= end:
-                break
+        try:
+            for packet in self._packets:
+                number, self._next = self._next, self._next + 1
+                if number % 256 == 0:
+                    self._clock()
+                if self._sought and packet.pts != self._table.pts[number]:
+                    raise SeekMissed
+                if number >= start:
+                    yield packet
+                if number >= end:
+                    break
+        except av.FFmpegError:
+            pass  # the data ends here, as it did when the table was made
         yield None
 
     def _seek(self, start: int) -> None:
-        self.source.container.seek(int(self._table.pts[start]), stream=self.source.stream, backward=True)
-        self.seeks += 1
-        packets = self.source.packets()
-        first = next(packets, None)
-        number = -1 if first is None or first.pts is None else self._number_of.get(first.pts, -1)
-        if first is None or not 0 <= number <= start:
+        """Seek to packet `start` or to one before it; raises `SeekMissed` if the container went elsewhere."""
+        try:
+            self.source.container.seek(int(self._table.pts[start]), stream=self.source.stream)
+            packets = self.source.packets()
+            first = next(packets, None)
+        except av.FFmpegError as error:
+            raise SeekMissed from error
+        if first is None or first.pts is None:
             raise SeekMissed
-        self._packets, self._next = chain([first], packets), number
+        found = np.flatnonzero(self._table.pts == first.pts)
+        if len(found) != 1 or found[0] > start:
+            raise SeekMissed
+        self._packets, self._next, self._sought = chain([first], packets), int(found[0]), True
 
 
 def frame_rate(stream: VideoStream, table: PacketTable) -> float:
-    """Frames a second: the container's average where it agrees within a factor of two with the packets' times.
+    """Frames a second, on average; 0.0 where neither the container nor the packets' times tell.
 
-    A container may state none, or nonsense. 0.0 where neither tells.
+    The container's figure counts where it agrees with the times within a factor of two: some state nonsense.
     """
     stated = float(stream.average_rate or stream.guessed_rate or 0)
     measured = 0.0
     if table.timed and table.total > 1 and stream.time_base:
         times = table.pts[table.shown]
         span = (int(times.max()) - int(times.min())) * float(stream.time_base)
-        measured = (table.total - 1) / span if span > 0 else 0.0
-    if stated > 0 and (measured == 0.0 or 0.5 < stated / measured < 2):
-        return stated
-    return measured
+        measured = (table.total - 1) / span
+    return stated if stated > 0 and (measured == 0.0 or 0.5 < stated / measured < 2) else measured
 
 
 def _main_video(container: InputContainer) -> VideoStream:
@@ -206,15 +233,6 @@ def _main_video(container: InputContainer) -> VideoStream:
     if stream.codec_context is None:
         raise VideoError("The video is in a codec that cannot be decoded here.")
     return stream
-
-
-def _check_pixels(stream: VideoStream, settings: VideoSettings) -> None:
-    width, height = stream.codec_context.width, stream.codec_context.height
-    if width * height > settings.max_pixels:
-        raise VideoError(
-            f"The video's frames of {width} x {height} have more than"
-            f" {settings.max_pixels} pixels (video setting max_pixels)."
-        )
 
 
 def _why_not_opened(data: bytes) -> str:

@@ -68,7 +68,7 @@ class AlignerProcessor:
         config: Any = AutoConfig.from_pretrained(tower)
         self.window = int(config.text_config.max_position_embeddings)
         self.tokenizer = AutoTokenizer.from_pretrained(tower)
-        self.image_processor = AutoImageProcessor.from_pretrained(tower)
+        self.image_processor: Any = AutoImageProcessor.from_pretrained(tower)  # type: ignore[no-untyped-call]
         # SigLIP was trained on windows padded to their full length; CLIP finds the end of the text by itself.
         self.pad_id = self.tokenizer.pad_token_id
         if self.pad_id is None:
@@ -118,7 +118,10 @@ class DualTower(nn.Module):
     def frames(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pooled image embedding of every frame: `pixels[T, 3, h, w]` to [T, E]."""
         dtype = next(self.model.parameters()).dtype
-        blocks = [self._pooled(self.model.get_image_features(block.to(dtype))) for block in pixels.split(FRAMES_PER_BLOCK)]
+        blocks = [
+            self._pooled(self.model.get_image_features(block.to(dtype)))
+            for block in torch.split(pixels, FRAMES_PER_BLOCK)
+        ]
         return torch.cat(blocks)
 
     @torch.inference_mode()

@@ -46,7 +46,7 @@ class METokLlavaOnevisionMultiModalProcessor(MetokProcessing, LlavaOnevisionMult
         return side, side
 
     def stock_video_tokens(self, frames: int) -> int:
-        return self.info.get_num_video_tokens(image_width=1, image_height=1, num_frames=frames)
+        return int(self.info.get_num_video_tokens(image_width=1, image_height=1, num_frames=frames))
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -74,8 +74,8 @@ class METokLlavaOnevisionForConditionalGeneration(MetokModel, LlavaOnevisionForC
 
     def video_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Tower and projector: `pixels[T, 3, h, w]` to [T, H, W, D]."""
-        features = self._image_pixels_to_features(self.vision_tower, pixels)
-        features = self.multi_modal_projector(features)
+        tower: Any = self.vision_tower
+        features: torch.Tensor = self.multi_modal_projector(self._image_pixels_to_features(tower, pixels))
         vision = self.config.vision_config
         side = vision.image_size // vision.patch_size
         return features.view(pixels.shape[0], side, side, -1)

@@ -89,7 +89,7 @@ class MetokModel:
         Returns:
             [plan.tokens, D] with METok off, [plan.tokens, D + TAG_CHANNELS] with it on.
         """
-        features = torch.cat([self.video_features(block) for block in pixels.split(FRAMES_PER_BLOCK)])
+        features = torch.cat([self.video_features(block) for block in torch.split(pixels, FRAMES_PER_BLOCK)])
         if not plan.pruned:
             return self.stock_video(features)
         vectors = events.frame_vectors(features.flatten(1, 2))

@@ -131,7 +131,9 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         last = max(r.offset + r.length for r in ranges)
         behind = [r for items in result["mm_placeholders"].values() for r in items if r.offset >= last]
         if sum(r.length for r in behind) == length - last:
-            raise ValueError("METok: a prompt needs text behind its last video, since that text decides what is kept of it.")
+            raise ValueError(
+                "METok: a prompt needs text behind its last video, since that text decides what is kept of it."
+            )
         config = self.info.ctx.model_config
         step = getattr(config.hf_config, "metok_step_tokens", None)
         if step is not None and length > step:
@@ -187,7 +189,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        stock = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
+        stock = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[safe-super]  # a mixin
         return {
             **stock,
             PLAN_FIELD: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
@@ -202,12 +204,13 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         hf_processor_mm_kwargs: Mapping[str, object],
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
-        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        # A mixin: the family's own class comes next in the method resolution order.
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[safe-super]
 
-        def placeholders(target: list[int]) -> Any:
+        def placeholders(target: Any) -> Any:
             def replacement(item_idx: int) -> list[int]:
-                plan = VideoPlan.from_tensor(out_mm_kwargs["video"][item_idx][PLAN_FIELD].data)
-                return target * plan.tokens
+                plan: Any = out_mm_kwargs["video"][item_idx][PLAN_FIELD].data
+                return list(target) * VideoPlan.from_tensor(plan).tokens
 
             return replacement
 

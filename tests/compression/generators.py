@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 property_test = settings(
     deadline=None,  # cores are shared; slowness is the suite's timeout's business
-    max_examples=300,
+    max_examples=200,
     derandomize=True,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -51,6 +51,14 @@ def test_events_only_equals_plain_loops(ids: list[int], seed: int) -> None:
     assert r.dtype == lengths.dtype == torch.float32
 
 
+def test_a_bright_event_does_not_blur_the_mean_of_the_next() -> None:
+    dim = torch.tensor([[1e-3, 0.0], [0.0, 1e-3]])
+    vectors = torch.cat([torch.full((1000, 2), 12345.678), dim])
+    ids = torch.tensor([0] * 1000 + [1, 1])
+    r, _ = events_only(vectors, ids, 2)
+    torch.testing.assert_close(r[-2:], torch.full((2,), 0.5**0.5))
+
+
 @property_test
 @given(event_ids().flatmap(lambda ids: st.tuples(st.just(ids), scores(len(ids), nan=True))))
 def test_event_score_is_its_best_frame(case: tuple[list[int], list[float]]) -> None:

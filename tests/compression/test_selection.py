@@ -54,7 +54,8 @@ def test_prune_layers_of_known_depths() -> None:
     assert prune_layers(24) == (3, 9, 16)
     assert prune_layers(8) == (1, 3, 5)
     assert prune_layers(3) == (1, 2, 3)
-    assert prune_layers(14) == (2, 5, 10)  # 1.5 and 9.5: halves go to even
+    assert prune_layers(14) == (2, 5, 10)  # 1.5 and 9.5, and below 4.5 and 28.5: halves go to even
+    assert prune_layers(42) == (4, 15, 28)
 
 
 def test_prune_layers_are_ordered_at_every_depth() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, LlavaOnevisionForConditionalGeneration
 
 from metok_vllm.demo.checkpoint import ALIGNER_FOLDER, ALIGNER_WINDOW, build_checkpoint
-from tests.oracle import OracleSettings, run
+from tests.oracle import OracleSettings, run, stage1
 from tests.oracle.samples import Sample, scene_video
 
 SMALL = {"layers": 3, "seed": 7}
@@ -121,6 +122,17 @@ def test_attention_tells_visual_tokens_apart(sample: Callable[..., Sample]):
     for attention in layers:
         scores = attention[0][:, visual[-1] + 1 :][:, :, visual].mean((0, 1))
         assert scores.max() > 2 * scores.median() > 3 * scores.min()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_frames_of_different_scenes_have_different_features(sample: Callable[..., Sample], seed):
+    tiny = sample(seed=seed, layers=3)
+    scenes = [scene_video(10 + n, 2, scenes=1) for n in range(6)]
+    with torch.no_grad():
+        vectors = [stage1.features(tiny.model, tiny.pixels(scene)).mean((1, 2)) for scene in scenes]
+    within = [stage1.cosine(pair[0], pair[1]).item() for pair in vectors]
+    across = [stage1.cosine(a[1], b[0]).item() for a, b in pairwise(vectors)]
+    assert min(within) > max(across) + 0.1
 
 
 @pytest.mark.parametrize("kind", ["siglip", "clip"])

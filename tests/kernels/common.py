@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,13 +34,19 @@ def ints(*values: int, device: torch.device) -> torch.Tensor:
 
 
 def assert_rounded(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal to within one unit in the last place of the dtype: both computed in float32, then rounded once."""
+    """Equal to within one unit in the last place: both computed in float32, then rounded once."""
     ulp = {torch.float32: 2.0**-18, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[actual.dtype]
     torch.testing.assert_close(actual, expected, rtol=ulp, atol=ulp * 1e-2)
 
 
 def plain_environment() -> dict[str, str]:
-    """The environment of a process whose kernels are compiled, not interpreted, and that imports this checkout."""
+    """The environment of a process that compiles its kernels and imports this checkout."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT / "kernels")
     return environment
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a process of its own, with compiled kernels."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=plain_environment(), capture_output=True, text=True, timeout=120)

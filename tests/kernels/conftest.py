@@ -1,7 +1,7 @@
 """Kernels run on the GPU where there is one, else in Triton's interpreter on CPU tensors.
 
-Every tensor that a launcher allocates starts as NaN (floats) or as a large negative number (integers), so that an
-element a kernel forgot to write shows.
+Every tensor that a launcher allocates starts as NaN (floats) or as a large negative number (integers), so
+that an element a kernel forgot to write shows.
 """
 
 from __future__ import annotations

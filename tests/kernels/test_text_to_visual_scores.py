@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -34,8 +34,8 @@ def paged(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scatter each request's keys [n, kv_heads, dim] over shuffled pages; (key cache view, block table).
 
-    The cache has vLLM's shape [blocks, kv_heads, block_size, 2 * dim]; `layout` is its physical order. Every key
-    no request owns is NaN, every unused entry of the table far out of range: reading one would show.
+    The cache has vLLM's shape [blocks, kv_heads, block_size, 2 * dim]; `layout` is its physical order. Every
+    key no request owns is NaN, every unused entry of the table far out of range: reading one would show.
     """
     counts = [-(-len(keys) // PAGE) for keys in requests]
     pages, width = sum(counts) + 3, max(counts) + 1
@@ -55,7 +55,11 @@ def paged(
 
 
 def build(
-    items: tuple[Item, ...], heads: tuple[int, int, int], dtype: torch.dtype, layout: str, device: torch.device
+    items: tuple[Item, ...],
+    heads: tuple[int, int, int],
+    dtype: torch.dtype,
+    layout: str,
+    device: torch.device,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of the operation for one request an item; `layout` is "packed", "NHD" or "HND"."""
     query_heads, kv_heads, dim = heads
@@ -75,9 +79,8 @@ def build(
         cache, table = paged(requests, layout, dtype, gen)
         keys = PagedKeys(cache.to(device), table.to(device), ints(*range(len(items)), device=device))
     row_keys = [item.keys - item.rows + 1 + row for item in items for row in range(item.rows)]
-    visual = [
-        torch.randperm(max(item.keys - item.rows, 1), generator=gen)[: item.visual].sort().values for item in items
-    ]
+    shuffled = [torch.randperm(max(item.keys - item.rows, 1), generator=gen) for item in items]
+    visual = [order[: item.visual].sort().values for order, item in zip(shuffled, items, strict=True)]
     arguments = (
         q.to(device),
         keys,
@@ -113,9 +116,7 @@ def test_head_layouts(heads: tuple[int, int, int], device: torch.device) -> None
 
 @few_examples
 @given(
-    shapes=st.lists(
-        st.tuples(st.integers(0, 9), st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=4
-    ),
+    shapes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=4),
     layout=st.sampled_from(["packed", "HND"]),
 )
 def test_any_shape(shapes: list[tuple[int, int, int]], layout: str, device: torch.device) -> None:
@@ -182,7 +183,8 @@ def test_two_videos_of_one_request_share_keys_and_rows(device: torch.device) -> 
     arguments = (
         q,
         keys,
-        ints(15, 16, 39, 40, 39, 40, device=device),  # first video: 2 rows before the second video, 2 after it
+        # first video: 2 rows before the second video, 2 after it
+        ints(15, 16, 39, 40, 39, 40, device=device),
         ints(0, 4, 6, device=device),
         ints(*range(2, 14), *range(20, 38), device=device),
         ints(0, 12, 30, device=device),
@@ -194,7 +196,12 @@ def test_two_videos_of_one_request_share_keys_and_rows(device: torch.device) -> 
 
 @pytest.mark.parametrize(
     ("cache_dtype", "per_vector"),
-    [(torch.float8_e4m3fn, False), (torch.float8_e5m2, False), (torch.float8_e4m3fn, True), (torch.int8, True)],
+    [
+        (torch.float8_e4m3fn, False),
+        (torch.float8_e5m2, False),
+        (torch.float8_e4m3fn, True),
+        (torch.int8, True),
+    ],
 )
 def test_quantised_caches(cache_dtype: torch.dtype, per_vector: bool, device: torch.device) -> None:
     gen = torch.Generator().manual_seed(5)
@@ -228,7 +235,8 @@ def test_no_text_rows_score_zero(device: torch.device) -> None:
 
 def test_visual_index_out_of_range_is_not_read(device: torch.device) -> None:
     arguments, options = build((Item(2, 30, 20),), (2, 1, 16), torch.float32, "HND", device)
-    arguments[4][3:6] = ints(-1, 47, 10**8, device=device)  # before the request, on an unused page, past the table
+    # before the request, on an unused page, past the table
+    arguments[4][3:6] = ints(-1, 47, 10**8, device=device)
     scores = text_to_visual_scores(*arguments, **options)
     assert scores[3:6].tolist() == [0.0, 0.0, 0.0]
     assert (scores[6:] > 0).all()
@@ -264,13 +272,12 @@ def test_refusals(device: torch.device) -> None:
     q, keys, *rest = arguments
     with pytest.raises(ValueError, match=r"q has shape .* expected \[any, any, any\]"):
         text_to_visual_scores(q[0], keys, *rest, **options)
-    with pytest.raises(TypeError, match="keys.cache is float16"):
-        text_to_visual_scores(q, PagedKeys(keys.cache.half(), keys.block_table, keys.table_row), *rest, **options)
+    with pytest.raises(TypeError, match=r"keys\.cache is float16"):
+        text_to_visual_scores(q, replace(keys, cache=keys.cache.half()), *rest, **options)
     with pytest.raises(ValueError, match="3 heads do not divide over 2"):
         text_to_visual_scores(q[:, :3].contiguous(), keys, *rest, **options)
     with pytest.raises(ValueError, match="needs `scale`"):
-        quantised = PagedKeys(keys.cache.to(torch.int8), keys.block_table, keys.table_row)
-        text_to_visual_scores(q, quantised, *rest, **options)
+        text_to_visual_scores(q, replace(keys, cache=keys.cache.to(torch.int8)), *rest, **options)
     with pytest.raises(ValueError, match="last axis of q must be contiguous"):
         text_to_visual_scores(q.transpose(1, 2).contiguous().transpose(1, 2), keys, *rest, **options)
     with pytest.raises(ValueError, match="row_index is on meta"):

@@ -169,9 +169,9 @@ class Prefill:
         visual = {p for video in self.videos for p in range(video.start, video.stop)}
         for number in range(self.limits[0], len(self.layers)):
             spared = set(self.retained) if number < self.limits[2] else set()
-            kept = [p for p in self.kv_positions[number] if p not in visual or p in spared]
-            index = [i for i, p in enumerate(self.kv_positions[number]) if p in set(kept)]
-            self.kv_positions[number] = kept
+            held = self.kv_positions[number]
+            index = [i for i, p in enumerate(held) if p not in visual or p in spared]
+            self.kv_positions[number] = [held[i] for i in index]
             self.keys[number] = self.keys[number][:, index]
             self.values[number] = self.values[number][:, index]
 

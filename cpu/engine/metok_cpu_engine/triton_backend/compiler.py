@@ -19,7 +19,9 @@ class InterpreterCompiler(BaseBackend):
         return "metok-interpreter"
 
     def parse_options(self, options: dict[str, Any]) -> Any:
-        raise RuntimeError("Triton kernels run on CPU only in the interpreter: set TRITON_INTERPRET=1 before the start.")
+        raise RuntimeError(
+            "Triton kernels run on CPU only in the interpreter: set TRITON_INTERPRET=1 before the start."
+        )
 
     def add_stages(self, stages: dict[str, Any], options: object, language: Language) -> None:
         self.parse_options({})

@@ -1,0 +1,1 @@
+"""METok's part of vLLM's HTTP server."""
