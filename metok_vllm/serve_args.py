@@ -5,21 +5,25 @@ option to that parser. So the option is taken off `sys.argv` here and what it st
 vLLM has: the architecture override and the middleware that adds METok's routes. Everything else METok needs is set when the
 configuration is built (`engine/checks.py`). This is the one place that touches the command line; it goes once vLLM has a hook for
 plugin options.
+
+The model's name decides the architecture, and only vLLM's own parser can tell it from the value of some option, or find it in
+the file that ``--config`` names. So the rest of the command line is read with that parser; what it refuses or answers by itself
+(``--help``), it refuses and answers here as it would have.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from metok_vllm.models.registry import SUPPORTED, metok_architecture
+from metok_vllm.models.registry import metok_architecture
 
 OPTION, NAME = "--plugin", "metok"
 MIDDLEWARE = "metok_vllm.serve.routes.MetokRoutes"
 COMMANDS = ("serve", "run-batch")
+OVERRIDES = "--hf-overrides"
 
 
 def apply_plugin_option() -> None:
@@ -38,15 +42,22 @@ def rewritten(argv: Sequence[str]) -> list[str]:
     """The command line without `--plugin metok`, and with the options that it stands for.
 
     Raises:
-        ValueError: the model on the command line is not one that METok can serve.
+        ValueError: the model on the command line is not one that METok can serve, or its config cannot be read.
+        SystemExit: vLLM's parser refuses the command line.
     """
     arguments = list(argv)
     command = arguments[1] if len(arguments) > 1 else ""
     if command not in COMMANDS or not _take_option(arguments):
         return list(argv)
-    model = _model(arguments)
-    architecture = SUPPORTED[0].metok if model is None else metok_architecture(_architectures(model), model)
-    _merge_json(arguments, "--hf-overrides", {"architectures": [architecture]})
+    options = _parsed(arguments[1:])
+    overrides = options.hf_overrides
+    if not isinstance(overrides, dict):
+        raise ValueError(f"{OVERRIDES} takes a JSON object, not {overrides!r}.")
+    model: str = getattr(options, "model_tag", None) or options.model
+    architecture = metok_architecture(_architectures(options.hf_config_path or model, options.revision), model)
+    # One JSON object with all that the user gave, in whatever form: of several forms vLLM lets one replace the others.
+    overrides = {**overrides, "architectures": [architecture]}
+    arguments = [*_without_overrides(arguments), OVERRIDES, json.dumps(overrides)]
     if command == "serve":
         arguments += ["--middleware", MIDDLEWARE]
     return arguments
@@ -68,33 +79,36 @@ def _take_option(arguments: list[str]) -> bool:
     return found
 
 
-def _value(arguments: Sequence[str], option: str) -> str | None:
-    for i, argument in enumerate(arguments):
-        if argument == option and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(f"{option}="):
-            return argument.split("=", 1)[1]
-    return None
+def _parsed(arguments: list[str]) -> Namespace:
+    """What vLLM reads in a command line, from the command on. Its parser is built the way its `main` builds it."""
+    from vllm.entrypoints.cli.run_batch import RunBatchSubcommand
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(prog="vllm")
+    commands = parser.add_subparsers()
+    command = ServeSubcommand() if arguments[0] == "serve" else RunBatchSubcommand()
+    command.subparser_init(commands)
+    options: Namespace = parser.parse_args(arguments)
+    return options
 
 
-def _model(arguments: Sequence[str]) -> str | None:
-    """The model on the command line or in its config file; None where only vLLM's parser could tell."""
-    stated = _value(arguments, "--model")
-    if stated is not None:
-        return stated
-    if arguments[1] == "serve" and len(arguments) > 2 and not arguments[2].startswith("-"):
-        return arguments[2]
-    config = _value(arguments, "--config")
-    if config is not None and Path(config).is_file():
-        import yaml
-
-        entries = yaml.safe_load(Path(config).read_text()) or {}
-        model = entries.get("model") if isinstance(entries, dict) else None
-        return str(model) if model else None
-    return None
+def _without_overrides(arguments: Sequence[str]) -> list[str]:
+    """The command line without `--hf-overrides`, in all its forms: underscores, dotted keys, `=`."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        option, is_joined, _ = argument.partition("=")
+        if skip:
+            skip = False
+        elif option.split(".")[0].replace("_", "-") == OVERRIDES:
+            skip = not is_joined
+        else:
+            kept.append(argument)
+    return kept
 
 
-def _architectures(model: str) -> list[str] | None:
+def _architectures(model: str, revision: str | None) -> list[str] | None:
     """What a checkpoint's config names.
 
     Raises:
@@ -103,33 +117,8 @@ def _architectures(model: str) -> list[str] | None:
     from transformers import PretrainedConfig
 
     try:
-        config, _ = PretrainedConfig.get_config_dict(model)
+        config, _ = PretrainedConfig.get_config_dict(model, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"METok cannot read the config of {model}: {reason}") from None
     return config.get("architectures")
-
-
-def _merge_json(arguments: list[str], option: str, update: dict[str, Any]) -> None:
-    """Merge `update` into an option that takes a JSON object, whatever form the user gave it in."""
-    for i, argument in enumerate(arguments):
-        if argument == option and i + 1 < len(arguments):
-            arguments[i + 1] = _merged(arguments[i + 1], update)
-            return
-        if argument.startswith(f"{option}="):
-            arguments[i] = f"{option}={_merged(argument.split('=', 1)[1], update)}"
-            return
-    if any(argument.startswith(f"{option}.") for argument in arguments):
-        # vLLM gathers dotted options into one object of its own, which a second JSON object would replace.
-        for key, value in update.items():
-            arguments += [f"{option}.{key}", json.dumps(value)]
-        return
-    arguments += [option, json.dumps(update)]
-
-
-def _merged(text: str, update: dict[str, Any]) -> str:
-    try:
-        given = json.loads(text)
-    except json.JSONDecodeError:
-        return text  # vLLM's own parser has the right message for this
-    return json.dumps({**given, **update}) if isinstance(given, dict) else text

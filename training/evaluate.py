@@ -75,9 +75,7 @@ def against(folder: Path, log: list[tuple[Video, Question, bool]], count: int) -
     differ = 0
     for video, q, hit in random.Random(0).sample(log, min(count, len(log))):
         content = [{"type": "video"}, {"type": "text", "text": q.prompt}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         frames = through_codec(draw_video(video), CRF)
         inputs = processor(text=text, videos=[frames], return_tensors="pt")
         inputs["pixel_values_videos"] = inputs["pixel_values_videos"].to(torch.bfloat16)
@@ -97,9 +95,7 @@ def main() -> None:
     )
     ap.add_argument("--videos", type=int, default=100)
     ap.add_argument("--per-kind", type=int, default=1)
-    ap.add_argument(
-        "--stride", type=int, choices=(2, 4, 8), default=2, help="2 is stock; coarser for curiosity"
-    )
+    ap.add_argument("--stride", type=int, choices=(2, 4, 8), default=2, help="2 is stock; coarser for curiosity")
     ap.add_argument("--against", type=Path, help="exported folder to compare with")
     ap.add_argument("--count", type=int, default=20, help="questions compared with --against")
     ap.add_argument("--json", type=Path)
@@ -122,9 +118,7 @@ def main() -> None:
         print(f"transformers disagrees on {differ} of {min(args.count, len(log))}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            json.dumps({"split": args.split, "videos": args.videos, "kinds": table}, indent=2) + "\n"
-        )
+        args.json.write_text(json.dumps({"split": args.split, "videos": args.videos, "kinds": table}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -81,9 +81,7 @@ class Layer(nn.Module):
         values = self.v_proj.weight.view(c.kv_heads, 1, c.head_dim, c.hidden)
         self.o_proj.weight.add_(copying * values.expand(-1, group, -1, -1).reshape(-1, c.hidden).T)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, batch: Packed, causal: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Packed, causal: tuple[Tensor, Tensor]) -> Tensor:
         """``x [B, P + N * L, H]`` to the same shape; ``cos``/``sin`` ``[B, 1, P + N * L, head_dim]``."""
         c, (b, n, _) = self.c, x.shape
         h = F.rms_norm(x, (c.hidden,), self.input_layernorm, c.eps)
@@ -97,9 +95,7 @@ class Layer(nn.Module):
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, batch: Packed, causal: tuple[Tensor, Tensor], rows: int
-) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, batch: Packed, causal: tuple[Tensor, Tensor], rows: int) -> Tensor:
     """Attention of packed rows: ``q [B * KV, G, n, D]``, ``k, v [B * KV, n, D]`` to ``[B, n, KV * G * D]``.
 
     Two products instead of one masked one: question tokens never meet another question's keys.
@@ -112,9 +108,7 @@ def _attend(
     ko, vo = (t[:, p:].reshape(bk * count, length, d) for t in (k, v))
     qo = q[:, :, p:].reshape(bk, g, count, length, d).transpose(1, 2)  # [bk, N, G, L, D]
     far = (qo.reshape(bk, -1, d) @ kp.transpose(1, 2)).view(rows, -1, p) + batch.prefix_bias
-    near = (qo.reshape(bk * count, g * length, d) @ ko.transpose(1, 2)).view(-1, g, length, length) + causal[
-        1
-    ]
+    near = (qo.reshape(bk * count, g * length, d) @ ko.transpose(1, 2)).view(-1, g, length, length) + causal[1]
     scores = torch.cat((far.view(-1, p), near.view(-1, length)), dim=-1).softmax(-1)
     far, near = scores[:, :p], scores[:, p:]
     second = (far.reshape(bk, -1, p) @ vp).view(bk, count, g, length, d)
@@ -158,9 +152,7 @@ class LM(nn.Module):
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         far = torch.finfo(torch.bfloat16).min
         length = (x.shape[1] - batch.prefix) // batch.questions
-        causal = tuple(
-            torch.full((m, m), far, device=x.device, dtype=x.dtype).triu(1) for m in (batch.prefix, length)
-        )
+        causal = tuple(torch.full((m, m), far, device=x.device, dtype=x.dtype).triu(1) for m in (batch.prefix, length))
         early = None
         for number, layer in enumerate(self.layers, start=1):
             x = layer(x, cos, sin, batch, causal)

@@ -65,9 +65,7 @@ def main() -> None:
     ap.add_argument("--first", type=int, default=0)
     ap.add_argument("--videos", type=int, default=100)
     ap.add_argument("--questions", type=int, default=12, help="of each video")
-    ap.add_argument(
-        "--frames", type=int, nargs=2, default=(MIN_FRAMES, MAX_FRAMES), metavar=("LEAST", "MOST")
-    )
+    ap.add_argument("--frames", type=int, nargs=2, default=(MIN_FRAMES, MAX_FRAMES), metavar=("LEAST", "MOST"))
     ap.add_argument("--scale", type=int, default=1, help="enlarge for watching")
     ap.add_argument("--out", type=Path, required=True)
     args = ap.parse_args()

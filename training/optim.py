@@ -27,9 +27,7 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised per matrix; matrices of one shape are handled as one batch."""
 
-    def __init__(
-        self, params: Iterable[Tensor], lr: float = 0.01, momentum: float = 0.95, decay: float = 0.0
-    ) -> None:
+    def __init__(self, params: Iterable[Tensor], lr: float = 0.01, momentum: float = 0.95, decay: float = 0.0) -> None:
         super().__init__(list(params), {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
@@ -53,9 +51,7 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - group["lr"] * group["decay"]).add_(u, alpha=-group["lr"] * scale)
 
 
-def build(
-    module: nn.Module, lr: float, matrices: tuple[str, ...], decay: float = 0.01
-) -> list[torch.optim.Optimizer]:
+def build(module: nn.Module, lr: float, matrices: tuple[str, ...], decay: float = 0.01) -> list[torch.optim.Optimizer]:
     """Muon over 2-D weights whose name contains one of ``matrices``, AdamW over all else that trains."""
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     inner = [p for n, p in named if p.dim() == 2 and any(m in n for m in matrices)]
@@ -71,9 +67,7 @@ def set_lr(optimisers: list[torch.optim.Optimizer], lr: float) -> None:
             group["lr"] = lr
 
 
-def trapezoid(
-    step: int, total: int, peak: float, warm: int = 100, fall: float = 0.25, least: float = 0.02
-) -> float:
+def trapezoid(step: int, total: int, peak: float, warm: int = 100, fall: float = 0.25, least: float = 0.02) -> float:
     """Warm-up, plateau, linear fall to ``least * peak`` over the last ``fall`` of ``total`` steps."""
     down = max(1, int(total * fall))
     return peak * min((step + 1) / warm, 1.0) * max(least, min(1.0, (total - step) / down))

@@ -132,9 +132,7 @@ class Batch:
         return replace(self, **tensors)
 
 
-def collate(
-    coder: Coder, videos: list[Encoded], plans: list[list[int]], asked: list[list[Question]]
-) -> Batch:
+def collate(coder: Coder, videos: list[Encoded], plans: list[list[int]], asked: list[list[Question]]) -> Batch:
     """Pack; every video needs the same number of questions."""
     count, width = len(asked[0]), max(len(p) for p in plans)
     pairs = [[coder.pair(q) for q in qs] for qs in asked]
@@ -190,9 +188,7 @@ class Pool:
 
     def take(self, count: int, rng: random.Random) -> list[Encoded]:
         """``count`` videos of about the same length."""
-        some = sorted(
-            rng.sample(list(self.videos), min(len(self.videos), 4 * count)), key=lambda e: e.video.frames
-        )
+        some = sorted(rng.sample(list(self.videos), min(len(self.videos), 4 * count)), key=lambda e: e.video.frames)
         start = rng.randint(0, len(some) - count)
         return some[start : start + count]
 

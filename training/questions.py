@@ -90,9 +90,7 @@ def ask_what(v: Video) -> Asked:
     for number, scene in enumerate(v.scenes):
         hits = [i for i in v.shapes() if i.scene == number]
         if len(hits) == 1:
-            yield Question(
-                "what", f"Which shape appeared in the {scene.kind}?", hits[0].name, about=_span(*hits)
-            )
+            yield Question("what", f"Which shape appeared in the {scene.kind}?", hits[0].name, about=_span(*hits))
 
 
 def ask_colour(v: Video) -> Asked:
@@ -114,9 +112,7 @@ def ask_count(v: Video) -> Asked:
     for name in SHAPES:
         hits = v.shapes(name)
         if hits:
-            yield Question(
-                "count", f"How many times did a {name} appear?", str(len(hits)), about=_span(*hits)
-            )
+            yield Question("count", f"How many times did a {name} appear?", str(len(hits)), about=_span(*hits))
 
 
 def ask_order(v: Video) -> Asked:
@@ -259,9 +255,7 @@ def all_questions(v: Video) -> dict[str, list[Question]]:
     return {kind: [replace(q, of=kind) for q in ask(v)] for kind, ask in ASKERS.items()}
 
 
-def draw(
-    v: Video, kind: str, rng: random.Random, stock: dict[str, list[Question]] | None = None
-) -> Question | None:
+def draw(v: Video, kind: str, rng: random.Random, stock: dict[str, list[Question]] | None = None) -> Question | None:
     """One question of ``kind``, or None if the video has none; yes and no are equally likely."""
     stock = all_questions(v) if stock is None else stock
     if kind == "letter":
@@ -272,9 +266,7 @@ def draw(
     if kind == "exists":
         verdict = rng.choice(("yes", "no"))
         choices = [q for q in choices if q.answer == verdict]
-    elif (
-        kind in ("count", "open") and choices
-    ):  # by answer or form first: single appearances are far more frequent
+    elif kind in ("count", "open") and choices:  # by answer or form first: single appearances are far more frequent
         group = rng.choice(sorted({_group(q) for q in choices}))
         choices = [q for q in choices if _group(q) == group]
         if kind == "count" and group == "1" and rng.random() < 0.6:

@@ -31,9 +31,7 @@ class Focus:
 
     def _is(self, item: Item, frame: int) -> bool:
         return (
-            item.kind == self.kind
-            and self.name in (None, item.name)
-            and self.colour in (None, item.colour_at(frame))
+            item.kind == self.kind and self.name in (None, item.name) and self.colour in (None, item.colour_at(frame))
         )
 
 

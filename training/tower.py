@@ -58,9 +58,7 @@ class Block(nn.Module):
         """``[B, N, C]`` to the same shape."""
         b, n, width = x.shape
         h = self.layer_norm1(x)
-        q, k, v = (
-            f(h).view(b, n, self.heads, -1).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (f(h).view(b, n, self.heads, -1).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
         weights = ((q * (width // self.heads) ** -0.5) @ k.transpose(2, 3)).softmax(-1)
         x = x + self.out_proj((weights @ v).transpose(1, 2).reshape(b, n, width))
         return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))

@@ -11,6 +11,7 @@ side is new. Sigmoid loss over all pairs of a batch, labelled from the scene gra
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import time
 from pathlib import Path
@@ -23,13 +24,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import SiglipConfig, SiglipModel
 
+from training import optim
 from training.draw import background, draw_frame
+from training.packing import Coder
 from training.questions import ASKERS, all_questions
 from training.relevance import focus_of
 from training.seeds import seed_of
 from training.tokenizer import load_tokenizer
 from training.tower import TowerConfig, augment
-from training.train_lm import load_tower
+from training.train_lm import load_tower, word_directions
 from training.video_file import through_codec
 from training.world import make_video
 
@@ -67,9 +70,7 @@ def encode_texts(tok: Tokenizer, texts: list[str]) -> Tensor:
     return out
 
 
-def sample(
-    split: str, first: int, videos: int, frames: int = 4, texts: int = 3
-) -> tuple[Tensor, list[str], Tensor]:
+def sample(split: str, first: int, videos: int, frames: int = 4, texts: int = 3) -> tuple[Tensor, list[str], Tensor]:
     """Frames ``uint8 [B, 64, 64, 3]``, texts, and whether they match, bool ``[frames, texts]``."""
     pixels, names, where = [], [], []
     for index in range(first, first + videos):
@@ -129,7 +130,7 @@ def main() -> None:
     for name in ("--tower", "--tokenizer", "--out"):
         ap.add_argument(name, type=Path, required=True)
     ap.add_argument("--minutes", type=float, default=12)
-    ap.add_argument("--lr", type=float, default=1e-3)
+    ap.add_argument("--lr", type=float, default=2e-3)
     args = ap.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(2)
@@ -137,31 +138,34 @@ def main() -> None:
     model = build(tok.get_vocab_size(), tower.c)
     copy_tower(model, tower)
     path, step, spent = args.out / "aligner.pt", 0, 0.0
-    params = [
-        p for n, p in model.named_parameters() if not n.startswith(("vision_model.emb", "vision_model.enc"))
-    ]
-    optimiser = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith(("vision_model.embeddings", "vision_model.encoder")))
+    optimisers = optim.build(model, args.lr, ("encoder.layers", "head."))
     with torch.no_grad():
-        model.logit_bias.fill_(-4.0)
+        model.logit_scale.fill_(math.log(10.0))
+        model.logit_bias.fill_(-5.0)
+        for token, row in word_directions(args.tower, Coder(tok)).items():
+            model.text_model.embeddings.token_embedding.weight[token] = row
     if path.exists():
         state = torch.load(path)
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optim"])
+        for o, kept in zip(optimisers, state["optim"], strict=True):
+            o.load_state_dict(kept)
         step, spent = state["step"], state["spent"]
     tower = tower.to(torch.bfloat16)
     valid = sample("valid", 2 * 10**7, 60)
     valid_ids = encode_texts(tok, valid[1])
     began = time.time() - spent
     while (share := (time.time() - began) / 60 / args.minutes) < 1:
-        for group in optimiser.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / 50) * min(1.0, max(0.02, (1 - share) / 0.4))
+        optim.set_lr(optimisers, args.lr * min(1.0, (step + 1) / 50) * min(1.0, max(0.02, (1 - share) / 0.4)))
         pixels, texts, match = sample("train", step * 24, 24)
         cosines = similarity(model, tower, pixels, encode_texts(tok, texts))
         logits = cosines * model.logit_scale.exp() + model.logit_bias
         loss = F.binary_cross_entropy_with_logits(logits, match.float(), reduction="sum") / len(texts)
-        optimiser.zero_grad()
         loss.backward()
-        optimiser.step()
+        for o in optimisers:
+            o.step()
+            o.zero_grad()
         step += 1
         if step % 50 == 0:
             with torch.no_grad():
@@ -170,7 +174,7 @@ def main() -> None:
                 f"{step} {time.time() - began:.0f}s loss {loss.item():.3f} valid ranking {rank:.4f}",
                 flush=True,
             )
-    state = {"model": model.state_dict(), "optim": optimiser.state_dict(), "step": step}
+    state = {"model": model.state_dict(), "optim": [o.state_dict() for o in optimisers], "step": step}
     torch.save(state | {"spent": time.time() - began}, path)
 
 

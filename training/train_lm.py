@@ -5,8 +5,8 @@ Usage (again the same line to resume; a larger ``--minutes`` goes on from a fini
     python -m training.train_lm --tower runs/tower/tower.pt --out runs/lm --minutes 120
 
 Wall-clock minutes, summed over restarts, set the schedule: warm-up, plateau, linear fall over the last
-quarter. Every ten minutes ``last.pt`` (fp32 weights, a few megabytes) and ``optim.pt`` are written and a
-held-out sample is scored.
+quarter. Every ten minutes, and when told to stop (SIGTERM), ``last.pt`` (fp32 weights, a few megabytes) and
+``optim.pt`` are written; every ten minutes a held-out sample is scored too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -61,7 +62,7 @@ class Stage:
 
 
 STAGES = (
-    Stage((4, 10), 2, 8, 3, 0.25, 0.75),
+    Stage((4, 10), 2, 8, 2, 0.25, 0.75),
     Stage((8, 24), 4, 8, 2, 0.25, 0.80),
     Stage((12, 64), 6, 8, 2, 0.3, 2.0),
 )
@@ -78,9 +79,7 @@ class Model(nn.Module):
         self.newline = nn.Parameter(torch.randn(c.hidden) * c.hidden**-0.5)
 
 
-def scores(
-    model: Model, coder: Coder, batch: Batch, tap: int | None = None
-) -> tuple[Tensor, list[list[bool]]]:
+def scores(model: Model, coder: Coder, batch: Batch, tap: int | None = None) -> tuple[Tensor, list[list[bool]]]:
     """Loss, and for every question whether greedy decoding would give exactly its answer.
 
     All the answer's tokens being the arg max behind the right prefix is the same as greedy decoding giving
@@ -141,17 +140,16 @@ class Run:
             self.step, self.stage, self.spent = state["step"], state["stage"], state["spent"]
             self.match, next_video, self.entered = state["match"], state["next"], state["entered"]
             if (self.out / "optim.pt").exists():
-                for o, s in zip(
-                    self.optimisers, torch.load(self.out / "optim.pt", map_location=DEVICE), strict=True
-                ):
+                for o, s in zip(self.optimisers, torch.load(self.out / "optim.pt", map_location=DEVICE), strict=True):
                     o.load_state_dict(s)
         self.pool = Pool(self.tower, next_video, size=args.pool)
         if self.step == 0:
             self.pool.grow(64, STAGES[0].frames, STAGES[0].scenes)
             settle(self.master.last, torch.cat([v.rows for v in self.pool.videos]).to(DEVICE).float())
-            align(self.master.lm, args.tower, self.coder)
+            align(self.master.lm, word_directions(args.tower, self.coder))
         self.publish()
         self.rng = random.Random(self.step)
+        self.held: list[Encoded] = []  # encoded on first use
 
     def publish(self) -> None:
         """Copy the fp32 weights into the bf16 model."""
@@ -205,11 +203,7 @@ class Run:
         """Next stage of the curriculum once the mean match over the kinds is good enough."""
         mean = sum(self.match.values()) / max(1, len(self.match))
         old = self.step - self.entered
-        if (
-            self.stage + 1 < len(STAGES)
-            and (mean > STAGES[self.stage].goal or old > self.args.patience)
-            and old > 100
-        ):
+        if self.stage + 1 < len(STAGES) and (mean > STAGES[self.stage].goal or old > self.args.patience) and old > 100:
             self.stage, self.entered = self.stage + 1, self.step
 
 
@@ -224,22 +218,26 @@ def settle(last: nn.Linear, rows: Tensor, spread: float = 0.5) -> None:
     last.weight.mul_(scale)
 
 
-@torch.no_grad()
-def align(lm: LM, tower: Path, coder: Coder, size: float = 0.5) -> None:
-    """Start every word the tower can name at the direction by which stage 1's read-out recognises it.
-
-    What LLaVA's first stage (captions, projector only) does slowly: a word and its picture begin alike.
-    """
-    state = torch.load(tower, map_location=lm.norm.device)["model"]
+def word_directions(tower: Path, coder: Coder) -> dict[int, Tensor]:
+    """For the tokens of every word the tower can name: the direction, of unit RMS, by which stage 1 recognises it."""
+    state = torch.load(tower, map_location="cpu")["model"]
     labels, signs = state["1.labels.weight"], DIGITS + WORDS
     rows = dict(zip(SHAPES + COLOURS, labels[-len(SHAPES + COLOURS) :], strict=True))
     rows |= dict(zip(signs, labels[COMBOS : COMBOS + len(signs)], strict=True))
     rows |= dict(zip(SCENES, state["1.scene.weight"], strict=True))
-    for word, row in rows.items():
-        unit = row / row.square().mean().sqrt()
-        for text in (word, f" {word}"):
-            lm.embed_tokens.weight[coder.ids(text)[-1]] = size * unit
-            lm.lm_head.weight[coder.ids(text)[-1]] = 0.05 * unit
+    units = {word: row / row.square().mean().sqrt() for word, row in rows.items()}
+    return {coder.ids(text)[-1]: unit for word, unit in units.items() for text in (word, f" {word}")}
+
+
+@torch.no_grad()
+def align(lm: LM, directions: dict[int, Tensor], size: float = 0.5) -> None:
+    """Start every word the tower can name at the direction by which stage 1's read-out recognises it.
+
+    What LLaVA's first stage (captions, projector only) does slowly: a word and its picture begin alike.
+    """
+    for token, unit in directions.items():
+        lm.embed_tokens.weight[token] = size * unit.to(lm.norm.device)
+        lm.lm_head.weight[token] = 0.05 * unit.to(lm.norm.device)
 
 
 def load_tower(path: Path) -> Tower:
@@ -272,8 +270,11 @@ def main() -> None:
     """Train until the minutes are over."""
     args = parse()
     run = Run(args)
+    stopped: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda got, _: stopped.append(got))
     began, saved, losses = time.time() - run.spent, time.time(), []
-    while run.step < args.max_steps:
+    while run.step < args.max_steps and not stopped:
         run.spent = time.time() - began
         share = run.spent / 60 / args.minutes
         if share >= 1:
@@ -292,13 +293,15 @@ def main() -> None:
         if time.time() - saved > 60 * args.every:
             report(run)
             saved = time.time()
-    report(run)
+    run.save() if stopped else report(run)
 
 
 def report(run: Run) -> None:
     """Save, score the held-out sample, append to ``curve.jsonl``."""
     run.save()
-    figures = evaluate(run.model, run.coder, held_out(run.tower, "valid", 0, run.args.valid))
+    if not run.held:
+        run.held = held_out(run.tower, "valid", 0, run.args.valid)
+    figures = evaluate(run.model, run.coder, run.held, per_kind=1)
     line = {"step": run.step, "stage": run.stage, "minutes": round(run.spent / 60, 1), **figures}
     with (run.out / "curve.jsonl").open("a") as f:
         f.write(json.dumps({k: round(v, 4) for k, v in line.items()}) + "\n")

@@ -133,8 +133,7 @@ def main() -> None:
             with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
                 value, figures = loss_of(tower, heads, valid)
             print(
-                f"{step} {spent:.0f}s valid {value:.4f} "
-                + " ".join(f"{k} {v:.3f}" for k, v in figures.items()),
+                f"{step} {spent:.0f}s valid {value:.4f} " + " ".join(f"{k} {v:.3f}" for k, v in figures.items()),
                 flush=True,
             )
         if step % 200 == 0 or done:

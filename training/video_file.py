@@ -32,9 +32,7 @@ def write_mp4(frames: Pixels, target: Path | io.BytesIO, crf: int = 23, scale: i
         stream.codec_context.thread_count = 1
         stream.options = {"crf": str(crf), "preset": "veryfast"}
         for frame in frames:
-            container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
-            )
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
 
 

@@ -64,6 +64,4 @@ class Launch:
             raise ValueError(f"grid {self.grid} is too large: split the call into smaller batches")
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-            self.kernel[self.grid](
-                **self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-            )
+            self.kernel[self.grid](**self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)

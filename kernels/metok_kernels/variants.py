@@ -81,9 +81,9 @@ def _scores(
         keys = PackedKeys(_meta(9216, kv_heads, dim, dtype=dtype), _meta(2))
     q = _meta(8192, heads * dim, dtype=dtype).view(-1, heads, dim)
     sizes = {"max_rows": 128, "max_visual": 9216, "max_keys": 10240}
-    return plan_scores(
-        q, keys, _meta(200), _meta(3), _meta(9000), _meta(3), scale=0.1, row_index=_meta(200), **sizes
-    )[0]
+    return plan_scores(q, keys, _meta(200), _meta(3), _meta(9000), _meta(3), scale=0.1, row_index=_meta(200), **sizes)[
+        0
+    ]
 
 
 def _score_variants() -> Iterator[Variant]:
@@ -129,9 +129,7 @@ def _gather_variants() -> Iterator[Variant]:
         for axes in ((), (3,)):
             positions = _meta(*axes, 8192, dtype=torch.int64)
             hidden = _meta(8192, model.hidden, dtype=BF16)
-            yield Variant(
-                f"{model.name} {len(axes) + 1}-D positions", plan_gather(index, hidden, hidden, positions)[0]
-            )
+            yield Variant(f"{model.name} {len(axes) + 1}-D positions", plan_gather(index, hidden, hidden, positions)[0])
     yield Variant("hidden alone", plan_gather(index, _meta(8192, 896, dtype=FP32))[0])
 
 
@@ -142,9 +140,7 @@ def _pool_variants() -> Iterator[Variant]:
             separators = {"separator": _meta(model.hidden, dtype=dtype), "separator_offset": _meta(5)}
             for launch in (
                 *plan_similarity(frames.flatten(1, 2), _meta(3))[0],
-                plan_pool(
-                    frames, _meta(64), _meta(64), mode=model.mode, total=6000, min_stride=2, **separators
-                )[0],
+                plan_pool(frames, _meta(64), _meta(64), mode=model.mode, total=6000, min_stride=2, **separators)[0],
             ):
                 yield Variant(f"{model.name} {dtype}", launch)
 

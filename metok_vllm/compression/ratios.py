@@ -27,9 +27,7 @@ def check_micro(ratio_micro: int) -> None:
         ValueError: a float, or out of range; a float here is nearly always a ratio that skipped `to_micro`.
     """
     if not isinstance(ratio_micro, int) or not 0 <= ratio_micro <= MICRO:
-        raise ValueError(
-            f"a ratio in millionths must be an integer between 0 and {MICRO}, not {ratio_micro!r}"
-        )
+        raise ValueError(f"a ratio in millionths must be an integer between 0 and {MICRO}, not {ratio_micro!r}")
 
 
 def ceil_share(count: int, ratio_micro: int, divisor: int = 1) -> int:

@@ -99,10 +99,9 @@ def survivor_bounds(
 ) -> tuple[int, int]:
     """Most visual tokens of one video that can survive L1, and L2, whatever its content.
 
-    Only the content says how long each event is, so these are bounds to reserve memory by. They assume the
-    worst case, every event but the key events being one frame of the lowest tier present, and round each
-    event's share up as far as its ratio can be: no content exceeds them, and the worst one comes within one
-    token an event.
+    Only the content says how long each event is, so these are safe bounds to reserve memory by, not exact
+    maxima. They assume the worst case, every event but the key events being one of the cheapest frames present,
+    and round each event's share up as far as its ratio can be.
 
     Args:
         quota: the video's.

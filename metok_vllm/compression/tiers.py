@@ -76,9 +76,7 @@ def video_tokens(quota: TierQuota, tokens_per_frame: TokensPerFrame, separators:
     return quota.n1 * t1 + quota.n2 * t2 + quota.n3 * t3 + (quota.events if separators else 0)
 
 
-def with_budget(
-    quota: TierQuota, tokens_per_frame: TokensPerFrame, separators: bool, budget: int
-) -> TierQuota:
+def with_budget(quota: TierQuota, tokens_per_frame: TokensPerFrame, separators: bool, budget: int) -> TierQuota:
     """Lower a quota until the video fits `budget` tokens, in as few steps as possible (method.md section 4).
 
     One step moves one frame down one tier. Among the shortest ways, the one with most steps from tier 0 to
@@ -90,9 +88,7 @@ def with_budget(
     """
     t1, t2, t3 = tokens_per_frame
     if not t1 >= t2 >= t3 >= 1:
-        raise ValueError(
-            f"a finer tier cannot have fewer tokens a frame than a coarser one: {tokens_per_frame}"
-        )
+        raise ValueError(f"a finer tier cannot have fewer tokens a frame than a coarser one: {tokens_per_frame}")
     excess = video_tokens(quota, tokens_per_frame, separators) - budget
     if excess <= 0:
         return quota

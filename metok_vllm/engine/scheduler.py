@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 logger = metok_logger(__name__)
 
+NO_PROMPT_LOGPROBS = (
+    "prompt_logprobs do not exist for a prompt whose video is pruned, since its tokens do not reach the last layer; "
+    'send the request with mm_processor_kwargs={"metok": "off"}.'
+)
+
 
 class MetokScheduler(AsyncScheduler):
     """Schedules pruned video requests beside all others.
@@ -74,6 +79,13 @@ class MetokScheduler(AsyncScheduler):
             return super()._try_schedule_encoder_inputs(
                 request, num_computed_tokens, num_new_tokens, encoder_compute_budget, shift_computed_tokens
             )
+        params = request.sampling_params
+        if params is not None and params.prompt_logprobs is not None:
+            # The HTTP server has answered 400 before this; `vllm.LLM` users get the finish reason "error" and this line. A
+            # request with a fault that shows only here ends the way vLLM ends one whose encoder input does not fit.
+            logger.error("METok refused request %s: %s", request.request_id, NO_PROMPT_LOGPROBS)
+            self.encoder_cache_mismatch_reqs.add(request.request_id)
+            return [], 0, encoder_compute_budget, [], []
         schedule = super()._try_schedule_encoder_inputs
         remaining = facts.prompt_len - num_computed_tokens
         chunk = self._chunk(remaining, num_new_tokens)

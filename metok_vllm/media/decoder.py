@@ -72,7 +72,7 @@ def decode_video(data: bytes, settings: VideoSettings | None = None) -> DecodedV
         _passes(file, replace(table, timed=False), indices, settings, picker)
     got = np.flatnonzero(picker.have)
     if picker.frames is None or len(got) == 0:
-        raise VideoError("No frame of the video could be decoded; it is damaged or in an unknown format.")
+        raise VideoError("No frame of the video could be decoded; it is damaged or of a kind that cannot be read.")
     return DecodedVideo(
         frames=picker.frames if len(got) == len(indices) else picker.frames[got],
         indices=[indices[slot] for slot in got],

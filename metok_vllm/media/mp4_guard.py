@@ -103,5 +103,5 @@ def _fields(
     size = struct.calcsize(layout)
     for match in re.compile(re.escape(name)).finditer(data, start, end):
         at = match.end() + skip
-        if at + size <= len(data):
+        if at + size <= end:
             yield struct.unpack_from(layout, data, at)

@@ -8,9 +8,7 @@ from collections.abc import Iterator, Sequence
 
 def best_first(scores: Sequence[float], among: Sequence[int]) -> list[int]:
     """`among`, highest score first, ties lowest index, NaN last."""
-    return sorted(
-        among, key=lambda i: (math.isnan(scores[i]), 0.0 if math.isnan(scores[i]) else -scores[i], i)
-    )
+    return sorted(among, key=lambda i: (math.isnan(scores[i]), 0.0 if math.isnan(scores[i]) else -scores[i], i))
 
 
 def segment(similarity: Sequence[float], events: int) -> list[int]:
@@ -28,9 +26,7 @@ def members(event_ids: Sequence[int]) -> dict[int, list[int]]:
     return events
 
 
-def paper_tiers(
-    event_ids: Sequence[int], r: Sequence[float], key: Sequence[bool], key_frames: int
-) -> list[int]:
+def paper_tiers(event_ids: Sequence[int], r: Sequence[float], key: Sequence[bool], key_frames: int) -> list[int]:
     tiers = [0] * len(event_ids)
     for event, frames in members(event_ids).items():
         best = set(best_first(r, frames)[:key_frames])
@@ -50,9 +46,7 @@ def assign(
     counts: tuple[int, int, int],
 ) -> list[int]:
     paper = paper_tiers(event_ids, r, key, key_frames)
-    order = [
-        frame for tier in (0, 1, 2) for frame in best_first(r, [i for i, t in enumerate(paper) if t == tier])
-    ]
+    order = [frame for tier in (0, 1, 2) for frame in best_first(r, [i for i, t in enumerate(paper) if t == tier])]
     tiers = [2] * len(paper)
     for position, frame in enumerate(order):
         tiers[frame] = 0 if position < counts[0] else 1 if position < counts[0] + counts[1] else 2

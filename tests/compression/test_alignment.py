@@ -44,9 +44,7 @@ def test_events_only_equals_plain_loops(ids: list[int], seed: int) -> None:
     r, lengths = events_only(vectors, torch.tensor(ids), events)
     for event, frames in naive.members(ids).items():
         mean = vectors[frames].mean(0)
-        torch.testing.assert_close(
-            r[frames], torch.cosine_similarity(vectors[frames], mean[None]), atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close(r[frames], torch.cosine_similarity(vectors[frames], mean[None]), atol=1e-5, rtol=0)
         assert lengths[event].item() == len(frames)
     assert r.dtype == lengths.dtype == torch.float32
 

@@ -29,9 +29,7 @@ assert len(names) >= 10, names
 loaded = sorted({module.split(".")[0] for module in sys.modules} & {"vllm", "triton", "transformers"})
 sys.exit(f"imported {loaded}" if loaded else 0)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -49,12 +49,7 @@ def naive_average(frame: torch.Tensor, stride: int) -> torch.Tensor:
     rows = [frame[i * stride : i * stride + down] for i in range(max(height // stride, 1))]
     return torch.stack(
         [
-            torch.stack(
-                [
-                    row[:, j * stride : j * stride + across].mean((0, 1))
-                    for j in range(max(width // stride, 1))
-                ]
-            )
+            torch.stack([row[:, j * stride : j * stride + across].mean((0, 1)) for j in range(max(width // stride, 1))])
             for row in rows
         ]
     )

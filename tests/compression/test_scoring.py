@@ -18,9 +18,7 @@ class Case:
         self.positions = torch.randperm(3 * keys, generator=generator)[:keys].sort().values
         self.k = torch.randn(keys, kv_heads, dim, generator=generator)
         self.q = torch.randn(rows, q_heads, dim, generator=generator)
-        self.row_index = (
-            torch.randperm(keys // 2, generator=generator)[:rows].sort().values + keys - keys // 2
-        )
+        self.row_index = torch.randperm(keys // 2, generator=generator)[:rows].sort().values + keys - keys // 2
         self.visual = torch.randperm(keys // 2, generator=generator)[: keys // 3].sort().values
         self.scale = dim**-0.5
 
@@ -63,9 +61,7 @@ def test_all_visible_keys_share_the_attention() -> None:
 
 def test_a_row_does_not_see_later_keys() -> None:
     q, k = torch.zeros(2, 1, 4), torch.zeros(4, 1, 4)
-    scores = text_to_visual_scores(
-        q, k, torch.arange(4), torch.tensor([11, 30]), torch.tensor([10, 11, 30, 31]), 1.0
-    )
+    scores = text_to_visual_scores(q, k, torch.arange(4), torch.tensor([11, 30]), torch.tensor([10, 11, 30, 31]), 1.0)
     # The first row halves its attention over two keys, the second one thirds it over three.
     torch.testing.assert_close(scores, torch.tensor([5 / 12, 5 / 12, 1 / 6, 0.0]))
 

@@ -93,9 +93,7 @@ def test_keep_counts_equal_decimal_arithmetic(printed: str) -> None:
 
     for stage in (1, 2, 3):
         for key in (True, False):
-            share = (
-                Decimal(0) if stage == 3 or (stage == 2 and not key) else Decimal(printed) / (1 if key else 2)
-            )
+            share = Decimal(0) if stage == 3 or (stage == 2 and not key) else Decimal(printed) / (1 if key else 2)
             expected = [ceiling(share * length) for length in lengths]
             assert [keep_count(n, micro, key, stage) for n in lengths] == expected
             flags = torch.full((len(lengths),), key)

@@ -29,6 +29,7 @@ class Case:
     question: str = QUESTION
     images: tuple[Image.Image, ...] = ()
     between: str = ""
+    before: str = ""  # a system turn
     metok: Any = None  # mm_processor_kwargs["metok"]
     max_tokens: int = 24
 
@@ -91,6 +92,16 @@ class Engine:
 
     # --- driving ---
 
+    def prompt_ids(self, case: Case) -> list[int]:
+        """The case's prompt, one placeholder an item."""
+        ids = self.sample.prompt_ids(
+            case.question, videos=len(case.videos), images=len(case.images), between=case.between
+        )
+        if not case.before:
+            return ids
+        system = f"<|im_start|>system\n{case.before}<|im_end|>\n"
+        return [*self.sample.processor.tokenizer(system).input_ids, *ids]
+
     def add(self, case: Case, **sampling: Any) -> str:
         """Queue a request; returns its id."""
         from vllm import SamplingParams
@@ -100,10 +111,7 @@ class Engine:
             data["video"] = list(case.videos)
         if case.images:
             data["image"] = list(case.images)
-        ids = self.sample.prompt_ids(
-            case.question, videos=len(case.videos), images=len(case.images), between=case.between
-        )
-        prompt: dict[str, Any] = {"prompt_token_ids": ids}
+        prompt: dict[str, Any] = {"prompt_token_ids": self.prompt_ids(case)}
         if data:
             prompt["multi_modal_data"] = data
         if case.metok is not None:
@@ -150,9 +158,7 @@ class Engine:
             question = case.metok.get("query", question)
         return run_oracle(
             self.sample.model,
-            self.sample.prompt_ids(
-                case.question, videos=len(case.videos), images=len(case.images), between=case.between
-            ),
+            self.prompt_ids(case),
             [self.sample.pixels(video) for video in case.videos],
             images,
             self.sample.question_ids(question),

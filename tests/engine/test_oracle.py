@@ -15,14 +15,14 @@ ATOL = 1e-3
 
 # Each shape starts one engine: depth, heads with and without grouped queries, tower grid, seed, server settings.
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "8 layers, grouped queries, 7x7": (dict(seed=0), {}),
+    "8 layers, grouped queries, 7x7": ({"seed": 0}, {}),
     "3 layers, one KV head, 9x9": (
-        dict(seed=1, layers=3, heads=4, kv_heads=1, image_size=72),
-        dict(decode_retention=0.5, aligner="none"),
+        {"seed": 1, "layers": 3, "heads": 4, "kv_heads": 1, "image_size": 72},
+        {"decode_retention": 0.5, "aligner": "none"},
     ),
     "12 layers, no grouping, 5x5": (
-        dict(seed=2, layers=12, heads=4, kv_heads=4, image_size=40),
-        dict(preset="balanced", keep_ratio=0.6, prune_layers=[2, 5, 12]),
+        {"seed": 2, "layers": 12, "heads": 4, "kv_heads": 4, "image_size": 40},
+        {"preset": "balanced", "keep_ratio": 0.6, "prune_layers": [2, 5, 12]},
     ),
 }
 
@@ -105,7 +105,7 @@ def test_blocks_are_what_the_text_needs(running: Engine) -> None:
     answer = observed(outputs[request_id])
     expected = running.oracle(case)
     seen = running.groups_seen[running.internal[request_id]]
-    first, second, third = expected.prune_layers or (0, 0, 0)
+    first, _second, third = expected.prune_layers or (0, 0, 0)
     text = len(expected.kv_positions[-1]) if third < len(expected.kv_positions) else len(expected.kv_positions[first])
     prompt = len(answer.prompt_ids)
     size = running.block_size

@@ -45,6 +45,7 @@ def encode(
     out = io.BytesIO()
     with av.open(out, "w", format=container, options=container_options or {}) as file:
         stream = None
+        packets = []
         for index, image in enumerate(images):
             if stream is None:
                 stream = file.add_stream(codec, rate=rate)
@@ -57,11 +58,10 @@ def encode(
             frame.pts, frame.time_base = index, Fraction(1, rate)
             if times_ms is not None:
                 frame.pts, frame.time_base = times_ms[index], Fraction(1, 1000)
-            for packet in stream.encode(frame):
-                ticks = round(shift / rate / packet.time_base)
-                packet.pts, packet.dts = packet.pts - ticks, packet.dts - ticks
-                file.mux(packet)
-        for packet in stream.encode():
+            packets += stream.encode(frame)
+        for packet in [*packets, *stream.encode()]:
+            ticks = round(shift / rate / packet.time_base)
+            packet.pts, packet.dts = packet.pts - ticks, packet.dts - ticks
             file.mux(packet)
     return out.getvalue()
 
@@ -128,8 +128,6 @@ def full_box(name: bytes, *numbers: int) -> bytes:
 def rotated(mp4: bytes, degrees: int) -> bytes:
     """The one-track file `mp4` with a display matrix that turns it clockwise by a multiple of 90."""
     cos, sin = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
-    matrix = struct.pack(
-        ">9i", cos << 16, sin << 16, 0, -sin * 65536, cos << 16, 0, 0, 0, 1 << 30
-    )
+    matrix = struct.pack(">9i", cos << 16, sin << 16, 0, -sin * 65536, cos << 16, 0, 0, 0, 1 << 30)
     at = mp4.index(b"tkhd") + 4 + (40 if mp4[mp4.index(b"tkhd") + 4] == 0 else 52)
     return mp4[:at] + matrix + mp4[at + 36 :]

@@ -6,12 +6,14 @@ import dataclasses
 import io
 import subprocess
 import sys
+from fractions import Fraction
 from typing import Any
 
 import av
 import numpy as np
 import pytest
 
+from metok_vllm.media import decoder as decoder_module
 from metok_vllm.media import source as source_module
 from metok_vllm.media.decoder import DecodedVideo, decode_video
 from metok_vllm.media.plan import sample_indices
@@ -100,8 +102,7 @@ def test_a_rotated_video_stands_upright(degrees: int, corner: tuple[int, int]) -
     frame = decode_video(rotated(encode([image] * 3), degrees)).frames[0]
     assert frame.shape == ((48, 64, 3) if degrees % 180 == 0 else (64, 48, 3))
     quarters = {
-        (row, column): int(frame[row * -12 :, column * -12 :][:12, :12].mean()) for row in (0, 1) for column
-        in (0, 1)
+        (row, column): int(frame[row * -12 :, column * -12 :][:12, :12].mean()) for row in (0, 1) for column in (0, 1)
     }
     assert max(quarters, key=lambda where: quarters[where]) == corner
     assert sorted(quarters.values())[-2] < 20
@@ -114,7 +115,7 @@ def test_frames_that_change_size_take_the_size_of_the_first() -> None:
         for width, height in ((64, 48), (128, 96)):
             encoder = av.CodecContext.create("libvpx", "w")
             encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuv420p"
-            encoder.time_base = "1/25"
+            encoder.time_base = Fraction(1, 25)
             if target is None:
                 target = file.add_stream("libvpx", rate=25)
                 target.width, target.height, target.pix_fmt = width, height, "yuv420p"
@@ -165,9 +166,7 @@ def test_jumping_works_in_other_containers_too(container: str) -> None:
     assert video.packets_decoded <= 600
 
 
-def test_a_container_that_seeks_wrongly_costs_time_but_no_frame(
-    hour: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_container_that_seeks_wrongly_costs_time_but_no_frame(hour: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     def miss(self: source_module.PacketReader, start: int) -> None:
         raise source_module.SeekMissed
 
@@ -178,13 +177,27 @@ def test_a_container_that_seeks_wrongly_costs_time_but_no_frame(
     assert video.indices == honest.indices
 
 
-def test_key_flags_that_lie_cost_time_but_no_frame() -> None:
-    data = clip(300, options={"g": "300", "bf": "0"})
-    at = data.index(b"stss") - 4  # without this box every frame counts as a key frame
-    lying = data[: at + 4] + b"free" + data[at + 8 :]
-    video = decode_video(lying, VideoSettings(num_frames=6))
-    assert_right(video, 300, 6, (64, 48))
-    assert video.packets_decoded > 300  # the jumps were tried, and led nowhere
+def lying_table(monkeypatch: pytest.MonkeyPatch, **lies: Any) -> None:
+    """Let the decoder see a packet table with other columns than the container's."""
+    read = source_module.read_packet_table
+    monkeypatch.setattr(decoder_module, "read_packet_table", lambda *args: dataclasses.replace(read(*args), **lies))
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libvpx-vp9"])
+def test_key_flags_that_lie_cost_time_but_no_frame(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = clip(100, codec=codec, options={"g": "100"})
+    honest = decode_video(data, VideoSettings(num_frames=6))
+    lying_table(monkeypatch, key=np.ones(100, dtype=bool))
+    video = decode_video(data, VideoSettings(num_frames=6))
+    assert video.indices == honest.indices
+    assert np.array_equal(video.frames, honest.frames)
+    assert video.packets_decoded > 100  # the jumps were tried, and led nowhere
+
+
+def test_times_that_lie_cost_time_but_no_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = clip(100, options={"bf": "3"})
+    lying_table(monkeypatch, pts=np.arange(100) * 3 + 1)
+    assert_right(decode_video(data, VideoSettings(num_frames=6)), 100, 6, (64, 48))
 
 
 def test_threads_change_nothing() -> None:
@@ -229,7 +242,7 @@ def test_every_limit_refuses_in_one_sentence_and_lets_pass_what_it_allows(
 
 
 def test_too_much_to_decode_is_refused_before_decoding(hour: bytes) -> None:
-    with pytest.raises(VideoError, match="to sample 32 frames of this video, [0-9]+ would|To sample 32"):
+    with pytest.raises(VideoError, match="To sample 32 frames of this video"):
         decode_video(hour, VideoSettings(num_frames=32, max_decoded_frames=1000))
 
 

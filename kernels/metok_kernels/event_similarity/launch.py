@@ -9,9 +9,7 @@ from metok_kernels.event_similarity.kernel import adjacent_cosine_kernel, frame_
 from metok_kernels.launch import Launch, ceil_div, power_of_two
 
 
-def plan(
-    features: torch.Tensor, cu_frames: torch.Tensor
-) -> tuple[tuple[Launch, Launch], torch.Tensor, torch.Tensor]:
+def plan(features: torch.Tensor, cu_frames: torch.Tensor) -> tuple[tuple[Launch, Launch], torch.Tensor, torch.Tensor]:
     """Check the arguments of `event_similarity`; returns its launches in order and what they fill."""
     device = features.device
     expect("features", features, (None, None, None), FLOATS, device, layout="rows")

@@ -55,9 +55,7 @@ class PrunedGroups:
             (from `L3` up).
     """
 
-    def __init__(
-        self, tables: Sequence[torch.Tensor], block_sizes: Sequence[int], retains: Sequence[bool]
-    ) -> None:
+    def __init__(self, tables: Sequence[torch.Tensor], block_sizes: Sequence[int], retains: Sequence[bool]) -> None:
         require(len(tables) > 0, "at least one pruned group is needed")
         require(len(tables) == len(block_sizes) == len(retains), "tables, block_sizes, retains differ")
         require(min(block_sizes) > 0, "a block holds at least one token")

@@ -1,0 +1,73 @@
+"""Which checkpoint the demo serves: the user's, the trained one that comes along, or a random one built on the spot."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from metok_vllm.demo.errors import DemoError
+
+HERE = Path(__file__).parent
+TRAINED = HERE / "model"
+"""A trained model, where this installation has one."""
+CLIP = HERE / "assets" / "big-buck-bunny-30s.mp4"
+QUESTION = "What happens in this video, and who is in it?"
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """A checkpoint and how to serve it."""
+
+    checkpoint: str  # folder, or name on the Hugging Face hub
+    flags: tuple[str, ...] = ()  # for `vllm serve`, beside those that every model gets
+    kv_gib: int = 4  # KV cache on a CPU
+    note: str = ""  # what the user must know before reading the answers
+
+    @property
+    def local(self) -> bool:
+        """Whether nothing needs to be downloaded."""
+        return Path(self.checkpoint).is_dir()
+
+
+def choose_model(stated: str | None, out: Path) -> DemoModel:
+    """The model to serve; `out` is where a random stand-in is built.
+
+    Raises:
+        DemoError: the stated folder does not exist or holds no checkpoint.
+    """
+    if stated is not None:
+        return _stated(stated)
+    if (TRAINED / "config.json").is_file():
+        return DemoModel(
+            str(TRAINED),
+            flags=("--dtype", "float32", "--max-model-len", "4096"),
+            kv_gib=1,
+            note="The model is a small one that was trained on generated videos of a toy world: "
+            "it answers questions about those, and cannot know what a real clip shows.",
+        )
+    from metok_vllm.demo.checkpoint import build_checkpoint
+
+    folder = build_checkpoint(out / "random-model")
+    return DemoModel(
+        str(folder),
+        flags=("--dtype", "float32", "--max-model-len", "32768"),
+        kv_gib=1,
+        note="A small model with RANDOM weights stands in, so the words of its answers mean nothing. "
+        "Everything else is real: the server, the video, the events, the tokens and the memory.",
+    )
+
+
+def _stated(stated: str) -> DemoModel:
+    folder = Path(stated).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise DemoError(f"The folder {stated} holds no checkpoint: it has no config.json.")
+        return DemoModel(str(folder))
+    if folder.exists():
+        raise DemoError(f"The model {stated} is a file; name the folder of a checkpoint.")
+    if not _HUB_NAME.fullmatch(stated):
+        raise DemoError(f"There is no model folder {stated}.")
+    return DemoModel(stated)
