@@ -93,6 +93,8 @@ def _demo(options: argparse.Namespace) -> int:
             )
         )
     except DemoError as error:
+        if error.details:
+            print(error.details, file=sys.stderr)
         print(f"metok: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

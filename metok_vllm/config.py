@@ -7,11 +7,22 @@ that shape what is allocated at start, through ``mm_processor_kwargs={"metok": {
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 MICRO = 1_000_000
 """Shares are carried as integers in millionths, so that ``ceil(share * n)`` is exact on every device."""
@@ -56,7 +67,7 @@ class MetokSettings(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> MetokSettings:
         if not 1 <= self.strides[0] <= self.strides[1] <= self.strides[2] <= 64:
-            raise ValueError(f"strides must be three rising numbers from 1 to 64, not {list(self.strides)}")
+            raise ValueError(f"strides must be from 1 to 64, none below the one before, not {list(self.strides)}")
         if self.prune_layers is not None:
             first, second, third = self.prune_layers
             if not 1 <= first < second < third:
@@ -82,6 +93,15 @@ class RequestSettings(MetokSettings):
     query: str | None = None  # the question, where the last user turn is not it
     report: StrictBool = False  # keep a report of this request for the plugin's endpoint
 
+    @field_validator("query")
+    @classmethod
+    def _is_text(cls, query: str | None) -> str | None:
+        try:
+            (query or "").encode()  # JSON can state half of a surrogate pair, which no tokenizer takes
+        except UnicodeEncodeError:
+            raise ValueError("query must be text, without unpaired surrogates") from None
+        return query
+
 
 def _micro(name: str, value: float) -> int:
     scaled = Decimal(str(value)) * MICRO
@@ -93,17 +113,18 @@ def _micro(name: str, value: float) -> int:
 def explain(error: ValidationError, where: str) -> str:
     """One sentence for the first fault that pydantic found in the settings given at `where`."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and "-" in part)) or "the settings"
-    known = ", ".join(
-        name for name in (RequestSettings if where == "mm_processor_kwargs" else MetokSettings).model_fields
-    )
+    key = str(first["loc"][0]) if first["loc"] else "the settings"
     if first["type"] == "extra_forbidden":
-        return f"METok ({where}): unknown setting '{key}'; the settings are {known}."
+        known: list[str] = list(MetokSettings.model_fields)
+        if where == "mm_processor_kwargs":
+            known = [name for name in RequestSettings.model_fields if name not in SERVER_ONLY]
+        return f"METok ({where}): unknown setting '{key}'; the settings are {', '.join(known)}."
     if first["type"] == "value_error":
         return f"METok ({where}): {first['ctx']['error']}."
-    return (
-        f"METok ({where}): '{key.split('.')[0]}' got {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
-    )
+    given = reprlib.repr(first["input"])
+    if first["type"] in ("missing", "too_long", "tuple_type"):
+        return f"METok ({where}): '{key}' got {given}: it takes a list of three whole numbers."
+    return f"METok ({where}): '{key}' got {given}: {first['msg'][0].lower()}{first['msg'][1:]}."
 
 
 def parse_settings(value: object, where: str = "additional_config") -> MetokSettings:

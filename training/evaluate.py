@@ -38,7 +38,7 @@ def interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
         return 0.0, 1.0
     p, n = right / total, total
     middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 @torch.no_grad()

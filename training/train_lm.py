@@ -62,8 +62,8 @@ class Stage:
 
 
 STAGES = (
-    Stage((4, 10), 2, 8, 2, 0.25, 0.75),
-    Stage((8, 24), 4, 8, 2, 0.25, 0.80),
+    Stage((4, 10), 2, 8, 2, 0.25, 0.60),
+    Stage((8, 24), 4, 8, 2, 0.25, 0.70),
     Stage((12, 64), 6, 8, 2, 0.3, 2.0),
 )
 
@@ -260,9 +260,9 @@ def parse() -> argparse.Namespace:
     ap.add_argument("--long", type=float, default=0.4, help="share of steps with letter and open questions")
     ap.add_argument("--tap", type=int, default=8, help="also read answers out after this layer (0: no)")
     ap.add_argument("--pool", type=int, default=1500)
-    ap.add_argument("--patience", type=int, default=4000, help="most steps in one stage of the curriculum")
+    ap.add_argument("--patience", type=int, default=1500, help="most steps in one stage of the curriculum")
     ap.add_argument("--every", type=float, default=10, help="minutes between checkpoints")
-    ap.add_argument("--valid", type=int, default=40, help="held-out videos of each score")
+    ap.add_argument("--valid", type=int, default=24, help="held-out videos of each score")
     return ap.parse_args()
 
 
@@ -280,7 +280,7 @@ def main() -> None:
         if share >= 1:
             break
         stage = STAGES[run.stage]
-        missing = max(0, 64 - len(run.pool.videos))
+        missing = max(0, 200 - len(run.pool.videos))
         run.pool.grow(stage.grow + missing, stage.frames, stage.scenes)
         lr = args.lr * min(1.0, (run.step + 1) / 100) * min(1.0, max(0.02, (1 - share) / 0.25))
         losses.append(run.train_step(lr))

@@ -3,3 +3,8 @@
 
 class DemoError(Exception):
     """What the user must know or change, as one sentence; the command prints it and exits with status 2."""
+
+    def __init__(self, sentence: str, details: str = "") -> None:
+        super().__init__(sentence)
+        self.details = details
+        """Lines to show before the sentence: the end of a log."""

@@ -83,12 +83,17 @@ def running_server(
         timeout: seconds until it must be healthy.
 
     Raises:
-        DemoError: it died or was not healthy in time; the message ends with what the log says.
+        DemoError: it died or was not healthy in time; the error's details are the end of the log.
     """
     with log.open("wb") as output, _signals_as_interrupt():
         # A session of its own: Ctrl-C reaches this process alone, which then stops the server in order.
         process = subprocess.Popen(
-            list(command), env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            list(command),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
         try:
             _wait_until_healthy(process, port, log, timeout)
@@ -120,13 +125,9 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path, 
         status = process.poll()
         if status is not None:
             reason = why_it_died(log) or f"it ended with status {status}"
-            raise DemoError(
-                f"The server did not start: {reason.rstrip('.')}. The end of its log, {log}:\n{log_tail(log)}"
-            )
+            raise DemoError(f"The server did not start: {reason.rstrip('.')} (log: {log}).", details=log_tail(log))
         if time.monotonic() > deadline:
-            raise DemoError(
-                f"The server was not ready within {timeout:g} s. The end of its log, {log}:\n{log_tail(log)}"
-            )
+            raise DemoError(f"The server was not ready within {timeout:g} s (log: {log}).", details=log_tail(log))
         time.sleep(0.3)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from metok_vllm.log import metok_logger
+from vllm import envs
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from metok_vllm.compression.selection import prune_layers
@@ -12,12 +12,13 @@ from metok_vllm.config import parse_settings
 from metok_vllm.engine.scheduler import MetokScheduler
 from metok_vllm.engine.server import attach_settings
 from metok_vllm.engine.worker import MetokWorkerExtension
+from metok_vllm.log import metok_logger
 from metok_vllm.media.loader import prefer_loader
 from metok_vllm.models.aligners import resolve_aligner
 from metok_vllm.models.registry import SUPPORTED
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import SchedulerConfig, VllmConfig
 
 logger = metok_logger(__name__)
 
@@ -39,14 +40,9 @@ class MetokConfig(VerifyAndUpdateConfig):
             raise ValueError(f"METok (additional_config): {error}.") from None
         aligner, tower = resolve_aligner(model_config.model, settings.aligner, settings.aligner_model)
         attach_settings(model_config.hf_config, settings)
-        multimodal = model_config.multimodal_config
-        if multimodal is None:
-            raise ValueError("METok needs the model's video input: remove --language-model-only.")
-        prefer_loader(multimodal.media_io_kwargs)
+        prefer_loader(model_config.get_multimodal_config().media_io_kwargs)
         _set_worker_extension(vllm_config)
-        scheduler = vllm_config.scheduler_config
-        # A prompt longer than this may have to be deferred: decodes of all other requests take one token each of a step.
-        model_config.hf_config.metok_step_tokens = scheduler.max_num_batched_tokens - scheduler.max_num_seqs
+        model_config.hf_config.metok_step_tokens = step_tokens(vllm_config.scheduler_config)
         logger.info(
             "METok: prunes before layers %s of %d, keep_ratio %s, decode_retention %s, aligner %s%s",
             "/".join(map(str, chosen)),
@@ -56,6 +52,13 @@ class MetokConfig(VerifyAndUpdateConfig):
             aligner,
             f" ({tower})" if tower else "",
         )
+
+
+def step_tokens(scheduler: SchedulerConfig) -> int:
+    """Longest prompt that never has to be deferred: one step takes it however busy the server is."""
+    # Decodes of all other requests take one token each of a step.
+    whole = (scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens) - scheduler.max_num_seqs
+    return min(whole, scheduler.long_prefill_token_threshold or whole)
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
@@ -73,7 +76,10 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     faults = {
         f"METok cannot serve a {model_config.hf_config.model_type} model; it can serve: "
         f"{', '.join(supported.stock for supported in SUPPORTED)}.": model_type not in {s.lower() for s in stock},
-        "METok needs Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER=0.": not vllm_config.use_v2_model_runner,
+        "METok needs the model's video input: remove --language-model-only.": (
+            multimodal is None or multimodal.language_model_only
+        ),
+        "METok generates text: remove --runner pooling and --convert.": model_config.runner_type != "generate",
         "METok does not support pipeline parallelism: use --tensor-parallel-size instead of --pipeline-parallel-size.": (
             parallel.pipeline_parallel_size > 1
         ),
@@ -81,14 +87,19 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         "--prefill-context-parallel-size at 1.": (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
         ),
-        "METok does not support micro-batching (--enable-dbo).": parallel.enable_dbo,
+        "METok does not support micro-batching: remove --enable-dbo and --ubatch-size.": parallel.use_ubatching,
         "METok does not support speculative decoding: remove --speculative-config.": (
             vllm_config.speculative_config is not None
         ),
         "METok does not support KV transfer: remove --kv-transfer-config.": vllm_config.kv_transfer_config is not None,
+        # vLLM turns this option into a KV transfer after it has called us.
+        "METok does not support KV offloading: remove --kv-offloading-size.": (
+            vllm_config.cache_config.kv_offloading_size is not None
+        ),
         "METok does not support an encoder cache transfer: remove --ec-transfer-config.": (
             vllm_config.ec_transfer_config is not None
         ),
+        "METok needs the language model beside the encoder: remove --mm-encoder-only.": vllm_config.is_mm_encoder_only,
         "METok needs the hybrid KV cache manager: remove --disable-hybrid-kv-cache-manager.": (
             scheduler.disable_hybrid_kv_cache_manager is True
         ),
@@ -105,6 +116,14 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         ),
         "METok does not support KV sharing fast prefill: remove --kv-sharing-fast-prefill.": (
             vllm_config.cache_config.kv_sharing_fast_prefill
+        ),
+        # A pruned prompt takes no chunk of one token and leaves none behind, so steps of two tokens may never end it.
+        "METok needs chunks of 3 tokens or more: raise --long-prefill-token-threshold.": (
+            0 < scheduler.long_prefill_token_threshold < 3
+        ),
+        "METok needs Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER=0.": envs.VLLM_USE_V2_MODEL_RUNNER is False,
+        "METok needs Model Runner V2, but vLLM chose V1: its warning above this says why.": (
+            not vllm_config.use_v2_model_runner
         ),
     }
     for sentence, is_fault in faults.items():

@@ -1,13 +1,33 @@
-"""The token-sized operations of a pruned step, by device: plain torch on CPU, Triton and flash attention on CUDA."""
+"""The token-sized operations of a pruned step: plain torch on CPU, METok's Triton kernels and flash attention on CUDA.
+
+`METOK_KERNELS` chooses by hand: `auto` (the default: by device), `torch`, or `triton`, which on CPU means Triton's interpreter and
+is what the tests force to run the kernels inside the real engine.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from metok_vllm.compression.scoring import text_to_visual_scores
+from metok_vllm.compression.scoring import text_to_visual_scores as torch_scores
+
+VARIABLE = "METOK_KERNELS"
+CHOICES = ("auto", "torch", "triton")
+
+
+def uses_triton(device: torch.device) -> bool:
+    """Whether the kernels run on tensors of this device.
+
+    Raises:
+        ValueError: `METOK_KERNELS` names something else than one of `CHOICES`.
+    """
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(CHOICES)}, not {choice!r}.")
+    return choice == "triton" or (choice == "auto" and device.type == "cuda")
 
 
 def scores(
@@ -18,8 +38,54 @@ def scores(
     key_positions: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """`a_n` of method.md section 2 for one video; see `compression.scoring.text_to_visual_scores`."""
-    return text_to_visual_scores(query, key, visual_index, row_positions, key_positions, scale)
+    """`a_n` of method.md section 2 for one video; see `compression.scoring.text_to_visual_scores`.
+
+    Args:
+        query: [R, Hq, d], of the text rows behind the video.
+        key: [n, Hkv, d], of all tokens alive.
+        visual_index: int64 [V], which of the n are the video's.
+        row_positions: int64 [R]; every row is itself among the n.
+        key_positions: int64 [n], ascending.
+        scale: factor of the logits.
+
+    Returns:
+        float32 [V].
+    """
+    if not uses_triton(key.device):
+        return torch_scores(query, key, visual_index, row_positions, key_positions, scale)
+    from metok_kernels.text_to_visual_scores import PackedKeys, text_to_visual_scores
+
+    rows, visual = query.shape[0], visual_index.shape[0]
+
+    def edges(count: int) -> torch.Tensor:
+        return torch.tensor([0, count], dtype=torch.int32).to(key.device, non_blocking=True)
+
+    return text_to_visual_scores(
+        query,
+        PackedKeys(key, edges(0)[:1]),
+        torch.searchsorted(key_positions, row_positions, right=True).to(torch.int32),
+        edges(rows),
+        visual_index,
+        edges(visual),
+        scale=scale,
+        max_rows=rows,
+        max_visual=visual,
+        max_keys=key.shape[0],
+    )
+
+
+def gather(
+    index: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows `index` (int64 [n]) of hidden state [m, D], residual [m, D] and positions int64 [m]."""
+    if not uses_triton(hidden.device):
+        return hidden[index], residual[index], positions[index]
+    from metok_kernels.gather_rows import gather_rows
+
+    out_hidden, out_residual, out_positions = gather_rows(index, hidden, residual, positions)
+    assert out_residual is not None
+    assert out_positions is not None
+    return out_hidden, out_residual, out_positions
 
 
 def causal_attention(
@@ -35,9 +101,54 @@ def causal_attention(
         scale: factor of the logits.
         out: like `query`.
     """
+    if query.device.type == "cuda":
+        _cuda_attention(query, key, value, lengths, scale, out)
+        return
     start = 0
     for length in lengths:
         q, k, v = (t[start : start + length].transpose(0, 1)[None] for t in (query, key, value))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         out[start : start + length] = attended[0].transpose(0, 1)
         start += length
+
+
+def _cuda_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], scale: float, out: torch.Tensor
+) -> None:
+    """vLLM's varlen flash attention where it is built for the device and dtype, else its Triton prefill kernel."""
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version, is_flash_attn_varlen_func_available
+
+    edges = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    edges[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
+    starts = edges.to(query.device, non_blocking=True)
+    version = get_flash_attn_version(head_size=query.shape[-1])
+    if is_flash_attn_varlen_func_available() and version is not None and query.dtype != torch.float32:
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+        flash_attn_varlen_func(
+            q=query,
+            k=key,
+            v=value,
+            out=out,
+            cu_seqlens_q=starts,
+            cu_seqlens_k=starts,
+            max_seqlen_q=max(lengths),
+            max_seqlen_k=max(lengths),
+            softmax_scale=scale,
+            causal=True,
+            fa_version=version,
+        )
+        return
+    from vllm.v1.attention.ops.triton_prefill_attention import context_attention_fwd
+
+    context_attention_fwd(
+        query,
+        key,
+        value,
+        out,
+        b_start_loc=starts[:-1],
+        b_seq_len=starts[1:] - starts[:-1],
+        max_input_len=max(lengths),
+        is_causal=True,
+        softmax_scale=scale,
+    )

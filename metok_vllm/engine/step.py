@@ -141,7 +141,7 @@ class PrunedStep:
                 self._phase += 1
                 if self._phase > 1:
                     kept = self._prune(self._phase)
-                    hidden, residual, positions = hidden[kept], residual[kept], positions[kept]
+                    hidden, residual, positions = ops.gather(kept, hidden, residual, positions)
                 for layer in self.stack.layers[start:end]:
                     hidden, residual = layer(positions, hidden, residual)
             hidden, _ = self.stack.norm(hidden, residual)

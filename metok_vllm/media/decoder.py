@@ -129,9 +129,7 @@ class _Picker:
         return bool(self.have[slot])
 
 
-def _passes(
-    file: VideoFile, table: PacketTable, indices: list[int], settings: VideoSettings, picker: _Picker
-) -> None:
+def _passes(file: VideoFile, table: PacketTable, indices: list[int], settings: VideoSettings, picker: _Picker) -> None:
     """Fill `picker`: quick and strict first; tolerant where that shows damage; then a walk for the missing.
 
     libav's threads race when they patch over damage, so a damaged file is read again by one thread: the same

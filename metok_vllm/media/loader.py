@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 from vllm import envs
 from vllm.exceptions import VLLMValidationError
-from metok_vllm.log import metok_logger
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 from vllm.multimodal.video_decoders import VideoSourceMetadata
+
+from metok_vllm.log import metok_logger
 
 from .decoder import decode_video
 from .settings import VideoError, VideoSettings

@@ -96,9 +96,7 @@ def _is_pcm_audio(data: bytes, start: int, end: int) -> bool:
     return b"soun" in handlers and b"vide" not in handlers and bool(times) and one_tick
 
 
-def _fields(
-    data: bytes, name: bytes, start: int, end: int, skip: int, layout: str
-) -> Iterator[tuple[Any, ...]]:
+def _fields(data: bytes, name: bytes, start: int, end: int, skip: int, layout: str) -> Iterator[tuple[Any, ...]]:
     """Unpack `layout`, `skip` bytes after every occurrence of the box type `name` in ``data[start:end]``."""
     size = struct.calcsize(layout)
     for match in re.compile(re.escape(name)).finditer(data, start, end):

@@ -50,9 +50,7 @@ class Clock:
 
     def __call__(self) -> None:
         if time.monotonic() > self._end:
-            raise VideoError(
-                f"Reading the video took longer than {self._timeout_s:g} s (video setting timeout_s)."
-            )
+            raise VideoError(f"Reading the video took longer than {self._timeout_s:g} s (video setting timeout_s).")
 
 
 class SeekMissed(Exception):
@@ -135,8 +133,7 @@ def read_packet_table(source: Source, settings: VideoSettings, clock: Clock) -> 
                 clock()
             if len(pts) >= settings.max_source_frames:
                 raise VideoError(
-                    f"The video holds more than {settings.max_source_frames} frames"
-                    " (video setting max_source_frames)."
+                    f"The video holds more than {settings.max_source_frames} frames (video setting max_source_frames)."
                 )
             timed = timed and packet.pts is not None
             pts.append(packet.pts or 0)

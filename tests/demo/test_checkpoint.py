@@ -78,8 +78,7 @@ def test_the_chat_template_puts_media_before_text(sample: Callable[..., Sample])
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
     text = tiny.processor.apply_chat_template(messages, add_generation_prompt=True)
     assert text == (
-        "<|im_start|>system \nBe brief.<|im_end|>"
-        "<|im_start|>user <image><video>\nWho?<|im_end|><|im_start|>assistant\n"
+        "<|im_start|>system \nBe brief.<|im_end|><|im_start|>user <image><video>\nWho?<|im_end|><|im_start|>assistant\n"
     )
 
 
@@ -94,9 +93,7 @@ def test_the_tokenizer_reads_any_text_and_knows_its_special_tokens(sample: Calla
     assert tokenizer.decode(tokenizer("<video>no<|im_end|>").input_ids, skip_special_tokens=True) == "no"
 
 
-@pytest.mark.parametrize(
-    "shape", [{"seed": 0}, {"seed": 1}, {"seed": 2, "layers": 4}, {"seed": 3, "layers": 12}]
-)
+@pytest.mark.parametrize("shape", [{"seed": 0}, {"seed": 1}, {"seed": 2, "layers": 4}, {"seed": 3, "layers": 12}])
 def test_answers_vary_and_depend_on_the_video(sample: Callable[..., Sample], shape):
     tiny = sample(**shape)
     answers = [plain_tokens(tiny, seed) for seed in (1, 2)]
@@ -113,9 +110,7 @@ def test_attention_tells_visual_tokens_apart(sample: Callable[..., Sample]):
     """Some tokens of a video score several times the median, in every layer: selection is no coin toss."""
     tiny = sample(seed=0)
     ids = torch.tensor(tiny.prompt_ids())
-    inputs = tiny.processor(
-        text=tiny.processor.tokenizer.decode(ids), videos=[scene_video(1, 8)], return_tensors="pt"
-    )
+    inputs = tiny.processor(text=tiny.processor.tokenizer.decode(ids), videos=[scene_video(1, 8)], return_tensors="pt")
     visual = (inputs["input_ids"][0] == tiny.model.config.video_token_id).nonzero().flatten()
     with torch.no_grad():
         layers = tiny.model(**inputs, output_attentions=True).attentions

@@ -59,6 +59,4 @@ def test_stock_vllm_answers_as_transformers_does(sample: Callable[..., Sample]):
     for line, ids, shown, pictures in zip(lines, prompts, videos, images, strict=True):
         prompt, tokens, rows = json.loads(line.removeprefix("RESULT "))
         served = OracleResult(prompt, tokens, [{int(t): value for t, value in row.items()} for row in rows])
-        assert_same(
-            run(tiny.model, ids, shown, pictures, [], OracleSettings(off=True), STEPS), served, atol=1e-3
-        )
+        assert_same(run(tiny.model, ids, shown, pictures, [], OracleSettings(off=True), STEPS), served, atol=1e-3)

@@ -105,6 +105,7 @@ class Engine:
     def add(self, case: Case, **sampling: Any) -> str:
         """Queue a request; returns its id."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         data: dict[str, Any] = {}
         if case.videos:
@@ -117,7 +118,8 @@ class Engine:
         if case.metok is not None:
             prompt["mm_processor_kwargs"] = {"metok": case.metok}
         params = SamplingParams(
-            **{"temperature": 0, "max_tokens": case.max_tokens, "logprobs": 3, "ignore_eos": True, **sampling}
+            **{"temperature": 0, "max_tokens": case.max_tokens, "logprobs": 3, "ignore_eos": True, **sampling},
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
         request_id = f"r{self._next}"
         self._next += 1

@@ -114,12 +114,25 @@ def test_the_deferral_buffer_is_bounded(sample: Sample) -> None:
 
 
 def test_several_samples_of_one_request(cramped: Engine) -> None:
-    """n = 2 with a fixed seed each, and one token only."""
+    """n = 2, one token, and a choice of one: vLLM takes no greedy request for several samples."""
     case = Case((scene_video(30, 20),), max_tokens=1)
-    request_id = cramped.add(case, n=2)
+    request_id = cramped.add(case, n=2, temperature=1.0, top_k=1)
     outputs: dict[str, Any] = {}
     while cramped.llm.llm_engine.has_unfinished_requests():
         outputs |= cramped.step()
     expected = cramped.oracle(case).tokens
     assert [list(c.token_ids) for c in outputs[request_id].outputs] == [expected, expected]
+    cramped.check_drained()
+
+
+def test_prompt_logprobs_of_a_pruned_prompt_are_refused(cramped: Engine) -> None:
+    """The request ends with an error instead of numbers that mean nothing; one beside it does not notice."""
+    refused = cramped.add(Case((scene_video(31, 12),)), prompt_logprobs=1)
+    neighbour = Case((), "Say something.", max_tokens=6)
+    neighbour_id = cramped.add(neighbour)
+    outputs: dict[str, Any] = {}
+    while cramped.llm.llm_engine.has_unfinished_requests():
+        outputs |= cramped.step()
+    assert outputs[refused].outputs[0].finish_reason == "error"
+    assert_same(cramped.oracle(neighbour), observed(outputs[neighbour_id]), ATOL)
     cramped.check_drained()

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -18,6 +18,7 @@ few_examples = settings(
     max_examples=12,
     deadline=None,  # the interpreter's first call of a kernel takes long
     derandomize=True,
+    phases=(Phase.explicit, Phase.generate),  # shrinking a failure takes minutes in the interpreter
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 """Hypothesis in the interpreter: few examples, the same ones every time."""

@@ -24,9 +24,7 @@ def project(model: Any, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[
         return linear(normed).view(len(normed), -1, attention.head_dim).transpose(0, 1)
 
     cos, sin = model.model.language_model.rotary_emb(hidden.unsqueeze(0), positions.unsqueeze(0))
-    query, key = (
-        rotate(heads_first(linear), cos[0], sin[0]) for linear in (attention.q_proj, attention.k_proj)
-    )
+    query, key = (rotate(heads_first(linear), cos[0], sin[0]) for linear in (attention.q_proj, attention.k_proj))
     return query, key, heads_first(attention.v_proj)
 
 

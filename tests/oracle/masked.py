@@ -75,15 +75,10 @@ def masked_forward(sample: Sample, rows: Tensor, result: OracleResult) -> tuple[
         bias = bias.masked_fill(~visibility(result, number), torch.finfo(torch.float32).min)[None, None]
         return lambda module, args, kwargs: (args, {**kwargs, "attention_mask": bias})
 
-    hooks = [
-        layer.register_forward_pre_hook(masked(number), with_kwargs=True)
-        for number, layer in enumerate(layers)
-    ]
+    hooks = [layer.register_forward_pre_hook(masked(number), with_kwargs=True) for number, layer in enumerate(layers)]
     try:
         with torch.no_grad():
-            out = model.model.language_model(
-                inputs_embeds=everything, use_cache=False, output_attentions=True
-            )
+            out = model.model.language_model(inputs_embeds=everything, use_cache=False, output_attentions=True)
             logits = model.lm_head(out.last_hidden_state[0, len(rows) - 1 :])
     finally:
         for hook in hooks:
@@ -112,9 +107,7 @@ def check_survivors(
     owner = owners(video, side)
     before = sorted(owner)
     scores: dict[int, float] = {}
-    for stage, (attention, after) in enumerate(
-        zip(attentions, (video.after_l1, video.after_l2), strict=True)
-    ):
+    for stage, (attention, after) in enumerate(zip(attentions, (video.after_l1, video.after_l2), strict=True)):
         scores = {p: attention[:, text_rows, p].mean().item() for p in before}
         for event in range(len(video.events)):
             there = [p for p in before if owner[p] == event]

@@ -176,9 +176,7 @@ class Prefill:
             self.values[number] = self.values[number][:, index]
 
 
-def decode(
-    model: Any, prefill: Prefill, steps: int, force_tokens: list[int] | None
-) -> tuple[list[int], Tensor]:
+def decode(model: Any, prefill: Prefill, steps: int, force_tokens: list[int] | None) -> tuple[list[int], Tensor]:
     """Greedy tokens and log-probabilities [steps, vocabulary]; new tokens are numbered on from the prompt."""
     length = len(prefill.is_text)
     keys, values = list(prefill.keys), list(prefill.values)
@@ -213,9 +211,7 @@ def report(
     traces = []
     for video, part, span in zip(prefill.videos, encoded, spans, strict=True):
         after: list[Any] = [*video.after, None, None]
-        traces.append(
-            VideoTrace(span, part.events, part.key_events, part.strides, part.relevance, after[0], after[1])
-        )
+        traces.append(VideoTrace(span, part.events, part.key_events, part.strides, part.relevance, after[0], after[1]))
     return OracleResult(
         prompt_ids=ids,
         tokens=tokens,

@@ -26,9 +26,7 @@ class Sample:
     model: Any
     processor: Any
 
-    def prompt_ids(
-        self, question: str = QUESTION, *, videos: int = 1, images: int = 0, between: str = ""
-    ) -> list[int]:
+    def prompt_ids(self, question: str = QUESTION, *, videos: int = 1, images: int = 0, between: str = "") -> list[int]:
         """The chat prompt, one placeholder an item, images first; `between` follows the first video."""
         parts = [{"type": "image"}] * images + [{"type": "video"}] * videos
         message = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}

@@ -236,9 +236,7 @@ def small_changes(honest: OracleResult) -> dict[str, OracleResult]:
         "a step less": replace(honest, tokens=honest.tokens[:-1], logprobs=honest.logprobs[:-1]),
         "last token": replace(honest, tokens=[*honest.tokens[:-1], honest.tokens[-1] ^ 1]),
         "one logprob": replace(honest, logprobs=honest.logprobs + 2 * ATOL * torch.eye(24, 512)),
-        "one of the top": replace(
-            honest, logprobs=[*top[:-1], {t: p - 2 * ATOL for t, p in top[-1].items()}]
-        ),
+        "one of the top": replace(honest, logprobs=[*top[:-1], {t: p - 2 * ATOL for t, p in top[-1].items()}]),
         "own token unstated": replace(honest, logprobs=[{}, *top[1:]]),
         "layers": replace(honest, prune_layers=(1, 3, 6)),
         "retained": replace(honest, retained=honest.retained[1:]),

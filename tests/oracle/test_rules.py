@@ -67,9 +67,7 @@ def test_how_many_tokens_an_event_keeps(ratio, length, is_key, stage, expected):
     assert rules.keep_count(OracleSettings(keep_ratio=ratio), length, is_key, stage) == expected
 
 
-@pytest.mark.parametrize(
-    ("share", "survivors", "expected"), [(0, 9, 0), (0.5, 5, 3), (0.07, 100, 7), (1, 9, 9)]
-)
+@pytest.mark.parametrize(("share", "survivors", "expected"), [(0, 9, 0), (0.5, 5, 3), (0.07, 100, 7), (1, 9, 9)])
 def test_how_many_tokens_are_retained(share, survivors, expected):
     assert rules.retained_count(OracleSettings(decode_retention=share), survivors) == expected
 
@@ -146,9 +144,7 @@ def test_alignment_none_compares_a_frame_with_its_own_event():
 def test_alignment_embedding_takes_the_mean_word():
     words = torch.nn.Embedding.from_pretrained(torch.tensor([[9.0, 9.0], [4.0, 0.0], [0.0, 2.0]]))
     model = SimpleNamespace(get_input_embeddings=lambda: words)
-    relevance = stage1.align(
-        model, torch.tensor([[1.0, 0.0], [2.0, 1.0]]), [(0, 2)], [1, 2], "embedding", None
-    )
+    relevance = stage1.align(model, torch.tensor([[1.0, 0.0], [2.0, 1.0]]), [(0, 2)], [1, 2], "embedding", None)
     torch.testing.assert_close(relevance, torch.tensor([2 / 5**0.5, 1.0]))  # the text is (2, 1)
     assert stage1.align(model, torch.ones(1, 2), [(0, 1)], [], "embedding", None).tolist() == [0.0]
 

@@ -68,9 +68,7 @@ def test_off_equals_generate_on_the_processors_own_inputs(sample: Callable[..., 
     tiny = sample(**PLAIN)
     video, image = scene_video(3, 6), picture(5, 60, 100)
     parts = [{"type": "image"}, {"type": "video"}, {"type": "text", "text": QUESTION}]
-    text = tiny.processor.apply_chat_template(
-        [{"role": "user", "content": parts}], add_generation_prompt=True
-    )
+    text = tiny.processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
     inputs = dict(tiny.processor(text=text, images=[image], videos=[video], return_tensors="pt"))
     request = Request(tiny.prompt_ids(images=1), [tiny.pixels(video)], tiny.image_inputs([image]), [])
     result = answer(tiny, request, OracleSettings(off=True))
@@ -106,9 +104,7 @@ def test_keeping_everything_is_off(sample: Callable[..., Sample]):
 @pytest.mark.parametrize("retention", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("make", [one_video, mixed_media])
-def test_a_run_is_one_masked_forward_of_the_plain_model(
-    sample: Callable[..., Sample], make, shape, retention
-):
+def test_a_run_is_one_masked_forward_of_the_plain_model(sample: Callable[..., Sample], make, shape, retention):
     """Told who is alive, transformers gives the oracle's logprobs and, by its attention, its survivors."""
     tiny = sample(**shape)
     settings = OracleSettings(decode_retention=retention)
@@ -148,9 +144,7 @@ def test_the_question_decides(sample: Callable[..., Sample]):
     request = one_video(tiny, frames=24)
     asked = answer(tiny, request, OracleSettings(key_frames=2))
     other = tiny.question_ids("Name one colour.")
-    changed = answer(
-        tiny, Request(request.prompt_ids, request.videos, None, other), OracleSettings(key_frames=2)
-    )
+    changed = answer(tiny, Request(request.prompt_ids, request.videos, None, other), OracleSettings(key_frames=2))
     assert asked.videos[0].strides != changed.videos[0].strides
     assert asked.videos[0].events == changed.videos[0].events
     assert len(asked.prompt_ids) == len(changed.prompt_ids)

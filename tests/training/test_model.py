@@ -133,9 +133,7 @@ def test_export_is_the_same_model_in_transformers(
         mine = model.lm.lm_head(model.lm.hidden(packed)[0])[0].view(3, -1, model.lm.c.vocab)
         for row, q in zip(mine, asked, strict=True):
             content = [{"type": "video"}, {"type": "text", "text": q.prompt}]
-            text = processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            )
+            text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
             frames = draw_video(video.video)
             inputs = processor(text=text + q.answer, videos=[frames], return_tensors="pt")
             assert (inputs["input_ids"] == hf.config.video_token_id).sum() == video.video.frames * 16 + 1
@@ -195,9 +193,7 @@ def test_a_resumed_run_goes_on_where_it_stopped(folder: Path, tmp_path: Path) ->
     path = tmp_path / "tower.pt"
     both = torch.nn.ModuleList([net, Heads(net.c.out)])
     torch.save({"model": both.state_dict()}, path)
-    args = argparse.Namespace(
-        tower=path, out=folder, layers=2, lr=1e-3, pool=64, long=0.5, tap=1, patience=10**6
-    )
+    args = argparse.Namespace(tower=path, out=folder, layers=2, lr=1e-3, pool=64, long=0.5, tap=1, patience=10**6)
     run = Run(args)
     before = [p.clone() for p in run.master.parameters()]
     first = [run.train_step(1e-3) for _ in range(3)]
@@ -215,15 +211,11 @@ def test_a_resumed_run_goes_on_where_it_stopped(folder: Path, tmp_path: Path) ->
     reread, state = load_model(folder, run.tower.float())
     assert state["step"] == 3
     assert torch.equal(reread.lm.norm, run.master.lm.norm)
-    figures = evaluate(
-        run.model, run.coder, [encode(run.tower.bfloat16(), make_video(9, (20, 24)), crf=23)], 1
-    )
+    figures = evaluate(run.model, run.coder, [encode(run.tower.bfloat16(), make_video(9, (20, 24)), crf=23)], 1)
     assert {"open", "letter", "colour"} <= set(figures)
 
 
-def test_aligner_exports_and_keeps_the_tower(
-    tower: Tower, folder: Path, coder: Coder, tmp_path: Path
-) -> None:
+def test_aligner_exports_and_keeps_the_tower(tower: Tower, folder: Path, coder: Coder, tmp_path: Path) -> None:
     from transformers import AutoImageProcessor, AutoTokenizer, SiglipModel
 
     torch.manual_seed(3)

@@ -1,0 +1,65 @@
+"""Two tensor-parallel ranks give the answers of one: the scores are averaged over the heads of both."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.oracle import OracleResult, OracleSettings, assert_same
+from tests.oracle import run as run_oracle
+from tests.oracle.samples import QUESTION, load_sample, scene_video
+
+# The ranks are processes of their own, and vLLM's multiprocessing starts them from the main module.
+SCRIPT = """
+import json, sys
+import metok_vllm, numpy as np
+from vllm import LLM, SamplingParams
+
+def main():
+    folder, ids, videos = sys.argv[1], json.loads(sys.argv[2]), np.load(sys.argv[3])
+    llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=2048, block_size=32, tensor_parallel_size=2,
+              max_num_batched_tokens=128, **metok_vllm.enable(decode_retention=0.5))
+    prompts = [{"prompt_token_ids": ids, "multi_modal_data": {"video": [videos[name]]}} for name in videos.files]
+    params = SamplingParams(temperature=0, max_tokens=24, logprobs=1, ignore_eos=True)
+    rows = []
+    for output in llm.generate(prompts, params, use_tqdm=False):
+        done = output.outputs[0]
+        rows.append([list(output.prompt_token_ids), list(done.token_ids),
+                     [{t: e.logprob for t, e in row.items()} for row in done.logprobs]])
+    print("RESULT" + json.dumps(rows))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
+def test_two_ranks_equal_the_oracle(tmp_path: Path) -> None:
+    import numpy as np
+
+    sample = load_sample(tmp_path / "model", seed=19)
+    videos = {"a": scene_video(1, 18), "b": scene_video(2, 27)}
+    np.savez(tmp_path / "videos.npz", **videos)  # type: ignore[arg-type]
+    (tmp_path / "main.py").write_text(SCRIPT)
+    ids = sample.prompt_ids(QUESTION, videos=1)
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores))
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "main.py"), str(sample.path), json.dumps(ids), str(tmp_path / "videos.npz")],
+        env=env, capture_output=True, text=True, timeout=580,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    for video, (prompt, tokens, logprobs) in zip(videos.values(), json.loads(line[6:]), strict=True):
+        expected = run_oracle(
+            sample.model, ids, [sample.pixels(video)], None, sample.question_ids(QUESTION),
+            OracleSettings(decode_retention=0.5), 24,
+        )  # fmt: skip
+        observed = OracleResult(prompt, tokens, [{int(t): v for t, v in row.items()} for row in logprobs])
+        assert_same(expected, observed, 1e-3)

@@ -1,0 +1,37 @@
+"""Video files for requests, and the frames that the server will see in them."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from metok_vllm.media.decoder import decode_video
+from metok_vllm.media.settings import VideoSettings
+
+
+def mp4(frames: NDArray[np.uint8], rate: int = 4) -> bytes:
+    """Encode frames uint8 [T, H, W, 3] (even sides) as an mp4 file."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for picture in frames:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return buffer.getvalue()
+
+
+def data_url(video: bytes) -> str:
+    return "data:video/mp4;base64," + base64.b64encode(video).decode()
+
+
+def seen(video: bytes) -> NDArray[np.uint8]:
+    """The frames that METok's loader gives the model with its default settings, uint8 [T, H, W, 3]."""
+    frames: NDArray[np.uint8] = decode_video(video, VideoSettings()).frames
+    return frames

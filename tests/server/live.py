@@ -1,0 +1,91 @@
+"""A real `vllm serve` on a loopback port, as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+START_SECONDS = 600
+
+
+def environment() -> dict[str, str]:
+    """Of a vLLM process on CPU; not in the test's process, so with vLLM's own multiprocessing."""
+    env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    return {**env, "TRITON_INTERPRET": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+
+
+def vllm() -> str:
+    """The `vllm` command beside this interpreter."""
+    return str(Path(sys.executable).parent / "vllm")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    def client(self) -> Any:
+        from openai import OpenAI
+
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(model: Path, log: Path, *options: str) -> Iterator[Server]:
+    """Start `vllm serve MODEL OPTIONS`, wait until it is ready, and stop it with all its processes at the end."""
+    port = free_port()
+    command = [vllm(), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+        )
+    server = Server(f"http://127.0.0.1:{port}", log, process)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the server did not start:\n{log.read_text(errors='replace')[-4000:]}")
+            try:
+                if server.get("/health")[0] == 200:
+                    break
+            except OSError:
+                pass
+            time.sleep(0.5)
+        yield server
+    finally:
+        try:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=30)
+        except (subprocess.TimeoutExpired, ProcessLookupError):
+            pass
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

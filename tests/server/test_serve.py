@@ -1,0 +1,268 @@
+"""The real server with `--plugin metok`: answers against the oracle, blocks, errors, reports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.oracle import OracleResult, OracleSettings, assert_same
+from tests.oracle import run as run_oracle
+from tests.oracle.samples import Sample, load_sample, scene_video
+from tests.server.clips import data_url, mp4, seen
+from tests.server.live import Server, environment, serving, vllm
+
+QUESTION = "What happens after the band leaves the stage, and who is there?"
+OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--block-size", "32")
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    return load_sample(tmp_path_factory.mktemp("model"), seed=17)
+
+
+@pytest.fixture(scope="module")
+def server(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    settings = json.dumps({"metok": {"decode_retention": 0.5}})
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with serving(
+        sample.path, log, "--plugin", "metok", "--additional-config", settings, "--trust-request-mm-kwargs",
+        "--max-num-batched-tokens", "256", "--served-model-name", "tiny",
+        "--allowed-media-domains", "videos.example.com", *OPTIONS,
+    ) as running:  # fmt: skip
+        yield running
+
+
+def ask(server: Server, video: bytes | None, metok: Any = None, question: str = QUESTION, **options: Any) -> Any:
+    content: list[dict[str, Any]] = [{"type": "text", "text": question}]
+    if video is not None:
+        content.insert(0, {"type": "video_url", "video_url": {"url": data_url(video)}})
+    extra: dict[str, Any] = {"return_token_ids": True, "ignore_eos": True}
+    if metok is not None:
+        extra["mm_processor_kwargs"] = {"metok": metok}
+    return server.client().chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": content}],
+        temperature=0,
+        logprobs=True,
+        extra_body=extra | options.pop("extra", {}),
+        **{"max_tokens": 24, **options},
+    )
+
+
+def oracle(sample: Sample, video: bytes | None, metok: Any = None, steps: int = 24) -> OracleResult:
+    settings = OracleSettings(decode_retention=0.5)
+    if metok == "off":
+        settings = OracleSettings(off=True)
+    elif metok:
+        settings = OracleSettings(**{"decode_retention": 0.5, **{k: v for k, v in metok.items() if k != "report"}})
+    videos = [] if video is None else [sample.pixels(seen(video))]
+    return run_oracle(
+        sample.model, sample.prompt_ids(QUESTION, videos=len(videos)), videos, None, sample.question_ids(QUESTION),
+        settings, steps,
+    )  # fmt: skip
+
+
+def result(answer: Any) -> OracleResult:
+    choice = answer.choices[0]
+    logprobs = [{token: entry.logprob} for token, entry in zip(choice.token_ids, choice.logprobs.content, strict=True)]
+    return OracleResult(list(answer.prompt_token_ids), list(choice.token_ids), logprobs)
+
+
+def test_concurrent_requests_equal_the_oracle(server: Server, sample: Sample) -> None:
+    """Videos of different lengths and settings at once, beside a text-only request and one with METok off."""
+    asked: list[tuple[bytes | None, Any]] = [
+        (mp4(scene_video(1, 9)), None),
+        (mp4(scene_video(2, 30)), {"decode_retention": 1}),
+        (mp4(scene_video(3, 17)), {"decode_retention": 0, "events": 3}),
+        (mp4(scene_video(4, 12)), "off"),
+        (mp4(scene_video(5, 21)), "off"),
+        (None, None),
+        (mp4(scene_video(6, 1, 1)), None),
+    ]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(lambda one: ask(server, *one), asked))
+    for (video, metok), answer in zip(asked, answers, strict=True):
+        assert_same(oracle(sample, video, metok), result(answer), 1e-3)
+
+
+def test_deep_groups_hold_blocks_for_text_alone_and_all_are_free_at_the_end(server: Server, sample: Sample) -> None:
+    video = mp4(scene_video(7, 32))
+    metok = {"decode_retention": 0}
+    prompt = len(oracle(sample, video, metok, steps=1).prompt_ids)
+    text = len(sample.prompt_ids(QUESTION, videos=1)) - 1
+    size = 32
+    room = -text % size  # what can be generated before the deep groups need another block
+    states: list[dict[str, Any]] = []
+    done = threading.Event()
+
+    def poll() -> None:
+        while not done.is_set():
+            states.append(json.loads(server.get("/v1/metok/state")[1])["workers"][0])
+            time.sleep(0.02)
+
+    poller = threading.Thread(target=poll)
+    poller.start()
+    try:
+        answer = ask(server, video, metok, max_tokens=room)
+    finally:
+        done.set()
+        poller.join()
+    seen_deep = set()
+    for state in states:
+        assert state["block_size"] == size
+        for group in state["groups"]:
+            for request_id, blocks in group["blocks"].items():
+                if not request_id.startswith(answer.id):
+                    continue
+                if group["holds"] == "every token":
+                    assert blocks <= -(-(prompt + room) // size)
+                else:
+                    seen_deep.add((group["holds"], blocks))
+    deep = -(-text // size)
+    # A prompt of two steps holds fewer at first; when the prompt is complete it holds exactly what the text needs.
+    assert {blocks for _, blocks in seen_deep if blocks} <= set(range(1, deep + 1))
+    assert ("text", deep) in seen_deep
+    assert ("text and retained", deep) in seen_deep
+    assert prompt > 4 * text
+
+    ask(server, None, question="One more, so that the workers hear of what has finished.", max_tokens=1)
+    state = json.loads(server.get("/v1/metok/state")[1])["workers"][0]
+    assert state["pruned_requests"] == 0
+    assert state["deferred_bytes"] == 0
+    usage = [line for line in server.get("/metrics")[1].decode().splitlines() if "kv_cache_usage_perc{" in line]
+    assert usage
+    assert all(float(line.split()[-1]) == 0 for line in usage)
+
+
+def test_a_report_says_what_was_done(server: Server, sample: Sample) -> None:
+    video = mp4(scene_video(8, 20))
+    answer = ask(server, video, {"report": True})
+    expected = oracle(sample, video)
+    status, body = server.get(f"/v1/metok/reports/{answer.id}")
+    assert status == 200
+    report = json.loads(body)
+    trace = (expected.videos or [])[0]
+    assert report["visual_tokens"]["stock"] == 20 * 16 + 1
+    assert report["visual_tokens"]["encoded"] == (trace.span or (0, 0))[1] - (trace.span or (0, 0))[0]
+    assert report["visual_tokens"]["after_l1"] == len(trace.after_l1 or [])
+    assert report["visual_tokens"]["after_l2"] == len(trace.after_l2 or [])
+    assert report["visual_tokens"]["retained"] == len(expected.retained or [])
+    kv_tokens = sum(expected.kv_tokens or [])
+    assert report["kv_bytes"]["metok"] == kv_tokens * 2 * 2 * 32 * 4  # K and V, 2 KV heads of 32, float32
+    (described,) = report["videos"]
+    assert [frame["stride"] for frame in described["per_frame"]] == trace.strides
+    starts = [
+        i for i, f in enumerate(described["per_frame"]) if not i or f["event"] != described["per_frame"][i - 1]["event"]
+    ]
+    assert starts == [start for start, _ in trace.events or []]
+    assert {f["event"] for f in described["per_frame"] if f["key_event"]} == set(trace.key_events or [])
+    assert sum(frame["tokens"] for frame in described["per_frame"]) == report["visual_tokens"]["encoded"]
+    assert f"METok {answer.id}" in server.log.read_text(errors="replace")
+    assert server.get("/v1/metok/reports/nobody")[0] == 404
+
+
+BAD_SETTINGS = [
+    ({"evnts": 3}, "unknown setting 'evnts'"),
+    ({"events": "five"}, "'events' got 'five'"),
+    ({"events": 0}, "'events' got 0"),
+    ({"keep_ratio": 1.5}, "'keep_ratio' got 1.5"),
+    ({"strides": [8, 4, 2]}, "strides must be three rising numbers"),
+    ({"token_budget": 3}, "the smallest possible is"),
+    ({"prune_layers": [1, 2, 3]}, "'prune_layers' belongs to the server"),
+    ({"aligner": "dual-tower"}, "no dual tower"),
+    ("on", 'must be "off" or an object'),
+    (7, 'must be "off" or an object'),
+    ([], 'must be "off" or an object'),
+]
+
+
+@pytest.mark.parametrize(("metok", "sentence"), BAD_SETTINGS, ids=[str(m) for m, _ in BAD_SETTINGS])
+def test_a_wrong_setting_gets_one_sentence(server: Server, metok: Any, sentence: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(server, mp4(scene_video(9, 6)), metok)
+    message = refused.value.body["message"]  # type: ignore[index]
+    assert sentence in message
+    assert "\n" not in message
+    assert "Traceback" not in message
+
+
+def test_other_impossible_requests_get_one_sentence(server: Server) -> None:
+    video = mp4(scene_video(9, 6))
+    with pytest.raises(openai.BadRequestError, match="prompt_logprobs do not exist"):
+        ask(server, video, extra={"prompt_logprobs": 1})
+    assert ask(server, video, "off", extra={"prompt_logprobs": 1}).prompt_logprobs
+    with pytest.raises(openai.BadRequestError):
+        ask(server, b"not a video at all")
+    with pytest.raises(openai.BadRequestError):
+        ask(server, video[: len(video) // 3])
+    with pytest.raises(openai.BadRequestError):  # an address inside the network, with --allowed-media-domains set
+        server.client().chat.completions.create(
+            model="tiny",
+            messages=[
+                {
+                    "role": "user",
+                    "content": [{"type": "video_url", "video_url": {"url": "http://127.0.0.1:9/secret.mp4"}}],
+                }
+            ],
+        )
+    assert ask(server, None, max_tokens=2).choices[0].message.content is not None
+    assert "Traceback" not in server.log.read_text(errors="replace")
+
+
+def test_run_batch_takes_the_plugin(sample: Sample, tmp_path: Path) -> None:
+    video = mp4(scene_video(10, 14))
+    line = {
+        "custom_id": "one",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {
+            "model": str(sample.path),
+            "temperature": 0,
+            "max_tokens": 24,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "video_url", "video_url": {"url": data_url(video)}},
+                        {"type": "text", "text": QUESTION},
+                    ],
+                }
+            ],
+        },
+    }
+    (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
+    subprocess.run(
+        [vllm(), "run-batch", "-i", "in.jsonl", "-o", "out.jsonl", "--model", str(sample.path), "--plugin", "metok",
+         "--additional-config", json.dumps({"metok": {"preset": "balanced"}}), *OPTIONS],
+        cwd=tmp_path, env=environment(), check=True, capture_output=True, timeout=240,
+    )  # fmt: skip
+    (output,) = (json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines())
+    body = output["response"]["body"]
+    expected = oracle(sample, video, {"decode_retention": 1})
+    assert body["prompt_token_ids"] == expected.prompt_ids
+    assert body["choices"][0]["token_ids"] == expected.tokens
+
+
+def test_a_model_that_cannot_be_served_is_refused_with_the_list(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 64})
+    )
+    started = subprocess.run(
+        [vllm(), "serve", str(tmp_path), "--plugin", "metok"], env=environment(), capture_output=True, timeout=120
+    )
+    assert started.returncode != 0
+    message = started.stderr.decode()
+    assert "METok cannot serve" in message
+    assert "LlavaOnevisionForConditionalGeneration" in message
+    assert "Traceback" not in message

@@ -1,0 +1,158 @@
+"""Requests, KV cache layouts and a scheduler without an engine around them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFeatureSpec,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    PlaceholderRange,
+)
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from metok_vllm.engine.facts import PLAN_FIELD
+from metok_vllm.engine.kv_cache import PrunedAttentionSpec
+from metok_vllm.engine.plan import VideoPlan
+from metok_vllm.engine.scheduler import MetokScheduler
+
+BLOCK = 4
+SHAPE: dict[str, Any] = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
+FULL = FullAttentionSpec(**SHAPE)
+RETAINING = PrunedAttentionSpec(**SHAPE, retains=True)
+TEXT_ONLY = PrunedAttentionSpec(**SHAPE, retains=False)
+
+
+def plan(tokens: int, survivors2: int = 0, retention: int = 0, pruned: int = 1) -> VideoPlan:
+    """A plan with the counts that the scheduler reads; the others are plausible."""
+    return VideoPlan(
+        pruned, 4, 2, 1, 1, 2, 4, 8, 1, 1, 2, tokens, tokens, 760_000, retention, survivors2, survivors2, 1, 0
+    )
+
+
+def feature(offset: int, video: VideoPlan, name: str = "", modality: str = "video") -> MultiModalFeatureSpec:
+    """A multimodal item at `offset` of the prompt, as it reaches the engine."""
+    element = MultiModalFieldElem(data=video.to_tensor(), field=MultiModalBatchedField(keep_on_cpu=True))
+    identifier = name or f"{modality}-{offset}-{video.tokens}"
+    data = MultiModalKwargsItem({PLAN_FIELD: element} if modality == "video" else {})
+    return MultiModalFeatureSpec(data, modality, identifier, PlaceholderRange(offset, video.tokens))
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Alternating runs: `text[0]`, video 0, `text[1]`, video 1, ..., `text[-1]`."""
+
+    text: tuple[int, ...]
+    videos: tuple[VideoPlan, ...] = ()
+    answer: int = 2  # tokens to generate
+    priority: int = 0
+
+    @property
+    def length(self) -> int:
+        return sum(self.text) + sum(video.tokens for video in self.videos)
+
+    def features(self, name: str) -> list[MultiModalFeatureSpec]:
+        found, offset = [], 0
+        for i, video in enumerate(self.videos):
+            offset += self.text[i]
+            found.append(feature(offset, video, f"{name}/{i}"))
+            offset += video.tokens
+        return found
+
+    def request(self, name: str) -> Request:
+        init_none_hash(sha256)
+        params = SamplingParams(max_tokens=self.answer, ignore_eos=True)
+        params.update_from_generation_config({}, None)
+        return Request(
+            name,
+            [hash((name, i)) % 1000 for i in range(self.length)],
+            params,
+            None,
+            mm_features=self.features(name),
+            priority=self.priority,
+            block_hasher=get_request_block_hasher(BLOCK, sha256),
+        )
+
+
+def kv_cache_config(blocks: int) -> KVCacheConfig:
+    """The three kinds of group that a pruned model has, one layer each."""
+    specs = {"full": FULL, "retaining": RETAINING, "text": TEXT_ONLY}
+    return KVCacheConfig(blocks, [], [KVCacheGroupSpec([name], spec) for name, spec in specs.items()])
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What decides how a prompt is cut."""
+
+    step_tokens: int = 64  # max_num_batched_tokens
+    requests: int = 4  # max_num_seqs
+    blocks: int = 200
+    encoder_tokens: int = 64  # encoder cache and compute budget
+    deferred_tokens: int = 10_000  # max_deferred_bytes, in prompt tokens
+    long_prefill: int = 0  # long_prefill_token_threshold
+    policy: str = "fcfs"
+
+
+def make_scheduler(base: Any, limits: Limits, monkeypatch: Any) -> MetokScheduler:
+    """The scheduler under the given limits; `base` is a vLLM configuration with METok."""
+    config = copy.copy(base)
+    config.scheduler_config = copy.copy(base.scheduler_config)
+    config.cache_config = copy.copy(base.cache_config)
+    scheduling = config.scheduler_config
+    scheduling.max_num_batched_tokens = scheduling.max_num_scheduled_tokens = limits.step_tokens
+    scheduling.max_num_seqs = limits.requests
+    scheduling.long_prefill_token_threshold = limits.long_prefill
+    scheduling.policy = limits.policy
+    config.cache_config.num_gpu_blocks = limits.blocks
+    config.cache_config.block_size = BLOCK
+    config.cache_config.enable_prefix_caching = True
+    budget = SimpleNamespace(encoder_compute_budget=limits.encoder_tokens, encoder_cache_size=limits.encoder_tokens)
+    monkeypatch.setattr("vllm.v1.core.sched.scheduler.MultiModalBudget", lambda *_: budget)
+    scheduler = MetokScheduler(config, kv_cache_config(limits.blocks), StructuredOutputManager(config), BLOCK)
+    scheduler._deferral_limit = limits.deferred_tokens * scheduler._deferred_bytes_per_token
+    return scheduler
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step as it was scheduled; `finish` is the worker's answer, which may come after further steps were scheduled."""
+
+    scheduler: MetokScheduler
+    output: Any
+    sampling: tuple[str, ...]  # requests whose tokens are all computed with this step
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        return dict(self.output.num_scheduled_tokens)
+
+    def finish(self) -> None:
+        names = list(self.tokens)
+        sampled = [[7] if name in self.sampling else [] for name in names]
+        answer = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, sampled)
+        self.scheduler.update_from_output(self.output, answer)
+
+
+def schedule(scheduler: MetokScheduler) -> Step:
+    """Schedule one step."""
+    output = scheduler.schedule()
+    sampling = [name for name in output.num_scheduled_tokens if not scheduler.requests[name].is_prefill_chunk]
+    return Step(scheduler, output, tuple(sampling))
+
+
+def free_and_held(pool: Any, managers: Sequence[Any]) -> tuple[int, int]:
+    """Blocks that are free, and different blocks that requests hold."""
+    held = {block.block_id for m in managers for blocks in m.req_to_blocks.values() for block in blocks}
+    return pool.get_num_free_blocks(), len(held)
