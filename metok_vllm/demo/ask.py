@@ -73,9 +73,12 @@ class Client:
                     "media_io_kwargs": {"video": {"num_frames": frames}},
                 },
             )
-        if not response.choices or response.usage is None:
-            raise DemoError(f"The server at {self.url} sent an answer without text or token counts; {_UNMANAGED}")
-        return Answer(response.choices[0].message.content or "", response.id, response.usage.prompt_tokens)
+            usage = response.usage
+            answer = response.choices[0].message.content or ""
+            request_id = response.id
+        if usage is None:
+            raise DemoError(f"The server at {self.url} did not count the prompt's tokens; {_UNMANAGED}")
+        return Answer(answer, request_id, usage.prompt_tokens)
 
     def report(self, request_id: str) -> dict[str, Any]:
         """METok's report of a request that was sent with ``"report": true``."""
@@ -112,7 +115,8 @@ class _explained:
             raise kind(
                 f"The server at {self.url} refused the request (HTTP {error.status_code}): {_message(error)}"
             ) from None
-        if isinstance(error, openai.OpenAIError | ValueError):  # an answer that is not an OpenAI server's
+        # What another kind of server sends: the client hands on a page as text, and missing fields as None.
+        if isinstance(error, openai.OpenAIError | ValueError | AttributeError | TypeError | LookupError):
             raise DemoError(f"The server at {self.url} does not speak the OpenAI API; {_UNMANAGED}") from None
 
 

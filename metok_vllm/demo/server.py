@@ -22,6 +22,7 @@ from metok_vllm.demo.models import DemoModel
 HOST = "127.0.0.1"
 START_TIMEOUT = 600.0  # seconds; loading a large checkpoint takes minutes
 STOP_TIMEOUT = 30.0  # seconds that the server has for stopping by itself
+GRACE = 1.0  # seconds that its helpers have after that
 LOG_TAIL = 15  # lines shown when it dies
 
 _ERROR_LINE = re.compile(r"(?:^|[\s(])(?:\w*(?:Error|Exit)|error|Value error)[:,] (?P<message>.+)")
@@ -149,7 +150,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT)
     # What outlives the server itself: usually helpers that end within a moment.
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + GRACE
     with contextlib.suppress(ProcessLookupError):
         while time.monotonic() < deadline:
             os.killpg(process.pid, 0)

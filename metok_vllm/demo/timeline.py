@@ -34,7 +34,8 @@ def draw_timeline(view: ReportView, video: SampledVideo, question: str, path: Pa
         OSError: the file cannot be written.
     """
     shown = list(range(0, len(view.frames), -(-len(view.frames) // MOST_THUMBNAILS)))
-    columns = min(max(math.ceil(math.sqrt(2.2 * len(shown))), 8), 16)
+    widest = min(max(math.ceil(math.sqrt(2.2 * len(shown))), 8), 16)
+    columns = max(8, -(-len(shown) // -(-len(shown) // widest)))  # rows of about equal length
     cell = (_WIDTH - 2 * _MARGIN) / columns
     height, width = video.thumbnails.shape[1:3]
     row = min(cell * height / width, 1.6 * cell) + _CAPTION
@@ -141,7 +142,9 @@ def _token_bars(axes: Any, view: ReportView, video: SampledVideo) -> None:
     low, high = _time_limits(view)
     axes.axhline(stock, color=_INK, linewidth=1.2, linestyle=(0, (5, 3)))
     top = 1.3 * max(stock, *(frame.tokens for frame in view.frames))
-    axes.text(high, stock + 0.03 * top, f"METok off: {stock:.0f} a frame", ha="right", fontsize=9.5, color=_INK)
+    axes.text(
+        high, 0.97 * top, f"dashed: METok off, {stock:.0f} a frame", ha="right", va="top", fontsize=9.5, color=_INK
+    )
     axes.set(xlim=(low, high), ylim=(0, top))
     axes.set_ylabel("tokens of a frame", color=_INK)
     axes.set_xlabel("seconds" if video.timed else "frame of the video", color=_INK)

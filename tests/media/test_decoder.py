@@ -6,12 +6,15 @@ import dataclasses
 import io
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from metok_vllm.media import decoder as decoder_module
 from metok_vllm.media import source as source_module
@@ -95,6 +98,27 @@ def test_frames_hidden_by_an_edit_list_do_not_count() -> None:
     assert [number_of(frame) - 10 for frame in video.frames] == video.indices == [0, 4, 9, 14, 19]
 
 
+def test_vp8_packets_that_are_not_for_display_do_not_count() -> None:
+    data = bytearray(clip(20, codec="libvpx", container="webm"))
+    with av.open(io.BytesIO(data)) as file:
+        packets = [bytes(packet) for packet in file.demux(video=0) if packet.size]
+    assert data.count(packets[8]) == 1
+    data[data.index(packets[8])] ^= 0x10  # the bit that says "show this frame"
+    video = decode_video(bytes(data))
+    assert video.total_frames == 19
+    assert video.indices == list(range(19))
+    assert [number_of(frame) for frame in video.frames] == [n for n in range(20) if n != 8]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_pictures_painted_on_the_one_before_are_not_jumped_to(kind: str) -> None:
+    """Pillow stores what changed only, and libav's apng reader flags every picture as a key frame."""
+    first, *others = (Image.fromarray(numbered(n)) for n in range(COUNT))
+    out = io.BytesIO()
+    first.save(out, kind, save_all=True, append_images=others, duration=100)
+    assert_right(decode_video(out.getvalue(), VideoSettings(num_frames=3)), COUNT, 3, (64, 48))
+
+
 @pytest.mark.parametrize(("degrees", "corner"), [(0, (0, 0)), (90, (0, 1)), (180, (1, 1)), (270, (1, 0))])
 def test_a_rotated_video_stands_upright(degrees: int, corner: tuple[int, int]) -> None:
     image = np.zeros((48, 64, 3), np.uint8)
@@ -166,13 +190,33 @@ def test_jumping_works_in_other_containers_too(container: str) -> None:
     assert video.packets_decoded <= 600
 
 
-def test_a_container_that_seeks_wrongly_costs_time_but_no_frame(hour: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    def miss(self: source_module.PacketReader, start: int) -> None:
-        raise source_module.SeekMissed
+class Wayward:
+    """A container that seeks past where it is told to."""
 
-    honest = decode_video(hour, VideoSettings(num_frames=5))
-    monkeypatch.setattr(source_module.PacketReader, "_seek", miss)
-    video = decode_video(hour, VideoSettings(num_frames=5))
+    def __init__(self, container: Any, by: int) -> None:
+        self._container, self._by = container, by
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._container, name)
+
+    def seek(self, offset: int, **how: Any) -> None:
+        self._container.seek(offset + self._by, **how)
+
+
+@pytest.mark.parametrize("by", [100_000, -100_000])
+def test_a_container_that_seeks_wrongly_costs_time_but_no_frame(
+    hour: bytes, by: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = decode_video(hour, VideoSettings(num_frames=4))
+    open_source = source_module.open_source
+
+    @contextmanager
+    def open_wayward(*args: Any) -> Iterator[source_module.Source]:
+        with open_source(*args) as source:
+            yield source_module.Source(Wayward(source.container, by), source.stream)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decoder_module, "open_source", open_wayward)
+    video = decode_video(hour, VideoSettings(num_frames=4))
     assert np.array_equal(video.frames, honest.frames)
     assert video.indices == honest.indices
 

@@ -112,6 +112,8 @@ def test_a_truncated_file_gives_the_frames_that_are_there(container: str) -> Non
         shown = [number_of(frame) for frame in video.frames][: -2 if container == "mpegts" else -1]
         assert shown == video.indices[: len(shown)]
         assert video.missing <= 1
+        # The half frame at the end of an mp4 is known to be one, and not sampled.
+        assert container != "mp4" or (video.missing == 0 and video.packets_decoded <= video.total_frames)
 
 
 def test_an_mp4_whose_index_was_cut_off_is_refused() -> None:
@@ -146,6 +148,7 @@ SEEDS = {
     "webm": clip(30, codec="libvpx-vp9", container="webm"),
     "ts": clip(30, container="mpegts"),
     "avi": clip(30, codec="mpeg4", container="avi"),
+    "ffv1": clip(12, codec="ffv1", container="matroska"),
     "gif": clip(20, codec="gif", container="gif", pix_fmt="gray", rate=10),
 }
 

@@ -175,7 +175,7 @@ BAD_SETTINGS = [
     ({"events": "five"}, "'events' got 'five'"),
     ({"events": 0}, "'events' got 0"),
     ({"keep_ratio": 1.5}, "'keep_ratio' got 1.5"),
-    ({"strides": [8, 4, 2]}, "strides must be three rising numbers"),
+    ({"strides": [8, 4, 2]}, "strides must be from 1 to 64"),
     ({"token_budget": 3}, "the smallest possible is"),
     ({"prune_layers": [1, 2, 3]}, "'prune_layers' belongs to the server"),
     ({"aligner": "dual-tower"}, "no dual tower"),

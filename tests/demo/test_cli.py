@@ -1,0 +1,152 @@
+"""The `metok` command: what it says to its user, and the demo end to end against a server that is not vLLM."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metok_vllm.cli import main
+from metok_vllm.demo import models
+from metok_vllm.demo.models import CLIP, choose_model
+from metok_vllm.demo.server import free_port
+from metok_vllm.media.decoder import decode_video
+from metok_vllm.media.settings import VideoSettings
+from metok_vllm.models.registry import SUPPORTED
+from tests.demo.reports import real_report
+from tests.demo.stub_server import Stub, serving
+from tests.oracle.samples import Sample
+
+
+@pytest.fixture
+def report(sample: Callable[..., Sample], monkeypatch: pytest.MonkeyPatch) -> Any:
+    frames = decode_video(CLIP.read_bytes(), VideoSettings(num_frames=8)).frames
+    return real_report(sample(), frames, monkeypatch)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that the command ends with, where it must refuse."""
+    assert main(["demo", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("metok: error: ")
+    assert lines[0].endswith((".", "?"))
+    return lines[0].removeprefix("metok: error: ")
+
+
+def test_the_demo_asks_twice_and_shows_what_was_done(report: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with serving(Stub(report=report)) as stub:
+        status = main(
+            ["demo", "--url", stub.url, "--frames", "8", "--question", " Who wakes? ", "--out", str(tmp_path / "a/b")]
+        )
+    out, err = capsys.readouterr()
+    assert (status, err) == (0, "")
+    on, off = stub.asked
+    assert on["mm_processor_kwargs"] == {"metok": {"report": True}}
+    assert off["mm_processor_kwargs"] == {"metok": "off"}
+    for request in (on, off):
+        assert request["model"] == "tiny"
+        assert request["temperature"] == 0
+        assert request["media_io_kwargs"] == {"video": {"num_frames": 8}}
+        video, text = request["messages"][0]["content"]
+        assert base64.b64decode(video["video_url"]["url"].split(",")[1]) == CLIP.read_bytes()
+        assert text["text"] == "Who wakes?"
+    for words in ("A [bold]rabbit[/] wakes.", "Who knows?", "900", "400", "55.6 %", "timeline.png"):
+        assert words in out, words
+    results = json.loads((tmp_path / "a/b/report.json").read_text())
+    assert results["metok"]["report"] == report
+    assert results["off"]["prompt_tokens"] == 900
+    assert (tmp_path / "a/b/timeline.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_server_of_another_kind_is_named_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = ("--frames", "2", "--out", str(tmp_path))
+    with serving(Stub()) as stub:
+        assert "no METok report" in refused(capsys, "--url", stub.url + "/v1/", *out)
+    untrusted = {"error": {"message": "Per-request mm_processor_kwargs are disabled\nby default.", "code": 400}}
+    with serving(Stub(refuse=(400, untrusted))) as stub:
+        said = refused(capsys, "--url", stub.url, *out)
+    assert said.endswith("(HTTP 400): Per-request mm_processor_kwargs are disabled by default.")
+    with serving(Stub(refuse=(200, b"<html>hello</html>"))) as stub:
+        assert "--plugin metok" in refused(capsys, "--url", stub.url, *out)
+    with serving(Stub(report=[1])) as stub:
+        assert "no METok report" in refused(capsys, "--url", stub.url, *out)
+    with serving(Stub(report={"videos": []})) as stub:
+        assert "not one that this version understands" in refused(capsys, "--url", stub.url, *out)
+    with serving(Stub(models=[])) as stub:
+        assert "serves no model" in refused(capsys, "--url", stub.url, *out)
+    assert "No server answers at" in refused(capsys, "--url", f"http://127.0.0.1:{free_port()}", *out)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", "http://[::1", "http://host:99999"])
+def test_an_impossible_address_is_refused(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert "must look like http://localhost:8000" in refused(
+        capsys, "--url", url, "--frames", "2", "--out", str(tmp_path)
+    )
+
+
+def test_an_unusable_video_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    text = tmp_path / "notes.mp4"
+    text.write_text("not a video")
+    missing = tmp_path / "none.mp4"
+    assert refused(capsys, "--video", str(missing)) == f"Cannot read the video {missing}: No such file or directory."
+    assert refused(capsys, "--video", str(tmp_path)) == f"Cannot read the video {tmp_path}: Is a directory."
+    assert refused(capsys, "--video", str(text)).startswith(f"Cannot use {text} as a video: ")
+    assert refused(capsys, "--question", "  ") == "The question is empty."
+
+
+def test_an_unusable_model_or_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "file"
+    file.touch()
+    out = ("--frames", "2", "--out", str(tmp_path / "out"))
+    assert "has no config.json" in refused(capsys, "--model", str(tmp_path), *out)
+    assert "is a file" in refused(capsys, "--model", str(file), *out)
+    assert refused(capsys, "--model", str(tmp_path / "none"), *out).startswith("There is no model folder")
+    assert "Cannot write" in refused(capsys, "--frames", "2", "--out", str(file / "out"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["serve"],
+        ["demo", "--frames", "0"],
+        ["demo", "--frames", "1025"],
+        ["demo", "--frames", "many"],
+        ["demo", "--url", "http://a", "--model", "b"],
+        ["demo", "--colour"],
+        ["models", "all"],
+    ],
+)
+def test_wrong_arguments_end_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_models_are_listed(capsys: pytest.CaptureFixture[str]):
+    assert main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert SUPPORTED
+    assert all(supported.stock in out for supported in SUPPORTED)
+
+
+def test_a_trained_model_that_comes_along_is_preferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(models, "TRAINED", tmp_path / "model")
+    stand_in = choose_model(None, tmp_path)
+    assert "RANDOM" in stand_in.note
+    assert (Path(stand_in.checkpoint) / "model.safetensors").is_file()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    trained = choose_model(None, tmp_path)
+    assert trained.checkpoint == str(tmp_path / "model")
+    assert "toy world" in trained.note
+    assert trained.flags != stand_in.flags
+    assert choose_model("org/some-model_7b.v1", tmp_path).note == ""
