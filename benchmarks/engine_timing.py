@@ -15,6 +15,9 @@ from typing import Any
 PARTS = ("tower", "stage_1", "shallow_layers", "scoring", "deep_layers", "rest_of_model", "outside_model")
 """In the order of a request's way. For stock vLLM `stage_1` is its pooling, and there is no `scoring`."""
 
+SCORING_FUNCTIONS = ("_enter", "_prune")
+"""Of `PrunedStep`: scores, selection and the gathering of survivors, at L1, and at L2 and L3."""
+
 
 class Spans:
     """Time by part. A part that begins inside another one stops that one's clock: the sum is the time that passed."""
@@ -92,6 +95,5 @@ def attach(spans: Spans, model: Any, first_prune_layer: int) -> None:
     if hasattr(model, "decoder_stack"):
         from metok_vllm.engine.step import PrunedStep
 
-        # Scores, selection and the gathering of survivors, at L1 and at L2 and L3.
-        for name in ("_enter", "_prune"):
+        for name in SCORING_FUNCTIONS:
             setattr(PrunedStep, name, spans.around(getattr(PrunedStep, name), "scoring"))

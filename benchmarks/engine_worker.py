@@ -41,13 +41,14 @@ class Bench:
     """A running engine and the prepared requests."""
 
     def __init__(self, job: dict[str, Any]) -> None:
+        options = dict(job["engine"])
+        began = time.perf_counter()
+
         import torch
         from vllm import LLM
 
         self.job = job
         self.cuda = torch.cuda.is_available()
-        began = time.perf_counter()
-        options = dict(job["engine"])
         if job["metok"] is not None:
             from metok_vllm import enable
             from metok_vllm.plugin import register

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ TRAINED = HERE / "model"
 CLIP = HERE / "assets" / "big-buck-bunny-30s.mp4"
 QUESTION = "What happens in this video, and who is in it?"
 
+PROFILED_FRAMES = 32
+"""The server has room for a video of this many frames by itself."""
+_TOKENS_PER_FRAME = 196  # of the published checkpoints without METok: 27 x 27 patches pooled by 2
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -30,6 +34,23 @@ class DemoModel:
     def local(self) -> bool:
         """Whether nothing needs to be downloaded."""
         return Path(self.checkpoint).is_dir()
+
+    def step_tokens(self, frames: int) -> int | None:
+        """Tokens that a step must hold for a video of `frames` frames with METok off; None if any server's do.
+
+        vLLM refuses a video that has more tokens than a step may have.
+        """
+        if frames <= PROFILED_FRAMES:
+            return None
+        return max(8192, frames * self._tokens_per_frame() + 1024)
+
+    def _tokens_per_frame(self) -> int:
+        try:
+            vision = json.loads((Path(self.checkpoint) / "config.json").read_text())["vision_config"]
+            side = int(vision["image_size"]) // int(vision["patch_size"])
+        except (OSError, ValueError, LookupError, TypeError, ArithmeticError):
+            return _TOKENS_PER_FRAME
+        return int((-(-side // 2)) ** 2)
 
 
 def choose_model(stated: str | None, out: Path) -> DemoModel:

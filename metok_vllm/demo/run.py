@@ -77,7 +77,7 @@ def _server(options: DemoOptions, console: Console) -> Iterator[str]:
     if model.note:
         console.print(Text(model.note, style="bold yellow"))
     port, log = free_port(), options.out / "server.log"
-    command = serve_command(model, port)
+    command = serve_command(model, port, options.frames)
     console.print(Text(f"$ {shlex.join(command)}", style="dim"))
     server = contextlib.ExitStack()
     with console.status(f"Starting the server (log: {log}) ..."), _writing(log):

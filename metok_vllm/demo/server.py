@@ -36,8 +36,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def serve_command(model: DemoModel, port: int) -> list[str]:
-    """The command line that serves `model` with METok."""
+def serve_command(model: DemoModel, port: int, frames: int) -> list[str]:
+    """The command line that serves `model` with METok, for videos of up to `frames` frames."""
     vllm = Path(sys.executable).with_name("vllm")
     command = [str(vllm)] if vllm.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
     command += ["serve", model.checkpoint, "--plugin", "metok", "--trust-request-mm-kwargs"]
@@ -45,6 +45,9 @@ def serve_command(model: DemoModel, port: int) -> list[str]:
     command += ["--host", HOST, "--port", str(port), "--allowed-media-domains", "none.invalid"]
     if not _cuda():
         command += ["--enforce-eager", "--block-size", "32"]
+    tokens = model.step_tokens(frames)
+    if tokens is not None:
+        command += ["--max-num-batched-tokens", str(tokens)]
     return [*command, *model.flags]
 
 

@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import nn
 from vllm.config.compilation import CUDAGraphMode
-from metok_vllm.log import metok_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from metok_vllm.engine.kv_cache import PrunedAttentionSpec
 from metok_vllm.engine.report import Reports
 from metok_vllm.engine.requests import PrunedRequests, VideoTags
+from metok_vllm.engine.slots import KINDS, PrunedGroup, SlotRanks, pruned_groups, slots_of, token_rows
 from metok_vllm.engine.step import PrefillRow, PrunedBatch, PrunedStep
+from metok_vllm.log import metok_logger
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,16 +30,9 @@ if TYPE_CHECKING:
 
 logger = metok_logger(__name__)
 
-KINDS = (False, True)
-"""Kinds of pruned group, by `PrunedAttentionSpec.retains`; also the index of a kind's row in the tensors below."""
-
 
 class MetokModelState(DefaultModelState):
-    """Adds to the stock state: which requests are pruned, and how far their KV ranks lie below their positions.
-
-    Slots of a request in a pruned group are ranked: text of the prompt, retained visual tokens, generated tokens. So for
-    whatever is computed after a request's prompt, ``rank = position - shift`` with one shift per request and kind of group.
-    """
+    """Adds to the stock state: which requests are pruned, and where their tokens lie in the pruned groups."""
 
     def __init__(
         self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: EncoderCache | None, device: torch.device
@@ -48,9 +41,7 @@ class MetokModelState(DefaultModelState):
         self.pruned = PrunedRequests(device)
         self.reports = Reports(vllm_config)
         self._index: dict[str, int] = {}
-        # Persistent: captured CUDA graphs read seq_lens at these addresses.
-        self._shift = torch.zeros(len(KINDS), self.max_num_reqs, dtype=torch.int32, device=device)
-        self._seq_lens = torch.zeros(len(KINDS), self.max_num_reqs, dtype=torch.int32, device=device)
+        self.ranks = SlotRanks(self.max_num_reqs, device)
         self._step: PrunedStep | None = None
 
     # --- requests ---
@@ -59,7 +50,7 @@ class MetokModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         self.pruned.add(new_req_data)
         self._index[new_req_data.req_id] = req_index
-        self._shift[:, req_index] = 0
+        self.ranks.reset(req_index)
 
     def remove_request(self, req_id: str) -> None:
         super().remove_request(req_id)
@@ -114,22 +105,18 @@ class MetokModelState(DefaultModelState):
         ubatch_idx: int = 0,
         model_specific_attn_metadata: Any = None,
     ) -> dict[str, Any]:
-        kinds = [
-            spec.retains if isinstance(spec := group.kv_cache_spec, PrunedAttentionSpec) else None
-            for group in kv_cache_config.kv_cache_groups
-        ]
+        groups = pruned_groups(kv_cache_config)
+        kinds = {group.index: group.retains for group in groups}
 
-        def only(kind: bool | None) -> list[list[AttentionGroup]]:
+        def stock(kind: bool | None) -> dict[str, Any]:
             # build_attn_metadata skips a KV cache group without attention groups.
-            return [groups if kinds[i] == kind else [] for i, groups in enumerate(attn_groups)]
-
-        def stock(groups: list[list[AttentionGroup]]) -> dict[str, Any]:
+            chosen = [layers if kinds.get(i) == kind else [] for i, layers in enumerate(attn_groups)]
             return super(MetokModelState, self).prepare_attn(
                 input_batch,
                 cudagraph_mode,
                 block_tables,
                 slot_mappings,
-                groups,
+                chosen,
                 kv_cache_config,
                 for_capture,
                 ubatch_idx,
@@ -138,27 +125,26 @@ class MetokModelState(DefaultModelState):
 
         rows = self._prefill_rows(input_batch)
         self._step = None
-        metadata = stock(only(None))
+        metadata = stock(None)
         if rows:
-            batch = self._pruned_batch(rows, input_batch, block_tables, kinds, kv_cache_config)
+            batch = self._pruned_batch(rows, input_batch, block_tables, groups)
             if batch.num_others:
                 metadata |= self._others_metadata(
-                    rows, input_batch, block_tables, batch, kinds, attn_groups, kv_cache_config
+                    rows, input_batch, block_tables, batch, groups, attn_groups, kv_cache_config
                 )
             stack: Any = self.model.decoder_stack
             self._step = PrunedStep(stack, batch)
             return metadata
 
-        shifted = self._rank_by_shift(input_batch, block_tables, slot_mappings, kinds, kv_cache_config)
+        if any(req_id in self.pruned.by_id for req_id in input_batch.req_ids):
+            self.ranks.write(input_batch, block_tables, slot_mappings, groups)
+        else:
+            self.ranks.unshifted(input_batch.seq_lens)
         seq_lens = input_batch.seq_lens
         for kind in KINDS:
-            buffer = self._seq_lens[int(kind)]
-            buffer[: seq_lens.shape[0]].copy_(seq_lens)
-            if shifted:
-                buffer[: input_batch.num_reqs] -= self._shift[int(kind)][input_batch.idx_mapping]
-            input_batch.seq_lens = buffer[: seq_lens.shape[0]]
+            input_batch.seq_lens = self.ranks.seq_lens[int(kind)][: seq_lens.shape[0]]
             try:
-                metadata |= stock(only(kind))
+                metadata |= stock(kind)
             finally:
                 input_batch.seq_lens = seq_lens
         return metadata
@@ -179,59 +165,28 @@ class MetokModelState(DefaultModelState):
                 rows.append(PrefillRow(request, i, start, length, computed))
         return rows
 
-    def _rank_by_shift(
-        self,
-        input_batch: InputBatch,
-        block_tables: Sequence[torch.Tensor],
-        slot_mappings: torch.Tensor,
-        kinds: Sequence[bool | None],
-        kv_cache_config: KVCacheConfig,
-    ) -> bool:
-        """Rewrite the pruned groups' slots, in place, where a request in the batch has pruned tokens.
-
-        The per-layer views of `slot_mappings` that vLLM has already made see the change. Returns whether there was any.
-        """
-        if not any(req_id in self.pruned.by_id for req_id in input_batch.req_ids):
-            return False
-        n = input_batch.num_tokens
-        counts = input_batch.num_scheduled_tokens[: input_batch.num_reqs]
-        rows = torch.from_numpy(np.repeat(np.arange(input_batch.num_reqs), counts)).to(self.device)
-        shift = self._shift[:, input_batch.idx_mapping][:, rows]
-        for i, kind in enumerate(kinds):
-            if kind is not None:
-                ranks = input_batch.positions[:n] - shift[int(kind)]
-                size = kv_cache_config.kv_cache_groups[i].kv_cache_spec.block_size
-                slot_mappings[i, :n] = slots_of(block_tables[i], rows, ranks, size)
-        return True
-
     def _pruned_batch(
         self,
         rows: Sequence[PrefillRow],
         input_batch: InputBatch,
         block_tables: Sequence[torch.Tensor],
-        kinds: Sequence[bool | None],
-        kv_cache_config: KVCacheConfig,
+        groups: Sequence[PrunedGroup],
     ) -> PrunedBatch:
-        of_others = np.ones(input_batch.num_tokens, dtype=bool)
+        of_others = torch.ones(input_batch.num_tokens, dtype=torch.bool)
         for row in rows:
             of_others[row.tokens] = False
-        others = np.flatnonzero(of_others)
-        counts = input_batch.num_scheduled_tokens[: input_batch.num_reqs]
-        batch_rows = torch.from_numpy(np.repeat(np.arange(input_batch.num_reqs), counts)[others]).to(self.device)
-        index = torch.from_numpy(others).to(self.device)
-        shift = self._shift[:, input_batch.idx_mapping]
-        slots, tables, block_size = {}, {}, 0
-        for i, kind in enumerate(kinds):
-            if kind is None:
-                continue
-            group = kv_cache_config.kv_cache_groups[i]
-            block_size = group.kv_cache_spec.block_size
-            ranks = input_batch.positions[index] - shift[int(kind)][batch_rows]
-            group_slots = slots_of(block_tables[i], batch_rows, ranks, block_size)
+        others = of_others.nonzero().flatten()
+        batch_rows = token_rows(input_batch)[others].to(self.device)
+        index = others.to(self.device)
+        shift = self.ranks.shift[:, input_batch.idx_mapping]
+        slots, tables = {}, {}
+        for group in groups:
+            ranks = input_batch.positions[index] - shift[int(group.retains)][batch_rows]
+            group_slots = slots_of(block_tables[group.index], batch_rows, ranks, group.block_size)
             for name in group.layer_names:
                 slots[name] = group_slots
-                tables[name] = block_tables[i]
-        return PrunedBatch(rows, input_batch.num_tokens, index, slots, tables, block_size)
+                tables[name] = block_tables[group.index]
+        return PrunedBatch(rows, input_batch.num_tokens, index, slots, tables, groups[0].block_size)
 
     def _others_metadata(
         self,
@@ -239,7 +194,7 @@ class MetokModelState(DefaultModelState):
         input_batch: InputBatch,
         block_tables: Sequence[torch.Tensor],
         batch: PrunedBatch,
-        kinds: Sequence[bool | None],
+        groups: Sequence[PrunedGroup],
         attn_groups: list[list[AttentionGroup]],
         kv_cache_config: KVCacheConfig,
     ) -> dict[str, Any]:
@@ -249,17 +204,17 @@ class MetokModelState(DefaultModelState):
         index = torch.from_numpy(keep).to(self.device)
         counts = input_batch.num_scheduled_tokens[keep]
         starts = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
-        tables = [table[index] if kind is not None else table for table, kind in zip(block_tables, kinds, strict=True)]
         bounds = input_batch.seq_lens_cpu_upper_bound[torch.from_numpy(keep)]
-        slot_mappings = [
-            batch.others_slots[group.layer_names[0]] if kind is not None else batch.others
-            for group, kind in zip(kv_cache_config.kv_cache_groups, kinds, strict=True)
-        ]
+        tables, slot_mappings = list(block_tables), [batch.others] * len(block_tables)
+        for group in groups:
+            tables[group.index] = block_tables[group.index][index]
+            slot_mappings[group.index] = batch.others_slots[group.layer_names[0]]
+        kinds = {group.index: group.retains for group in groups}
         metadata: dict[str, Any] = {}
         for kind in KINDS:
-            shift = self._shift[int(kind)][input_batch.idx_mapping[index]]
+            shift = self.ranks.shift[int(kind)][input_batch.idx_mapping[index]]
             metadata |= build_attn_metadata(
-                attn_groups=[groups if kinds[i] == kind else [] for i, groups in enumerate(attn_groups)],
+                attn_groups=[layers if kinds.get(i) == kind else [] for i, layers in enumerate(attn_groups)],
                 num_reqs=len(keep),
                 num_tokens=batch.num_others,
                 query_start_loc_gpu=starts.to(self.device),
@@ -298,12 +253,6 @@ class MetokModelState(DefaultModelState):
             if not row.ends or request.result is None or self.pruned.get(request.req_id) is not request:
                 continue
             index = self._index[request.req_id]
-            self._shift[int(False), index] = request.visual
-            self._shift[int(True), index] = request.visual - request.result.retained
+            self.ranks.complete(index, request.spans[0].start, request.visual, request.result.retained)
             self.reports.add(request)
             request.tags = [None] * len(request.tags)
-
-
-def slots_of(table: torch.Tensor, rows: torch.Tensor, ranks: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Slot of each token: `table` int32 [batch, blocks], `rows` and `ranks` int64 [n], to int64 [n]."""
-    return table[rows, ranks // block_size].to(torch.int64) * block_size + ranks % block_size

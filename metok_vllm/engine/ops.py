@@ -1,7 +1,7 @@
 """The token-sized operations of a pruned step: plain torch on CPU, METok's Triton kernels and flash attention on CUDA.
 
-`METOK_KERNELS` chooses by hand: `auto` (the default: by device), `torch`, or `triton`, which on CPU means Triton's interpreter and
-is what the tests force to run the kernels inside the real engine.
+`METOK_KERNELS` chooses by hand: `auto` (the default: by device), `torch`, or `triton`, which on CPU means Triton's interpreter
+and is what the tests force to run the kernels inside the real engine.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _cuda_attention(
     starts = edges.to(query.device, non_blocking=True)
     version = get_flash_attn_version(head_size=query.shape[-1])
     if is_flash_attn_varlen_func_available() and version is not None and query.dtype != torch.float32:
-        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func  # type: ignore[attr-defined]
 
         flash_attn_varlen_func(
             q=query,

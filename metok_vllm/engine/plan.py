@@ -1,7 +1,7 @@
 """What every process must agree on about one video, fixed before any tensor exists.
 
-The front end works it out from the number of frames and the settings, lays down the placeholder tokens by it, and attaches it to
-the video item as one int64 tensor. The scheduler reads it to reserve KV slots, the worker to compress and prune.
+The front end works it out from the number of frames and the settings, lays down the placeholder tokens by it, and attaches it
+to the video item as one int64 tensor. The scheduler reads it to reserve KV slots, the worker to compress and prune.
 """
 
 from __future__ import annotations

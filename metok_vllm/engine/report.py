@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
-from metok_vllm.log import metok_logger
 
 from metok_vllm.compression.accounting import ModelShape, VisualTokens, account
 from metok_vllm.compression.selection import prune_layers
 from metok_vllm.engine.facts import VideoSpan
 from metok_vllm.engine.requests import PrunedRequest, VideoTags
 from metok_vllm.engine.server import server_settings
+from metok_vllm.log import metok_logger
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig

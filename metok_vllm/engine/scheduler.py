@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from metok_vllm.log import metok_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from metok_vllm.engine.deferral import bytes_per_token, deferral_limit
 from metok_vllm.engine.facts import RequestFacts, pruned_spans
 from metok_vllm.engine.kv_cache import PrunedManager
+from metok_vllm.log import metok_logger
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request

@@ -130,7 +130,7 @@ def test_the_reason_is_found_in_the_log(tmp_path: Path, log: str, reason: str):
 def test_the_server_is_the_real_one_with_metok_on_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TRITON_INTERPRET", "7")
     model = DemoModel(str(tmp_path), flags=("--dtype", "float32"))
-    command = serve_command(model, 8123)
+    command = serve_command(model, 8123, 32)
     at = command.index("serve")
     assert command[at : at + 4] == ["serve", str(tmp_path), "--plugin", "metok"]
     assert command[command.index("--host") + 1] == "127.0.0.1"
@@ -140,3 +140,17 @@ def test_the_server_is_the_real_one_with_metok_on_loopback(tmp_path: Path, monke
     assert variables["TRITON_INTERPRET"] == "7"  # the user's own choice stands
     assert variables["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
     assert variables["HF_HUB_OFFLINE"] == "1"
+
+
+def test_the_server_gets_room_for_a_long_video(tmp_path: Path):
+    model = DemoModel(str(tmp_path))
+    assert "--max-num-batched-tokens" not in serve_command(model, 1, 32)
+
+    def room(frames: int) -> int:
+        command = serve_command(model, 1, frames)
+        return int(command[command.index("--max-num-batched-tokens") + 1])
+
+    assert room(33) == 8192
+    assert room(64) > 64 * 196
+    (tmp_path / "config.json").write_text('{"vision_config": {"image_size": 56, "patch_size": 8}}')
+    assert room(1000) == 1000 * 16 + 1024

@@ -13,10 +13,12 @@ from tests.oracle.samples import load_sample, scene_video
 def test_forced_kernels_equal_the_oracle(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import metok_kernels.pruned_slots as slots
     import metok_kernels.text_to_visual_scores as scoring
 
     monkeypatch.setenv(ops.VARIABLE, "triton")
     calls = 0
+    ranked = 0
     launch = scoring.text_to_visual_scores
 
     def counted(*args: object, **kwargs: object) -> object:
@@ -25,6 +27,14 @@ def test_forced_kernels_equal_the_oracle(
         return launch(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(scoring, "text_to_visual_scores", counted)
+    rank = slots.pruned_slots
+
+    def counted_ranks(*args: object, **kwargs: object) -> None:
+        nonlocal ranked
+        ranked += 1
+        rank(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(slots, "pruned_slots", counted_ranks)
     sample = load_sample(tmp_path_factory.mktemp("model"), seed=13)
     asked = [
         Case((scene_video(1, 9),), max_tokens=8),
@@ -35,6 +45,7 @@ def test_forced_kernels_equal_the_oracle(
         for case, answer in zip(asked, running.run(asked), strict=True):
             assert_same(running.oracle(case), answer, 1e-3)
         running.check_drained()
+    assert ranked > 0
     assert calls == 2 * 3, "three videos, each scored at L1 and at L2"
 
 
