@@ -50,7 +50,7 @@ def positive(text: str) -> int:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. `--small` sets what is not set by hand."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="tiny model, 32 frames, 1,2,4 requests at a time, eager")
+    parser.add_argument("--small", action="store_true", help="tiny model, 32 frames, 1,2,4 requests at a time")
     parser.add_argument("--model", help="tiny, 0.5b, 7b, or a LLaVA-OneVision folder (7b)")
     parser.add_argument("--frames", type=positive, help="frames of each video (64)")
     parser.add_argument("--concurrency", type=integers, metavar="1,2,...", help="requests at a time (1,2,4,8,16,32)")
@@ -72,8 +72,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="JSON", help="draw an existing result and measure nothing")
     options = parser.parse_args(argv)
     small = {
-        "model": "tiny", "frames": 32, "concurrency": [1, 2, 4], "requests": 4, "text_tokens": 60, "max_tokens": 8,
-        "repeats": 3,
+        "model": "tiny", "frames": 32, "concurrency": [1, 2, 4], "requests": 8, "text_tokens": 60, "max_tokens": 8,
+        "repeats": 5,
     }  # fmt: skip
     full = {
         "model": "7b", "frames": 64, "concurrency": [1, 2, 4, 8, 16, 32], "requests": 8, "text_tokens": 200,

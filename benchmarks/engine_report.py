@@ -37,10 +37,11 @@ def quantiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:
 def summarise(raw: dict[str, Any]) -> dict[str, Any]:
     """A worker's raw figures as medians with p20 and p80, in milliseconds."""
     result = {key: raw[key] for key in ("start_s", "tokens", "kv", "memory")}
+    keys = ("concurrency", "requests", "wall_s", "requests_per_s", "cpu_s_per_request", "most_running")
     result["processing_ms"] = quantiles(raw["processing_s"], 1e3)
     result["levels"] = [
         {
-            **{key: level[key] for key in ("concurrency", "requests", "wall_s", "requests_per_s", "most_running")},
+            **{key: level[key] for key in keys},
             "ttft_ms": quantiles(level["ttft_s"], 1e3),
             "inter_token_ms": quantiles(level["token_gaps_s"], 1e3),
         }
@@ -75,11 +76,14 @@ def ratios(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
             continue
         levels = []
         for base, level in zip(stock["levels"], other["levels"], strict=True):
+            whole = [v["processing_ms"]["p50"] + at["ttft_ms"]["p50"] for v, at in ((stock, base), (other, level))]
             levels.append({
                 "concurrency": level["concurrency"],
                 "ttft": base["ttft_ms"]["p50"] / level["ttft_ms"]["p50"],
+                "ttft_with_processing": whole[0] / whole[1],
                 "inter_token": base["inter_token_ms"]["p50"] / level["inter_token_ms"]["p50"],
                 "requests_per_s": level["requests_per_s"] / base["requests_per_s"],
+                "cpu_time": base["cpu_s_per_request"] / level["cpu_s_per_request"],
             })  # fmt: skip
         result[name] = {"levels": levels, "kv_capacity": base_over(stock, other)}
         if "breakdown" in stock and "breakdown" in other:
@@ -164,7 +168,7 @@ def _draw_request(plt: Any, variants: dict[str, dict[str, Any]]) -> Any:
                    handlelength=1)  # fmt: skip
     fit = [variant["kv"]["requests_per_gib"] for variant in variants.values()]
     bars = axes[1].barh(labels, fit, color=[VARIANT_COLOURS[name] for name in variants])
-    axes[1].bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
+    axes[1].bar_label(bars, fmt="{:.4g}", fontsize=8, padding=2)
     axes[1].set_title("video requests that fit in 1 GiB of KV cache", fontsize=10)
     axes[1].set_yticks([])
     axes[1].margins(x=0.15)

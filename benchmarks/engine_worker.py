@@ -122,7 +122,7 @@ class Bench:
         timelines: dict[str, Timeline] = {}
         self.blocks.clear()
         self.peak_running = done = 0
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         while done < count:
             while len(timelines) - done < concurrency and len(timelines) < count:
                 submitted = time.perf_counter()
@@ -135,6 +135,7 @@ class Bench:
             "requests": count,
             "wall_s": wall,
             "requests_per_s": count / wall,
+            "cpu_s_per_request": (time.process_time() - busy) / count,
             "ttft_s": [timeline.ttft for timeline in timelines.values()],
             "token_gaps_s": [gap for timeline in timelines.values() for gap in timeline.gaps],
             "most_running": self.peak_running,
@@ -166,9 +167,6 @@ class Bench:
         pool = self.scheduler.kv_cache_manager.block_pool
         managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         each = max(self.blocks.values(), key=sum)
-        total = sum(tensor.size for tensor in config.kv_cache_tensors)
-        usable = pool.num_gpu_blocks - 1  # one is vLLM's null block
-        block_bytes = total / config.num_blocks
         return {
             "groups": [
                 {
@@ -179,12 +177,7 @@ class Bench:
                 }
                 for group, manager, blocks in zip(config.kv_cache_groups, managers, each, strict=True)
             ],
-            "blocks": usable,
-            "block_bytes": block_bytes,
-            "blocks_of_a_request": sum(each),
-            "bytes_of_a_request": sum(each) * block_bytes,
-            "requests_that_fit": usable // sum(each),
-            "requests_per_gib": 2**30 / (sum(each) * block_bytes),
+            **capacity(config, pool.num_gpu_blocks, sum(each)),
         }
 
     def breakdown(self, repeats: int, max_tokens: int) -> dict[str, Any]:
@@ -215,6 +208,24 @@ class Bench:
                 prefill.append(parts)
                 decode.append({part: value / (max_tokens - 1) for part, value in spans.take().items()})
         return {"first_prune_layer": first, "prefill_ms": prefill, "decode_step_ms": decode}
+
+
+def capacity(config: Any, blocks: int, of_a_request: int) -> dict[str, float]:
+    """What fits in a KV cache, for requests of so many blocks; `config` is vLLM's `KVCacheConfig`.
+
+    A block has a page in each layer of one group; which group, its request decides. Every `KVCacheTensor` states the size of the one
+    allocation that all of them are placed in, so sizes must not be added up.
+    """
+    usable = blocks - 1  # one is vLLM's null block
+    block_bytes = max(tensor.size for tensor in config.kv_cache_tensors) / config.num_blocks
+    return {
+        "blocks": usable,
+        "block_bytes": block_bytes,
+        "blocks_of_a_request": of_a_request,
+        "bytes_of_a_request": of_a_request * block_bytes,
+        "requests_that_fit": usable // of_a_request,
+        "requests_per_gib": 2**30 / (of_a_request * block_bytes),
+    }
 
 
 def spread_weights(model: Any) -> None:

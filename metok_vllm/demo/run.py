@@ -14,7 +14,7 @@ from rich.text import Text
 
 from metok_vllm.demo.ask import Answer, Client
 from metok_vllm.demo.errors import DemoError
-from metok_vllm.demo.models import CLIP, QUESTION, choose_model
+from metok_vllm.demo.model_choice import CLIP, QUESTION, choose_model
 from metok_vllm.demo.server import HOST, free_port, running_server, serve_command, serve_environment
 from metok_vllm.demo.tables import render
 from metok_vllm.demo.timeline import draw_timeline

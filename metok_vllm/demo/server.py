@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from metok_vllm.demo.errors import DemoError
-from metok_vllm.demo.models import DemoModel
+from metok_vllm.demo.model_choice import DemoModel
 
 HOST = "127.0.0.1"
 START_TIMEOUT = 600.0  # seconds; loading a large checkpoint takes minutes

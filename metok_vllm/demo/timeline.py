@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from metok_vllm.demo.video import SampledVideo
 from metok_vllm.demo.view import EventView, ReportView
 
-MOST_THUMBNAILS = 96
+MOST_THUMBNAILS = 128
 """A longer sample shows every second, third, ... frame in the film strip; the bars show all."""
 
 _WIDTH = 16.0  # inches

@@ -1,7 +1,7 @@
 """Aligners: what tells how well a frame fits the question (method.md section 1.3). Engine-free.
 
-`dual-tower` is the paper's: a paired image and text tower (SigLIP or CLIP). Its inputs are made in the front end, its forward runs
-beside the model's own tower.
+`dual-tower` is the paper's: a paired image and text tower (SigLIP or CLIP). Its inputs are made in the front end, its forward
+runs beside the model's own tower.
 """
 
 from __future__ import annotations

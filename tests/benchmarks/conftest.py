@@ -39,6 +39,7 @@ def raw() -> Callable[..., dict[str, Any]]:
                 "requests": 4,
                 "wall_s": 2.0 * factor,
                 "requests_per_s": 2.0 / factor,
+                "cpu_s_per_request": 0.4 * factor,
                 "ttft_s": [factor * value for value in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)],
                 "token_gaps_s": [0.01 * factor] * 8,
                 "most_running": concurrency,

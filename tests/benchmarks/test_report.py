@@ -6,7 +6,7 @@ import ast
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,10 @@ def test_ratios_above_one_are_better(load: Load, raw: Raw) -> None:
     assert ratios["metok-paper"]["kv_capacity"] == pytest.approx(4)
     assert ratios["metok-paper"]["language_model_prefill"] == pytest.approx(4)
     for level in ratios["metok-paper"]["levels"]:
-        assert [level[key] for key in ("ttft", "inter_token", "requests_per_s")] == pytest.approx([4, 4, 4])
+        keys = ("ttft", "inter_token", "requests_per_s", "cpu_time")
+        assert [level[key] for key in keys] == pytest.approx([4] * 4)
+        # 350 and 87.5 ms, and as long to process the frames on either side: 50 ms.
+        assert level["ttft_with_processing"] == pytest.approx(400 / 137.5)
     assert report.ratios({"stock": {"error": "x"}, "metok-paper": results["metok-paper"]}) == {}
 
 
@@ -182,6 +185,18 @@ def test_a_run_records_its_conditions(
     assert result["variants"]["metok-balanced"]["error"] == "out of memory"
     assert result["ratios_to_stock"]["metok-paper"]["kv_capacity"] == pytest.approx(2)
     assert (out.parent / "engine-load.png").exists()
+
+
+def test_capacity_counts_one_allocation(load: Load) -> None:
+    """Groups overlay each other in one allocation: 8 groups of a layer hold no more bytes than one group of 8 layers."""
+    capacity = load("engine_worker").capacity
+    one_group = SimpleNamespace(num_blocks=8192, kv_cache_tensors=[SimpleNamespace(size=2**30)])
+    eight = SimpleNamespace(num_blocks=65536, kv_cache_tensors=[SimpleNamespace(size=2**30)] * 8)
+    stock, metok = capacity(one_group, 8192, 18), capacity(eight, 65536, 8 * 18)
+    assert stock["block_bytes"] == 8 * metok["block_bytes"] == 131072
+    assert stock["bytes_of_a_request"] == metok["bytes_of_a_request"]
+    assert stock["requests_that_fit"] == metok["requests_that_fit"] == 455
+    assert stock["requests_per_gib"] == metok["requests_per_gib"] == pytest.approx(2**30 / (18 * 131072))
 
 
 def test_a_failed_process_shows_the_end_of_its_log(load: Load, tmp_path: Path) -> None:

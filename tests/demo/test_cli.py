@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from metok_vllm.cli import main
-from metok_vllm.demo import models
-from metok_vllm.demo.models import CLIP, choose_model
+from metok_vllm.demo import model_choice
+from metok_vllm.demo.model_choice import CLIP, choose_model
 from metok_vllm.demo.server import free_port
 from metok_vllm.media.decoder import decode_video
 from metok_vllm.media.settings import VideoSettings
@@ -139,7 +139,7 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_trained_model_that_comes_along_is_preferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(models, "TRAINED", tmp_path / "model")
+    monkeypatch.setattr(model_choice, "TRAINED", tmp_path / "model")
     stand_in = choose_model(None, tmp_path)
     assert "RANDOM" in stand_in.note
     assert (Path(stand_in.checkpoint) / "model.safetensors").is_file()

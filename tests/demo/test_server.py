@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from metok_vllm.demo.errors import DemoError
-from metok_vllm.demo.models import DemoModel
+from metok_vllm.demo.model_choice import DemoModel
 from metok_vllm.demo.server import free_port, running_server, serve_command, serve_environment, why_it_died
 
 ROOT = Path(__file__).parents[2]

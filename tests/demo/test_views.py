@@ -12,7 +12,7 @@ from matplotlib.image import imread
 
 from metok_vllm.demo.ask import Answer
 from metok_vllm.demo.errors import DemoError
-from metok_vllm.demo.models import CLIP
+from metok_vllm.demo.model_choice import CLIP
 from metok_vllm.demo.tables import bytes_text, plain, render
 from metok_vllm.demo.timeline import MOST_THUMBNAILS, draw_timeline
 from metok_vllm.demo.video import SampledVideo, load_video
@@ -127,7 +127,7 @@ def test_short_videos_and_odd_settings_are_shown_too(
 
 
 def test_a_long_sample_shows_every_few_frames(sample: Callable[..., Sample], patch: pytest.MonkeyPatch, tmp_path: Path):
-    frames = 2 * MOST_THUMBNAILS + 1
+    frames = MOST_THUMBNAILS + 1
     video = load_video(CLIP, frames)
     view = read_report(real_report(sample(), video.thumbnails, patch), video.times, video.duration)
     assert view.strides == (2, 4, 8)

@@ -1,0 +1,263 @@
+"""Settings: every key, its default and range, what is refused and in which words."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import metok_vllm
+from metok_vllm.config import (
+    MICRO,
+    SERVER_ONLY,
+    MetokSettings,
+    RequestSettings,
+    parse_settings,
+    resolve_request,
+)
+
+DEFAULTS: dict[str, Any] = {
+    "preset": "paper",
+    "events": 5,
+    "key_events": 3,
+    "key_frames": 6,
+    "strides": (2, 4, 8),
+    "prune_layers": None,
+    "keep_ratio": 0.76,
+    "decode_retention": 0.0,
+    "token_budget": None,
+    "aligner": "auto",
+    "aligner_model": None,
+    "max_deferred_bytes": None,
+}
+OF_A_REQUEST: dict[str, Any] = {"query": None, "report": False}
+
+ACCEPTED: dict[str, list[Any]] = {
+    "preset": ["paper", "balanced"],
+    "events": [1, 1024],
+    "key_events": [0, 1024],
+    "key_frames": [0, 65536],
+    "strides": [[1, 1, 1], (2, 4, 8), [64, 64, 64], [1, 64, 64]],
+    "prune_layers": [None, [1, 2, 3], (3, 10, 19)],
+    "keep_ratio": [0.000001, 0.5, 1, 1.0, 0.999999],
+    "decode_retention": [0, 0.0, 0.123456, 1, 1.0],
+    "token_budget": [None, 1, 10**9],
+    "aligner": ["auto", "dual-tower", "embedding", "none"],
+    "aligner_model": [None, "google/siglip-so400m-patch14-384"],
+    "max_deferred_bytes": [None, 0, 10**12],
+}
+
+WHOLE = "input should be a valid integer"
+NUMBER = "input should be a valid number"
+THREE = "it takes a list of three whole numbers"
+NOT_WHOLE = [(value, WHOLE) for value in (True, False, "5", 2.0, [5], {})]
+NOT_A_SHARE = [(value, NUMBER) for value in (True, False, "0.5", None, [0.5], {})] + [
+    (math.nan, "input should be greater than"),
+    (-math.inf, "input should be greater than"),
+    (math.inf, "input should be less than or equal to 1"),
+    (1.000001, "input should be less than or equal to 1"),
+    (0.1234567, "takes at most six decimals, not 0.1234567"),
+    (1e-7, "takes at most six decimals, not 1e-07"),
+    (0.1 + 0.2, "takes at most six decimals, not 0.30000000000000004"),
+]
+REFUSED: dict[str, list[tuple[Any, str]]] = {
+    "preset": [(value, "input should be 'paper' or 'balanced'") for value in ("fast", "", 1, True, None, ["paper"])],
+    "events": [*NOT_WHOLE, (None, WHOLE), (0, "greater than or equal to 1"), (1025, "less than or equal to 1024")],
+    "key_events": [*NOT_WHOLE, (None, WHOLE), (-1, "greater than or equal to 0"), (1025, "less than or equal to 1024")],
+    "key_frames": [*NOT_WHOLE, (-1, "greater than or equal to 0"), (65537, "less than or equal to 65536")],
+    "strides": [
+        *((value, THREE) for value in ([], [2], [2, 4], [2, 4, 8, 8], "248", 2, None, {"0": 2})),
+        *(([2, 4, value], WHOLE) for value in (True, "8", 8.0, None)),
+        *((value, "from 1 to 64, none below the one before") for value in ([4, 2, 8], [0, 4, 8], [2, 4, 65], [-1, 1, 1])),
+    ],
+    "prune_layers": [
+        *((value, THREE) for value in ([], [1, 2], [1, 2, 3, 4], "off", 3, {})),
+        *(([1, 2, value], WHOLE) for value in (True, "3", 3.0)),
+        *((value, "must rise and start at 1 or later") for value in ([0, 1, 2], [1, 1, 2], [3, 2, 1], [1, 2, 2])),
+    ],
+    "keep_ratio": [*NOT_A_SHARE, (0, "greater than 0"), (0.0, "greater than 0"), (-0.5, "greater than 0")],
+    "decode_retention": [*NOT_A_SHARE, (-0.000001, "greater than or equal to 0")],
+    "token_budget": [*NOT_WHOLE, (0, "greater than or equal to 1"), (-5, "greater than or equal to 1")],
+    "aligner": [(value, "input should be 'auto', 'dual-tower', 'embedding' or 'none'") for value in ("clip", None, 1)],
+    "aligner_model": [(value, "input should be a valid string") for value in (3, True, ["a"])],
+    "max_deferred_bytes": [*NOT_WHOLE, (-1, "greater than or equal to 0")],
+    "query": [(value, "input should be a valid string") for value in (3, True, ["a"], {})]
+    + [("half of \ud83d a pair", "query must be text, without unpaired surrogates")],
+    "report": [(value, "input should be a valid boolean") for value in (1, 0, "yes", "true", None)],
+}
+REFUSALS = [(key, value, reason) for key, cases in REFUSED.items() for value, reason in cases]
+
+
+def test_the_keys_and_their_defaults() -> None:
+    assert MetokSettings().model_dump() == DEFAULTS
+    assert parse_settings(None) == parse_settings({}) == MetokSettings()
+    assert RequestSettings().model_dump() == DEFAULTS | OF_A_REQUEST
+
+
+def test_the_tables_here_know_every_key() -> None:
+    assert set(ACCEPTED) == set(MetokSettings.model_fields)
+    assert set(REFUSED) == set(RequestSettings.model_fields)
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in ACCEPTED.items() for value in values])
+def test_what_a_server_may_set(key: str, value: Any) -> None:
+    settings = parse_settings({key: value})
+    assert getattr(settings, key) == (tuple(value) if isinstance(value, list) else value)
+    assert settings.model_dump() == DEFAULTS | {key: getattr(settings, key)} | (
+        {"decode_retention": 1.0} if value == "balanced" else {}
+    )
+    if key not in SERVER_ONLY:
+        of_request = resolve_request(MetokSettings(), {key: value})
+        assert of_request is not None
+        assert of_request.model_dump() == settings.model_dump() | OF_A_REQUEST
+
+
+@pytest.mark.parametrize(("key", "value", "reason"), REFUSALS)
+def test_what_is_refused(key: str, value: Any, reason: str) -> None:
+    if key not in OF_A_REQUEST:
+        with pytest.raises(ValueError, match=r"^METok \(additional_config\): ") as error:
+            parse_settings({key: value})
+        assert_one_sentence(str(error.value), key, reason)
+    if key not in SERVER_ONLY:
+        with pytest.raises(ValueError, match=r"^METok \(mm_processor_kwargs\): ") as error:
+            resolve_request(MetokSettings(), {key: value})
+        assert_one_sentence(str(error.value), key, reason)
+
+
+def assert_one_sentence(message: str, key: str, reason: str) -> None:
+    assert key in message
+    assert reason in message
+    assert message.endswith(".")
+    assert "\n" not in message
+    assert len(message) < 250
+
+
+def test_a_huge_wrong_value_is_not_repeated_back() -> None:
+    with pytest.raises(ValueError, match="'events' got ") as error:
+        resolve_request(MetokSettings(), {"events": "9" * 100_000})
+    assert_one_sentence(str(error.value), "events", WHOLE)
+
+
+@pytest.mark.parametrize("key", ["event", "Events", "keep-ratio", "", "decode_retention ", "off"])
+def test_an_unknown_key_is_answered_with_the_known_ones(key: str) -> None:
+    with pytest.raises(ValueError, match=f"^METok \\(additional_config\\): unknown setting '{key}'; ") as error:
+        parse_settings({key: 1})
+    known = str(error.value).removesuffix(".").split("the settings are ")[1].split(", ")
+    assert known == list(DEFAULTS)
+    with pytest.raises(ValueError, match=f"^METok \\(mm_processor_kwargs\\): unknown setting '{key}'; ") as error:
+        resolve_request(MetokSettings(), {key: 1})
+    known = str(error.value).removesuffix(".").split("the settings are ")[1].split(", ")
+    assert known == [name for name in DEFAULTS if name not in SERVER_ONLY] + list(OF_A_REQUEST)
+
+
+def test_keys_must_be_strings() -> None:
+    with pytest.raises(ValueError, match="'1' got 1: keys should be strings"):
+        parse_settings({1: 2})
+
+
+@pytest.mark.parametrize("key", OF_A_REQUEST)
+def test_a_server_has_no_question(key: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown setting '{key}'"):
+        parse_settings({key: OF_A_REQUEST[key]})
+
+
+@pytest.mark.parametrize("key", SERVER_ONLY)
+def test_what_belongs_to_the_server_alone(key: str) -> None:
+    # Even as the server has it: a request that states it means to decide it.
+    sentence = rf"^METok \(mm_processor_kwargs\): '{key}' belongs to the server; set it with --additional-config\.$"
+    with pytest.raises(ValueError, match=sentence):
+        resolve_request(MetokSettings(), {key: DEFAULTS[key]})
+
+
+@pytest.mark.parametrize("value", ["off", "on", [], 3, True, 0.5, ["events"]])
+def test_settings_are_an_object(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^METok \(additional_config\): the settings must be an object of keys"):
+        parse_settings(value)
+    if value != "off":
+        with pytest.raises(ValueError, match=r"^METok \(mm_processor_kwargs\): 'metok' must be \"off\" or an object"):
+            resolve_request(MetokSettings(), value)
+
+
+def test_off() -> None:
+    assert resolve_request(MetokSettings(), "off") is None
+    assert resolve_request(parse_settings({"preset": "balanced", "events": 9}), "off") is None
+
+
+def test_a_request_starts_from_the_server() -> None:
+    server = parse_settings({"events": 7, "keep_ratio": 0.5, "decode_retention": 0.25, "prune_layers": [1, 2, 3]})
+    for nothing in (None, {}):
+        settings = resolve_request(server, nothing)
+        assert settings is not None
+        assert settings.model_dump() == server.model_dump() | OF_A_REQUEST
+    settings = resolve_request(server, {"events": 2, "query": "why?", "report": True})
+    assert settings is not None
+    assert settings.model_dump() == server.model_dump() | {"events": 2, "query": "why?", "report": True}
+    assert server.events == 7, "a request changed the server's settings"
+
+
+@pytest.mark.parametrize(
+    ("server", "request_", "retention"),
+    [
+        ({}, {}, 0.0),
+        ({"preset": "paper"}, {}, 0.0),
+        ({"preset": "balanced"}, {}, 1.0),
+        ({"preset": "balanced", "decode_retention": 0.5}, {}, 0.5),
+        ({"preset": "balanced", "decode_retention": 0}, {}, 0),
+        ({}, {"preset": "balanced"}, 1.0),
+        ({}, {"preset": "balanced", "decode_retention": 0.25}, 0.25),
+        ({"preset": "balanced"}, {"preset": "paper"}, 0.0),
+        ({"decode_retention": 0.7}, {"preset": "paper"}, 0.0),
+        ({"decode_retention": 0.7}, {"preset": "balanced"}, 1.0),
+        ({"preset": "balanced"}, {"decode_retention": 0.3}, 0.3),
+        ({"preset": "balanced"}, {"events": 3}, 1.0),
+    ],
+)
+def test_presets(server: dict[str, Any], request_: dict[str, Any], retention: float) -> None:
+    settings = resolve_request(parse_settings(server), request_)
+    assert settings is not None
+    assert settings.decode_retention == retention
+    assert settings.decode_retention_micro == round(retention * MICRO)
+
+
+@given(st.integers(1, MICRO))
+def test_shares_are_exact_decimals(micro: int) -> None:
+    value = micro / MICRO
+    settings = parse_settings({"keep_ratio": value, "decode_retention": value})
+    assert settings.keep_ratio_micro == settings.decode_retention_micro == micro
+    assert type(settings.keep_ratio_micro) is int
+
+
+@given(st.floats(0, 1, exclude_min=True))
+def test_a_share_is_taken_as_it_prints_or_refused(value: float) -> None:
+    exact = Decimal(str(value)) * MICRO
+    try:
+        settings = parse_settings({"keep_ratio": value})
+    except ValueError as error:
+        assert exact != int(exact)
+        assert "at most six decimals" in str(error)
+    else:
+        assert settings.keep_ratio_micro == exact
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        MetokSettings().events = 3  # type: ignore[misc]
+
+
+def test_settings_survive_the_way_to_other_processes() -> None:
+    settings = parse_settings({"prune_layers": [1, 2, 3], "strides": [1, 2, 3], "keep_ratio": 1})
+    assert MetokSettings.model_validate(settings.model_dump()) == settings
+    assert MetokSettings.model_validate_json(settings.model_dump_json()) == settings
+
+
+def test_enable_checks_at_once() -> None:
+    arguments = metok_vllm.enable(events=3, preset="balanced")
+    assert arguments["additional_config"] == {"metok": {"events": 3, "preset": "balanced"}}
+    with pytest.raises(ValueError, match=r"^METok \(enable\): unknown setting 'evnts'; the settings are preset, "):
+        metok_vllm.enable(evnts=3)
+    with pytest.raises(ValueError, match=r"^METok \(enable\): 'events' got 0: "):
+        metok_vllm.enable(events=0)

@@ -1,0 +1,142 @@
+"""A video's plan: what the front end, the scheduler and the worker agree on."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metok_vllm.compression.pooling import PoolMode, tokens_per_frame
+from metok_vllm.compression.selection import survivor_bounds
+from metok_vllm.compression.tiers import quota, video_tokens, with_budget
+from metok_vllm.config import RequestSettings
+from metok_vllm.engine.plan import ALIGNERS, VideoPlan, plan_video
+
+GRID = (27, 27)
+
+
+def make(frames: int, aligner: str = "embedding", mode: PoolMode = "bilinear", **settings: Any) -> VideoPlan:
+    return plan_video(frames, GRID, mode, True, 196 * frames + 1, RequestSettings(**settings), aligner)
+
+
+plans = st.builds(VideoPlan, **{field.name: st.integers(-(2**63), 2**63 - 1) for field in fields(VideoPlan)})
+
+
+@given(plans)
+def test_a_plan_survives_its_tensor(plan: VideoPlan) -> None:
+    tensor = plan.to_tensor()
+    assert tensor.dtype == torch.int64
+    assert tensor.shape == (len(fields(VideoPlan)),)
+    assert VideoPlan.from_tensor(tensor) == plan
+    assert VideoPlan.from_tensor(tensor[None]) == plan, "an item of a batch may keep the batch's dimension"
+
+
+@given(plans, st.sampled_from([field.name for field in fields(VideoPlan)]))
+def test_every_field_travels(plan: VideoPlan, name: str) -> None:
+    changed = replace(plan, **{name: (getattr(plan, name) + 2**63 + 1) % 2**64 - 2**63})
+    assert changed != plan
+    assert not torch.equal(changed.to_tensor(), plan.to_tensor())
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_plan_of_another_length_is_refused(change: int) -> None:
+    numbers = len(fields(VideoPlan))
+    with pytest.raises(ValueError, match=f"a video plan has {numbers} numbers, not {numbers + change}"):
+        VideoPlan.from_tensor(torch.zeros(numbers + change, dtype=torch.int64))
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"events": 1, "key_events": 0, "key_frames": 0},
+    {"events": 7, "key_events": 9, "key_frames": 3, "strides": (1, 3, 27), "keep_ratio": 1, "decode_retention": 0.5},
+    {"events": 1024, "key_events": 1, "key_frames": 65536, "strides": (2, 2, 2), "keep_ratio": 0.000001},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("mode", ["bilinear", "average"])
+def test_the_counts_are_those_of_the_method(settings: dict[str, Any], mode: PoolMode) -> None:
+    stated = RequestSettings(**settings)
+    per_frame = tokens_per_frame(*GRID, stated.strides, mode)
+    for frames in range(1, 1025):
+        plan = make(frames, mode=mode, **settings)
+        counts = quota(frames, stated.events, stated.key_events, stated.key_frames)
+        assert plan.quota == counts
+        assert plan.frames == plan.n1 + plan.n2 + plan.n3 == frames
+        assert plan.events == min(stated.events, frames)
+        assert plan.tokens == video_tokens(counts, per_frame, separators=True)
+        bounds = survivor_bounds(counts, per_frame, True, stated.key_events, stated.keep_ratio_micro)
+        assert (plan.survivors1, plan.survivors2) == bounds
+        assert 0 <= plan.survivors2 <= plan.survivors1 <= plan.tokens
+        assert (plan.keep_ratio, plan.retention) == (stated.keep_ratio_micro, stated.decode_retention_micro)
+        assert (plan.strides, plan.key_events, plan.key_frames) == (
+            stated.strides,
+            stated.key_events,
+            stated.key_frames,
+        )
+
+
+def test_by_hand() -> None:
+    # 10 frames in 5 events of 2: key events 1 to 3 keep both frames in tier 0, the others' both are key frames in tier 1.
+    plan = plan_video(10, (4, 4), "bilinear", True, 41, RequestSettings(), "none")
+    assert (plan.n1, plan.n2, plan.n3) == (6, 4, 0)
+    assert plan.tokens == 6 * 4 + 4 * 1 + 5
+    without = plan_video(10, (4, 4), "bilinear", False, 41, RequestSettings(), "none")
+    assert without.tokens == plan.tokens - 5
+    assert plan.stock_tokens == 41
+    assert ALIGNERS[plan.aligner] == "none"
+
+
+@pytest.mark.parametrize("aligner", ALIGNERS)
+@pytest.mark.parametrize("report", [False, True])
+def test_aligner_and_report(aligner: str, report: bool) -> None:
+    plan = make(9, aligner, report=report)
+    assert ALIGNERS[plan.aligner] == aligner
+    assert plan.report == report
+
+
+def test_auto_must_have_been_resolved() -> None:
+    with pytest.raises(ValueError, match="auto"):
+        make(9, "auto")
+
+
+@pytest.mark.parametrize("frames", [1, 2, 31, 1024])
+def test_off_is_stock(frames: int) -> None:
+    plan = plan_video(frames, GRID, "bilinear", True, 196 * frames + 1, None, "none")
+    assert not plan.pruned
+    assert plan.tokens == plan.stock_tokens == 196 * frames + 1
+    assert (plan.survivors1, plan.survivors2, plan.retention, plan.report) == (0, 0, 0, 0)
+    assert plan.quota.frames == frames
+
+
+def smallest(frames: int) -> int:
+    return frames * 16 + min(5, frames)  # ceil(27 / 8) ** 2 tokens a frame
+
+
+@given(st.integers(1, 200), st.integers(0, 3000))
+def test_a_budget_is_kept(frames: int, spare: int) -> None:
+    budget = smallest(frames) + spare
+    plan, free = make(frames, token_budget=budget), make(frames)
+    assert plan.tokens <= max(budget, 0)
+    assert plan.frames == frames
+    if free.tokens <= budget:
+        assert plan == free
+    else:
+        lowered = with_budget(free.quota, tokens_per_frame(*GRID, (2, 4, 8), "bilinear"), True, budget)
+        assert plan.quota == lowered
+        assert plan.survivors1 <= plan.tokens
+
+
+@pytest.mark.parametrize("frames", [1, 4, 5, 64])
+def test_the_smallest_budget(frames: int) -> None:
+    assert make(frames, token_budget=smallest(frames)).tokens == smallest(frames)
+    sentence = (
+        rf"^METok \(mm_processor_kwargs\): token_budget {smallest(frames) - 1} is too small for a video of {frames} frames: "
+        rf"the smallest possible is {smallest(frames)}\.$"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        make(frames, token_budget=smallest(frames) - 1)
