@@ -126,7 +126,8 @@ def environment(cuda: bool) -> dict[str, str]:
     if not cuda:
         settings |= {"TRITON_INTERPRET": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(path)}
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {**inherited, **settings, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def run_job(job: dict[str, Any], work: Path, cuda: bool, timeout: int) -> dict[str, Any]:

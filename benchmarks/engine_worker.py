@@ -213,7 +213,7 @@ class Bench:
 def capacity(config: Any, blocks: int, of_a_request: int) -> dict[str, float]:
     """What fits in a KV cache, for requests of so many blocks; `config` is vLLM's `KVCacheConfig`.
 
-    A block has a page in each layer of one group; which group, its request decides. Every `KVCacheTensor` states the size of the one
+    A block has a page in each layer of one group, whichever group takes it. Every `KVCacheTensor` states the size of the one
     allocation that all of them are placed in, so sizes must not be added up.
     """
     usable = blocks - 1  # one is vLLM's null block

@@ -70,7 +70,7 @@ class Client:
                 temperature=0,
                 extra_body={
                     "mm_processor_kwargs": {"metok": metok},
-                    "media_io_kwargs": {"video": {"num_frames": frames}},
+                    
                 },
             )
             usage = response.usage

@@ -139,7 +139,7 @@ def _events(frames: tuple[FrameView, ...], key: dict[int, bool], duration: float
                 first=first,
                 last=last,
                 start=(frames[first - 1].time + frames[first].time) / 2 if first else 0.0,
-                end=frames[last].time if last + 1 < len(frames) else duration,
+                end=(frames[last].time + frames[last + 1].time) / 2 if last + 1 < len(frames) else duration,
                 tokens=sum(member.tokens for member in members),
                 strides=tuple(member.stride for member in members),
             )

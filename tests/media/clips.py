@@ -72,9 +72,7 @@ def clip(count: int, width: int = 64, height: int = 48, **how: object) -> bytes:
 
 
 def repeated(group: bytes, times: int, container: str = "mp4") -> bytes:
-    """The packets of the video `group` (it must not reorder frames), one copy after the other `times` times
-    over.
-    """
+    """The packets of the video `group`, shown in the order they are stored in, `times` times over."""
     out = io.BytesIO()
     with av.open(io.BytesIO(group)) as source, av.open(out, "w", format=container) as file:
         stream = source.streams.video[0]
