@@ -111,7 +111,7 @@ def plot(result: dict[str, Any], path: Path) -> list[Path]:
     for suffix, draw in (("load", _draw_load), ("request", _draw_request)):
         figure = draw(plt, measured)
         figure.suptitle(headline(result), fontsize=10)
-        figure.text(0.5, 0.005, result["claim"], ha="center", fontsize=8, color="#a00000")
+        figure.text(0.5, 0.005, footer(result), ha="center", fontsize=8, color="#a00000")
         target = path.with_name(f"{path.stem}-{suffix}.png")
         figure.savefig(target, dpi=130)
         plt.close(figure)
@@ -127,6 +127,14 @@ def headline(result: dict[str, Any]) -> str:
         f"LLaVA-OneVision {work['model']}, {work['frames']} frames, {work['max_tokens']} new tokens on "
         f"{result['hardware']['device']}; vLLM {versions.get('vllm', 'unknown')}, commit {result['commit']}"
     )
+
+
+def footer(result: dict[str, Any]) -> str:
+    """What the figures may be used for, and whether other work on the machine disturbed them."""
+    hardware = result["hardware"]
+    load, cores = hardware.get("load_average", 0.0), hardware.get("cores", 1)
+    busy = f"; times disturbed: load average {load:.1f} on {cores} cores at the start" if load > cores / 2 else ""
+    return str(result["claim"]) + busy
 
 
 def _draw_load(plt: Any, variants: dict[str, dict[str, Any]]) -> Any:

@@ -41,16 +41,5 @@ trap 'rm -rf "$build"' EXIT
 cp -r cpu/engine cpu/vllm-metadata "$build"
 pip install --no-deps --no-build-isolation --force-reinstall "$build/engine" "$build/vllm-metadata"
 pip install --no-deps --no-build-isolation --editable .
-.venv/bin/python -c "import sys, torch; sys.exit(torch.__version__ != '$torch+cpu')" 2>/dev/null; then
-    pip install --quiet --no-deps "torch==$torch+cpu" 2>/dev/null ||
-        pip install --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu"
-fi
-pip install --quiet --no-deps -r requirements/cpu.txt 2>&1 | grep -v '^WARNING: Location' || true
-# Build in a copy: setuptools leaves build folders behind.
-build=$(mktemp -d)
-trap 'rm -rf "$build"' EXIT
-cp -r cpu/engine cpu/vllm-metadata "$build"
-pip install --quiet --no-deps --no-build-isolation --force-reinstall "$build/engine" "$build/vllm-metadata" 2>&1 | grep -v '^WARNING: Location' || true
-pip install --quiet --no-deps --no-build-isolation --editable . 2>&1 | grep -v '^WARNING: Location' || true
 .venv/bin/python -c 'import av, metok_vllm, torchvision, transformers, triton, vllm'
 echo "$inputs" >"$stamp"

@@ -116,7 +116,7 @@ class _explained:
                 f"The server at {self.url} refused the request (HTTP {error.status_code}): {_message(error)}"
             ) from None
         # What another kind of server sends: the client hands on a page as text, and missing fields as None.
-        if isinstance(error, openai.OpenAIError | ValueError | LookupError):
+        if isinstance(error, openai.OpenAIError | ValueError | AttributeError | TypeError | LookupError):
             raise DemoError(f"The server at {self.url} does not speak the OpenAI API; {_UNMANAGED}") from None
 
 

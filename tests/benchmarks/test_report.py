@@ -142,6 +142,12 @@ def canned(load: Load, raw: Raw) -> dict[str, Any]:
     }
 
 
+def test_a_busy_machine_is_named_on_the_plots(load: Load, raw: Raw) -> None:
+    footer, result = load("engine_report").footer, canned(load, raw)
+    assert footer({**result, "hardware": {"cores": 8, "load_average": 3.9}}) == "canned"
+    assert "load average 4.1 on 8 cores" in footer({**result, "hardware": {"cores": 8, "load_average": 4.1}})
+
+
 def test_plots_from_a_result_alone(load: Load, raw: Raw, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = canned(load, raw)
     path = tmp_path / "engine-x.json"
