@@ -150,7 +150,7 @@ def run_job(job: dict[str, Any], work: Path, cuda: bool, timeout: int) -> dict[s
     if code != 0 or not Path(job["out"]).exists():
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         reason = f"took more than {timeout} s" if code is None else f"ended with {code}"
-        raise RuntimeError(f"{job['name']} {reason}; the end of {log}:\n{tail}")
+        raise RuntimeError(f"{job['name']} {reason}; the end of {log.name}:\n{tail}")
     raw: dict[str, Any] = json.loads(Path(job["out"]).read_text())
     return raw
 

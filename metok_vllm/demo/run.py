@@ -55,7 +55,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> None:
             frames = len(video.times)
             on = client.ask(video.data_url, question, frames, {"report": True})
             report = client.report(on.request_id)
-            off = client.ask(video.data_url, question, frames, {})
+            off = client.ask(video.data_url, question, frames, "off")
     view = read_report(report, video.times, video.duration)
     console.print(render(view, on, off, video.timed))
     results, picture = options.out / "report.json", options.out / "timeline.png"

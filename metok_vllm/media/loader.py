@@ -21,7 +21,6 @@ from vllm.multimodal.video_decoders import VideoSourceMetadata
 
 from metok_vllm.log import metok_logger
 
-from .decoder import decode_video
 from .settings import VideoError, VideoSettings
 
 LOADER_NAME = "metok"
@@ -44,6 +43,9 @@ class MetokVideoLoader(VideoLoader):
         Raises `VideoRequestError`, one sentence, for an unusable video and for unknown or impossible
         `kwargs`.
         """
+        # PyAV is needed for files only: a machine without it still serves frames that come as arrays.
+        from .decoder import decode_video
+
         try:
             settings = VideoSettings.from_mapping(kwargs)
             if envs.VLLM_MAX_IMAGE_PIXELS > 0:

@@ -102,13 +102,13 @@ def test_an_answer_is_shown_as_it_is_and_obeys_nothing(view: ReportView):
 
 def test_the_picture_shows_the_frames_and_the_events(view: ReportView, video: SampledVideo, tmp_path: Path):
     path = tmp_path / "a.png"
-    draw_timeline(view, video, "What costs $5 and $6?", path)
+    draw_timeline(view, video, r"What costs $\frac{5$?", path)
     picture = imread(path)[..., :3]
     assert picture.shape[1] == 1760
     assert picture.shape[0] > 900
     blank = tmp_path / "b.png"
     white = SampledVideo(video.name, b"", np.full_like(video.thumbnails, 255), video.times, 30.0, True)
-    draw_timeline(view, white, "What costs $5 and $6?", blank)
+    draw_timeline(view, white, r"What costs $\frac{5$?", blank)
     # The film strip shows the frames themselves: white ones make another picture.
     assert (np.abs(imread(blank)[..., :3] - picture).max(-1) > 0.1).mean() > 0.15
 
