@@ -121,4 +121,6 @@ def _architectures(model: str, revision: str | None) -> list[str] | None:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"METok cannot read the config of {model}: {reason}") from None
+    if not config:
+        raise ValueError(f"METok cannot read the config of {model}: there is no config.json.")
     return config.get("architectures")

@@ -221,9 +221,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _save_processor(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, image_size: int, patch_size: int
-) -> None:
+def _save_processor(folder: Path, tokenizer: PreTrainedTokenizerFast, image_size: int, patch_size: int) -> None:
     """Write tokenizer, chat template and processor configs, in the files that published checkpoints have."""
     pixels: dict[str, Any] = {
         "size": {"height": image_size, "width": image_size},

@@ -29,20 +29,29 @@ class VideoSpan:
         return self.start + self.length
 
 
-def pruned_spans(features: Sequence[MultiModalFeatureSpec] | None) -> tuple[VideoSpan, ...]:
-    """The videos of a request that METok prunes, in prompt order; empty where it prunes none."""
+def pruned_spans(features: Sequence[MultiModalFeatureSpec] | None, computed: int = 0) -> tuple[VideoSpan, ...]:
+    """The videos of a request that METok prunes, in prompt order; empty where it prunes none.
+
+    Args:
+        features: the request's multimodal items.
+        computed: tokens that the request took from the prefix cache. On their way to the worker vLLM drops the data of items
+            that lie among them; those are never pruned ones, since pruned requests read nothing from that cache.
+
+    Raises:
+        RuntimeError: a video came without its plan, so that it would be served densely unnoticed.
+    """
     spans = []
     for feature in features or ():
-        if feature.modality != "video":
-            continue
         item: Any = feature.data
+        position = feature.mm_position
+        if feature.modality != "video" or (item is None and position.offset + position.length <= computed):
+            continue
         if item is None or PLAN_FIELD not in item:
             raise RuntimeError(
                 "METok: a video item reached the engine without its plan; this processor cache type is not supported."
             )
         plan = VideoPlan.from_tensor(item[PLAN_FIELD].data)
         if plan.pruned:
-            position = feature.mm_position
             spans.append(VideoSpan(position.offset, position.length, plan))
     return tuple(spans)
 

@@ -95,7 +95,7 @@ class PrunedRequest:
     @classmethod
     def create(cls, data: NewRequestData, device: torch.device) -> PrunedRequest | None:
         """State for a new (or resumed) request, or None where METok prunes none of its videos."""
-        spans = pruned_spans(data.mm_features)
+        spans = pruned_spans(data.mm_features, data.num_computed_tokens)
         if not spans:
             return None
         prompt_len = data.prompt_len

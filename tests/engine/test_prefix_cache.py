@@ -60,6 +60,11 @@ def test_an_unpruned_video_hits_but_only_its_own_blocks(running: Engine) -> None
     # With METok off the prompt is another one: other placeholders, other hash.
     assert cached_tokens(running, Case((video,), "Who?", metok="off")) <= running.block_size
     assert cached_tokens(running, Case((video,), "Who?", metok="off")) > 2 * running.block_size
+    # A hit that covers the video whole, which vLLM then does not send to the worker again.
+    long = "Who is it that comes in last, and what do they carry, and where do they put it down when all are gone? " * 3
+    covered = Case((video,), long, metok="off")
+    cached_tokens(running, covered)
+    assert cached_tokens(running, covered) > 14 * 16
     # And back: what the unpruned request wrote is not what the pruned one needs.
     assert cached_tokens(running, Case((video,), "Who?")) == 0
 

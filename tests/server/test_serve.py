@@ -6,7 +6,6 @@ import json
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,67 +13,11 @@ from typing import Any
 import openai
 import pytest
 
-from tests.oracle import OracleResult, OracleSettings, assert_same
-from tests.oracle import run as run_oracle
-from tests.oracle.samples import Sample, load_sample, scene_video
-from tests.server.clips import data_url, mp4, seen
-from tests.server.live import Server, environment, serving, vllm
-
-QUESTION = "What happens after the band leaves the stage, and who is there?"
-OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--block-size", "32")
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
-    return load_sample(tmp_path_factory.mktemp("model"), seed=17)
-
-
-@pytest.fixture(scope="module")
-def server(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    settings = json.dumps({"metok": {"decode_retention": 0.5}})
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    with serving(
-        sample.path, log, "--plugin", "metok", "--additional-config", settings, "--trust-request-mm-kwargs",
-        "--max-num-batched-tokens", "256", "--served-model-name", "tiny",
-        "--allowed-media-domains", "videos.example.com", *OPTIONS,
-    ) as running:  # fmt: skip
-        yield running
-
-
-def ask(server: Server, video: bytes | None, metok: Any = None, question: str = QUESTION, **options: Any) -> Any:
-    content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-    if video is not None:
-        content.insert(0, {"type": "video_url", "video_url": {"url": data_url(video)}})
-    extra: dict[str, Any] = {"return_token_ids": True, "ignore_eos": True}
-    if metok is not None:
-        extra["mm_processor_kwargs"] = {"metok": metok}
-    return server.client().chat.completions.create(
-        model="tiny",
-        messages=[{"role": "user", "content": content}],
-        temperature=0,
-        logprobs=True,
-        extra_body=extra | options.pop("extra", {}),
-        **{"max_tokens": 24, **options},
-    )
-
-
-def oracle(sample: Sample, video: bytes | None, metok: Any = None, steps: int = 24) -> OracleResult:
-    settings = OracleSettings(decode_retention=0.5)
-    if metok == "off":
-        settings = OracleSettings(off=True)
-    elif metok:
-        settings = OracleSettings(**{"decode_retention": 0.5, **{k: v for k, v in metok.items() if k != "report"}})
-    videos = [] if video is None else [sample.pixels(seen(video))]
-    return run_oracle(
-        sample.model, sample.prompt_ids(QUESTION, videos=len(videos)), videos, None, sample.question_ids(QUESTION),
-        settings, steps,
-    )  # fmt: skip
-
-
-def result(answer: Any) -> OracleResult:
-    choice = answer.choices[0]
-    logprobs = [{token: entry.logprob} for token, entry in zip(choice.token_ids, choice.logprobs.content, strict=True)]
-    return OracleResult(list(answer.prompt_token_ids), list(choice.token_ids), logprobs)
+from tests.oracle import assert_same
+from tests.oracle.samples import Sample, scene_video
+from tests.server.asking import OPTIONS, QUESTION, ask, oracle, result
+from tests.server.clips import data_url, mp4
+from tests.server.live import Server, environment, vllm
 
 
 def test_concurrent_requests_equal_the_oracle(server: Server, sample: Sample) -> None:

@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("unit", deadline=None)  # the first example of a test may pay for an import
+settings.load_profile("unit")
 
 METOK = "METokLlavaOnevisionForConditionalGeneration"
 

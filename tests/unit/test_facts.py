@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,9 +13,9 @@ from tests.unit.fakes import Prompt, feature, plan
 
 
 @st.composite
-def prompts(draw: st.DrawFn, videos: st.SearchStrategy[int] = st.integers(1, 4)) -> Prompt:
+def prompts(draw: st.DrawFn, fewest: int = 1, most: int = 4) -> Prompt:
     """Prompts with pruned videos, possibly side by side, at the start, and with one token of text at the end."""
-    count = draw(videos)
+    count = draw(st.integers(fewest, most))
     retention = draw(st.sampled_from([0, 1, 333_333, 500_000, 1_000_000]))
     plans = []
     for _ in range(count):
@@ -58,7 +60,7 @@ def test_slots_never_shrink(prompt: Prompt, retains: bool) -> None:
     assert counts[0] == 0
     assert counts == sorted(counts)
     # The retained ones come all at once, with the last token of the prompt.
-    jumps = [after - before for before, after in zip(counts, counts[1:], strict=False)]
+    jumps = [after - before for before, after in itertools.pairwise(counts)]
     assert jumps[prompt.length - 1] == 1 + (facts.retained_bound if retains else 0)
     assert set(jumps[: prompt.length - 1]) <= {0, 1}
     assert set(jumps[prompt.length :]) == {1}
@@ -91,3 +93,12 @@ def test_a_video_without_its_plan_is_an_error(lost: str) -> None:
     item.data = None if lost == "the item" else type(item.data)({})
     with pytest.raises(RuntimeError, match="without its plan"):
         pruned_spans([item])
+
+
+def test_what_came_from_the_prefix_cache_may_have_lost_its_data() -> None:
+    """vLLM drops it on the way to the worker. Such a video was not pruned: pruned requests read nothing from that cache."""
+    off, video = feature(3, plan(10, pruned=0)), feature(13, plan(8, 2))
+    off.data = None
+    assert pruned_spans([off, video], computed=13) == (VideoSpan(13, 8, plan(8, 2)),)
+    with pytest.raises(RuntimeError, match="without its plan"):
+        pruned_spans([off, video], computed=12)

@@ -102,7 +102,7 @@ class BlockTables(RuleBasedStateMachine):
         self.alive: list[Request] = []
         self.count = 0
 
-    @rule(target=requests, prompt=prompts(st.integers(0, 3)))
+    @rule(target=requests, prompt=prompts(0, 3))
     def arrive(self, prompt: Prompt) -> Request:
         self.count += 1
         request = prompt.request(f"r{self.count}")
@@ -141,7 +141,7 @@ class BlockTables(RuleBasedStateMachine):
 
 
 TestBlockTables = BlockTables.TestCase
-TestBlockTables.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestBlockTables.settings = settings(max_examples=40, stateful_step_count=30)
 
 
 def test_by_hand() -> None:
@@ -182,7 +182,6 @@ def families(draw: st.DrawFn) -> list[list[int]]:
 
 @pytest.mark.parametrize("hash_block_size", [BLOCK, BLOCK // 2])
 @given(family=families(), alignment=st.sampled_from([BLOCK, 2 * BLOCK]), spare=st.integers(0, 6))
-@settings(deadline=None)
 def test_text_hits_as_with_full_attention(hash_block_size: int, family: Any, alignment: int, spare: int) -> None:
     """`hash_block_size` below the block size is what --prefix-match-unit asks for."""
     init_none_hash(sha256)

@@ -248,7 +248,7 @@ def workloads(draw: st.DrawFn) -> tuple[Limits, list[Prompt]]:
     pauses=st.lists(st.integers(0, 5), min_size=7, max_size=7),
     aborted=st.sets(st.integers(0, 6), max_size=2),
 )
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_request_ends(run: Any, workload: Any, in_flight: int, pauses: list[int], aborted: set[int]) -> None:
     limits, asked = workload
     busy = run(limits, in_flight)

@@ -1,0 +1,294 @@
+"""What METok refuses when vLLM's configuration is built, in which words, and what it sets. No engine is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+import metok_vllm
+from metok_vllm.engine.checks import step_tokens
+from metok_vllm.engine.scheduler import MetokScheduler
+from metok_vllm.engine.server import server_settings
+from metok_vllm.engine.worker import MetokWorkerExtension
+from tests.unit.conftest import METOK
+
+Make = Callable[..., Any]
+
+NO = "METok does not support "
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "pipeline parallel": (
+        {"pipeline_parallel_size": 2},
+        f"{NO}pipeline parallelism: use --tensor-parallel-size instead of --pipeline-parallel-size.",
+    ),
+    "decode context parallel": (
+        {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+        f"{NO}context parallelism: leave --decode-context-parallel-size and --prefill-context-parallel-size at 1.",
+    ),
+    "prefill context parallel": (
+        {"prefill_context_parallel_size": 2},
+        f"{NO}context parallelism: leave --decode-context-parallel-size and --prefill-context-parallel-size at 1.",
+    ),
+    "speculative decoding": (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+        f"{NO}speculative decoding: remove --speculative-config.",
+    ),
+    "KV transfer": (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        f"{NO}KV transfer: remove --kv-transfer-config.",
+    ),
+    "KV offloading": ({"kv_offloading_size": 1.0}, f"{NO}KV offloading: remove --kv-offloading-size."),
+    "EC transfer": (
+        {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_consumer"}},
+        f"{NO}an encoder cache transfer: remove --ec-transfer-config.",
+    ),
+    "EC transfer, encoder only": (
+        {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_producer"}},
+        f"{NO}an encoder cache transfer: remove --ec-transfer-config.",
+    ),
+    "encoder only": (
+        {"mm_encoder_only": True},
+        "METok needs the language model beside the encoder: remove --mm-encoder-only.",
+    ),
+    "language model only": (
+        {"language_model_only": True},
+        "METok needs the model's video input: remove --language-model-only.",
+    ),
+    "pooling": ({"runner": "pooling"}, "METok generates text: remove --runner pooling and --convert."),
+    "classify": ({"convert": "classify"}, "METok generates text: remove --runner pooling and --convert."),
+    "no hybrid manager": (
+        {"disable_hybrid_kv_cache_manager": True},
+        "METok needs the hybrid KV cache manager: remove --disable-hybrid-kv-cache-manager.",
+    ),
+    "other scheduler": (
+        {"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"},
+        "METok needs its own scheduler, which METok sets itself: remove --scheduler-cls.",
+    ),
+    "no async scheduling": (
+        {"async_scheduling": False},
+        "METok needs asynchronous scheduling: remove --no-async-scheduling.",
+    ),
+    "vLLM's video pruning": (
+        {"video_pruning_rate": 0.5},
+        f"{NO}vLLM's own video pruning beside it: remove --video-pruning-rate.",
+    ),
+    "prompt embeddings": ({"enable_prompt_embeds": True}, f"{NO}prompt embeddings: remove --enable-prompt-embeds."),
+    "items in shared memory": (
+        {"mm_processor_cache_type": "shm"},
+        "METok cannot share multimodal items by shared memory: leave --mm-processor-cache-type at lru.",
+    ),
+    "fast prefill": (
+        {"kv_sharing_fast_prefill": True},
+        f"{NO}KV sharing fast prefill: remove --kv-sharing-fast-prefill.",
+    ),
+    "dual batch overlap": (
+        {"enable_dbo": True},
+        f"{NO}micro-batching: remove --enable-dbo and --ubatch-size.",
+    ),
+    "micro-batches": ({"ubatch_size": 2}, f"{NO}micro-batching: remove --enable-dbo and --ubatch-size."),
+    "other worker extension": (
+        {"worker_extension_cls": "somebody.Else"},
+        "METok needs its own worker extension, which METok sets itself: remove --worker-extension-cls.",
+    ),
+    "chunks of 2": (
+        {"long_prefill_token_threshold": 2},
+        "METok needs chunks of 3 tokens or more: raise --long-prefill-token-threshold.",
+    ),
+}
+
+
+def refusal(make_config: Make, **kwargs: Any) -> str:
+    """The one sentence in vLLM's message."""
+    with pytest.raises(ValueError, match="METok") as error:
+        make_config(**kwargs)
+    lines = str(error.value).splitlines()
+    if len(lines) == 1:
+        return lines[0]
+    # pydantic wraps a sentence of ours: a title, then the sentence with its own notes behind it.
+    return lines[1].strip().removeprefix("Value error, ").split(" [type=")[0]
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(make_config: Make, what: str) -> None:
+    arguments, sentence = REFUSED[what]
+    assert refusal(make_config, **arguments) == sentence
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_none_of_it_concerns_a_server_without_metok(make_config: Make, what: str) -> None:
+    """Where stock vLLM refuses too, it does so in words of its own."""
+    said = ""
+    try:
+        make_config(metok=False, **REFUSED[what][0])
+    except ValueError as error:
+        said = str(error)
+    assert "METok" not in said
+
+
+def test_every_flag_that_a_sentence_names_exists() -> None:
+    parser = FlexibleArgumentParser(prog="vllm")  # type: ignore[no-untyped-call]
+    ServeSubcommand().subparser_init(parser.add_subparsers())
+    known = parser._subparsers._group_actions[0].choices["serve"]._option_string_actions  # type: ignore[union-attr]
+    named = {
+        word.rstrip(".:") for _, sentence in REFUSED.values() for word in sentence.split() if word.startswith("--")
+    }
+    assert len(named) > 15
+    assert named <= set(known)
+
+
+def test_model_runner_v1(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    assert refusal(make_config) == "METok needs Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER=0."
+
+
+def test_model_runner_v1_by_vllms_own_choice(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", False)
+    assert refusal(make_config) == "METok needs Model Runner V2, but vLLM chose V1: its warning above this says why."
+
+
+# --- the model ---
+
+
+def test_a_text_model_with_metoks_architecture(make_config: Make, text_checkpoint: Path) -> None:
+    sentence = refusal(make_config, model=str(text_checkpoint))
+    assert sentence == "METok cannot serve a qwen2 model; it can serve: LlavaOnevisionForConditionalGeneration."
+
+
+def test_a_text_model_in_python(make_config: Make, text_checkpoint: Path) -> None:
+    sentence = refusal(make_config, metok=False, model=str(text_checkpoint), **metok_vllm.enable())
+    assert sentence.startswith("METok cannot serve ")
+    assert sentence.endswith("(Qwen2ForCausalLM); it can serve: LlavaOnevisionForConditionalGeneration.")
+
+
+def test_another_implementation_of_the_model(make_config: Make) -> None:
+    """vLLM itself refuses, before METok is asked: its Transformers backend has no class of METok's name."""
+    with pytest.raises(ValueError, match=f"Cannot find model module. '{METOK}' is not a registered model in the"):
+        make_config(model_impl="transformers")
+
+
+# --- the settings ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"evnts": 3}, "METok (additional_config): unknown setting 'evnts'; the settings are preset, events, "),
+        ({"events": 0}, "METok (additional_config): 'events' got 0: input should be greater than or equal to 1."),
+        ({"query": "why?"}, "METok (additional_config): unknown setting 'query'; the settings are "),
+        ("off", "METok (additional_config): the settings must be an object of keys and values, not 'off'."),
+        (
+            {"prune_layers": [1, 2, 5]},
+            "METok (additional_config): prune_layers must be three increasing numbers from 1 to the model's 4 layers, "
+            "not [1, 2, 5].",
+        ),
+        (
+            {"prune_layers": [3, 2, 1]},
+            "METok (additional_config): prune_layers must rise and start at 1 or later, not [3, 2, 1].",
+        ),
+        (
+            {"prune_layers": [1, 2]},
+            "METok (additional_config): 'prune_layers' got [1, 2]: it takes a list of three whole numbers.",
+        ),
+        (
+            {"aligner": "dual-tower"},
+            "METok: aligner 'dual-tower' needs a SigLIP or CLIP checkpoint; set aligner_model, or ",
+        ),
+        ({"aligner_model": "/no/such/tower"}, "METok: the aligner /no/such/tower cannot be loaded: "),
+    ],
+)
+def test_wrong_settings(make_config: Make, settings: Any, sentence: str) -> None:
+    assert refusal(make_config, additional_config={"metok": settings}).startswith(sentence)
+
+
+def test_a_tower_that_is_none(make_config: Make, text_checkpoint: Path) -> None:
+    sentence = refusal(make_config, additional_config={"metok": {"aligner_model": str(text_checkpoint)}})
+    assert sentence == f"METok: the aligner {text_checkpoint} is a qwen2 model; it must be one of siglip, clip."
+
+
+def test_a_model_too_shallow(make_config: Make, tmp_path: Path) -> None:
+    from metok_vllm.demo.checkpoint import build_checkpoint
+
+    model = build_checkpoint(tmp_path / "shallow", layers=2)
+    sentence = refusal(make_config, model=str(model))
+    assert sentence == "METok (additional_config): a model needs at least 3 layers to be pruned in three stages, not 2."
+
+
+def test_a_wrong_video_setting(make_config: Make) -> None:
+    with pytest.raises(ValueError, match="Unknown video setting 'frames'; known are "):
+        make_config(media_io_kwargs={"video": {"frames": 3}})
+
+
+# --- what is set ---
+
+
+def test_what_is_set(make_config: Make) -> None:
+    config = make_config(additional_config={"metok": {"preset": "balanced", "prune_layers": [1, 2, 4]}, "else": 1})
+    assert config.model_config.architecture == METOK
+    assert config.scheduler_config.scheduler_cls is MetokScheduler
+    assert config.scheduler_config.get_scheduler_cls() is MetokScheduler
+    assert config.parallel_config.worker_extension_cls == (
+        f"{MetokWorkerExtension.__module__}.{MetokWorkerExtension.__qualname__}"
+    )
+    assert config.model_config.multimodal_config.media_io_kwargs == {"video": {"video_backend": "metok"}}
+    settings = server_settings(config.model_config.hf_config)
+    assert (settings.preset, settings.decode_retention, settings.prune_layers) == ("balanced", 1.0, (1, 2, 4))
+    assert config.additional_config["else"] == 1
+
+
+def test_what_the_user_chose_stays(make_config: Make) -> None:
+    name = f"{MetokScheduler.__module__}.{MetokScheduler.__qualname__}"
+    config = make_config(
+        scheduler_cls=name,
+        worker_extension_cls=f"{MetokWorkerExtension.__module__}.{MetokWorkerExtension.__qualname__}",
+        media_io_kwargs={"video": {"video_backend": "opencv", "num_frames": 3}},
+    )
+    assert config.scheduler_config.scheduler_cls == name
+    assert config.model_config.multimodal_config.media_io_kwargs["video"] == {
+        "video_backend": "opencv",
+        "num_frames": 3,
+    }
+
+
+def test_enable_gives_the_same_configuration(make_config: Make) -> None:
+    config = make_config(metok=False, **metok_vllm.enable(events=3))
+    assert config.model_config.architecture == METOK
+    assert config.scheduler_config.scheduler_cls is MetokScheduler
+    assert server_settings(config.model_config.hf_config).events == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tokens"),
+    [
+        ({"max_num_batched_tokens": 2048, "max_num_seqs": 48}, 2000),
+        ({"max_num_batched_tokens": 2048, "max_num_seqs": 48, "max_num_scheduled_tokens": 1048}, 1000),
+        ({"max_num_batched_tokens": 2048, "max_num_seqs": 48, "long_prefill_token_threshold": 100}, 100),
+        ({"max_num_batched_tokens": 64, "max_num_seqs": 48, "long_prefill_token_threshold": 100}, 16),
+        ({"max_num_batched_tokens": 64, "max_num_seqs": 64}, 0),
+    ],
+)
+def test_prompts_that_one_step_always_takes(make_config: Make, arguments: dict[str, int], tokens: int) -> None:
+    config = make_config(**arguments)
+    assert step_tokens(config.scheduler_config) == tokens
+    assert config.model_config.hf_config.metok_step_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"tensor_parallel_size": 2},
+        {"enable_prefix_caching": True},
+        {"enable_prefix_caching": False},
+        {"enable_chunked_prefill": False, "max_num_batched_tokens": 4096},
+        {"long_prefill_token_threshold": 3},
+        {"scheduling_policy": "priority"},
+        {"mm_processor_cache_gb": 0},
+        {"limit_mm_per_prompt": {"video": 2}},
+    ],
+)
+def test_served(make_config: Make, arguments: dict[str, Any]) -> None:
+    assert make_config(**arguments).scheduler_config.scheduler_cls is MetokScheduler

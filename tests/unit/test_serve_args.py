@@ -1,0 +1,285 @@
+"""`--plugin metok`: what becomes of the command line, and that no other command line changes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import PretrainedConfig
+
+from metok_vllm.serve_args import MIDDLEWARE, _parsed, apply_plugin_option, rewritten
+from tests.unit.conftest import METOK
+
+BATCH = ["-i", "in.jsonl", "-o", "out.jsonl"]
+
+
+@pytest.fixture
+def serve(checkpoint: Path) -> Callable[..., Namespace]:
+    """What vLLM reads after `vllm serve ...` was rewritten; MODEL in an argument stands for the checkpoint."""
+
+    def read(*arguments: str, command: str = "serve") -> Namespace:
+        argv = ["vllm", command, *(a.replace("MODEL", str(checkpoint)) for a in arguments)]
+        result = rewritten(argv)
+        assert result[:2] == argv[:2]
+        assert not any(argument.startswith("--plugin") for argument in result)
+        return _parsed(result[1:])
+
+    return read
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["MODEL", "--plugin", "metok"],
+        ["MODEL", "--plugin=metok"],
+        ["--plugin", "metok", "MODEL"],
+        ["--plugin=metok", "MODEL"],
+        ["MODEL", "--plugin", "metok", "--plugin=metok"],
+        ["MODEL", "--port", "8001", "--plugin", "metok", "--enforce-eager"],
+        ["--port", "8001", "MODEL", "--plugin", "metok"],
+        ["--enforce-eager", "MODEL", "--plugin", "metok"],
+        ["-tp", "2", "--enforce-eager", "--port=8001", "MODEL", "--plugin=metok"],
+        ["--served-model-name", "a", "b", "--plugin", "metok", "--model", "MODEL"],
+        ["--plugin", "metok", "--model", "MODEL"],
+        ["--plugin", "metok", "--model=MODEL"],
+        ["--model=MODEL", "--port", "8001", "--plugin", "metok"],
+    ],
+)
+def test_serve(serve: Callable[..., Namespace], checkpoint: Path, arguments: list[str]) -> None:
+    options = serve(*arguments)
+    assert (options.model_tag or options.model) == str(checkpoint)
+    assert options.hf_overrides == {"architectures": [METOK]}
+    assert options.middleware == [MIDDLEWARE]
+    assert options.port == (8001 if any("8001" in argument for argument in arguments) else 8000)
+    assert options.enforce_eager == ("--enforce-eager" in arguments)
+
+
+@pytest.mark.parametrize("model", [["--model", "MODEL"], ["--model=MODEL"]])
+@pytest.mark.parametrize("option", [["--plugin", "metok"], ["--plugin=metok"]])
+def test_run_batch(serve: Callable[..., Namespace], checkpoint: Path, model: list[str], option: list[str]) -> None:
+    for arguments in ([*BATCH, *model, *option], [*option, *model, *BATCH]):
+        options = serve(*arguments, command="run-batch")
+        assert options.model == str(checkpoint)
+        assert options.hf_overrides == {"architectures": [METOK]}
+        assert not hasattr(options, "middleware"), "there is no server to add routes to"
+
+
+# --- the config file ---
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, checkpoint: Path) -> Callable[..., str]:
+    def write(**entries: Any) -> str:
+        path = tmp_path / "serve.yaml"
+        path.write_text(
+            yaml.safe_dump(
+                {k: v.replace("MODEL", str(checkpoint)) if isinstance(v, str) else v for k, v in entries.items()}
+            )
+        )
+        return str(path)
+
+    return write
+
+
+def test_the_model_in_a_config_file(
+    serve: Callable[..., Namespace], config_file: Callable[..., str], checkpoint: Path
+) -> None:
+    path = config_file(model="MODEL", port=8123)
+    for arguments in (["--config", path, "--plugin", "metok"], ["--plugin=metok", "--config", path]):
+        options = serve(*arguments)
+        assert (options.model, options.port) == (str(checkpoint), 8123)
+        assert options.hf_overrides == {"architectures": [METOK]}
+    options = serve(*BATCH, "--config", path, "--plugin", "metok", command="run-batch")
+    assert options.model == str(checkpoint)
+
+
+def test_the_command_line_wins_over_the_config_file(
+    serve: Callable[..., Namespace], config_file: Callable[..., str], text_checkpoint: Path, checkpoint: Path
+) -> None:
+    options = serve("MODEL", "--config", config_file(model=str(text_checkpoint)), "--plugin", "metok")
+    assert options.model_tag == str(checkpoint)
+
+
+def test_overrides_and_middleware_in_a_config_file_stay(
+    serve: Callable[..., Namespace], config_file: Callable[..., str]
+) -> None:
+    path = config_file(**{"model": "MODEL", "hf-overrides": {"rope_theta": 5}, "middleware": ["a.b"]})
+    options = serve("--config", path, "--plugin", "metok")
+    assert options.hf_overrides == {"rope_theta": 5, "architectures": [METOK]}
+    assert options.middleware == ["a.b", MIDDLEWARE]
+
+
+# --- what the user overrides ---
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (["--hf-overrides", '{"a": 1, "b": {"c": [2]}}'], {"a": 1, "b": {"c": [2]}}),
+        (['--hf-overrides={"a": 1}'], {"a": 1}),
+        (["--hf_overrides", '{"a": 1}'], {"a": 1}),
+        (['--hf_overrides={"a": 1}'], {"a": 1}),
+        (["--hf-overrides.a", "1"], {"a": 1}),
+        (
+            ["--hf_overrides.text_config.x=1", "--hf-overrides.text_config.y", "two"],
+            {"text_config": {"x": 1, "y": "two"}},
+        ),
+        (["--hf-overrides.a+", "x,y"], {"a": ["x", "y"]}),
+        (["--hf-overrides", '{"architectures": ["Other"], "a": 1}'], {"a": 1}),
+        (["--hf-overrides.architectures", '["Other"]'], {}),
+        (["--hf-overrides", "{}"], {}),
+    ],
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_other_overrides_stay(
+    serve: Callable[..., Namespace], given: list[str], kept: dict[str, Any], before: bool
+) -> None:
+    arguments = ["MODEL", "--plugin", "metok", "--port", "8001"]
+    options = serve(*([*given, *arguments] if before else [*arguments, *given]))
+    assert options.hf_overrides == kept | {"architectures": [METOK]}
+    assert options.port == 8001
+
+
+@pytest.mark.parametrize("given", ["[1]", "3", '"x"', "{broken"])
+def test_overrides_that_are_no_object(checkpoint: Path, given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((ValueError, SystemExit)) as error:
+        rewritten(["vllm", "serve", str(checkpoint), "--plugin", "metok", "--hf-overrides", given])
+    if isinstance(error.value, ValueError):
+        assert str(error.value).startswith("--hf-overrides takes a JSON object, not ")
+    else:
+        assert "--hf-overrides" in capsys.readouterr().err
+
+
+def test_middleware_of_the_users_own(serve: Callable[..., Namespace]) -> None:
+    options = serve("MODEL", "--middleware", "a.b", "--plugin", "metok", "--middleware=c.d")
+    assert options.middleware == ["a.b", "c.d", MIDDLEWARE]
+
+
+# --- what is not asked for METok ---
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["vllm"],
+        ["vllm", "serve"],
+        ["vllm", "serve", "no-such-model"],
+        ["vllm", "serve", "no-such-model", "--plugin", "other"],
+        ["vllm", "serve", "no-such-model", "--plugin"],
+        ["vllm", "serve", "no-such-model", "--plugin=metok2", "--plugins", "metok"],
+        ["vllm", "serve", "--config", "no-such-file.yaml"],
+        ["vllm", "run-batch", *BATCH, "--model", "no-such-model"],
+        ["vllm", "chat", "--plugin", "metok"],
+        ["vllm", "bench", "serve", "--plugin", "metok"],
+        ["vllm", "launch", "render", "m", "--plugin=metok"],
+        ["vllm", "collect-env"],
+        ["python -m pytest", "tests", "--plugin", "metok"],
+    ],
+)
+def test_all_else_is_left_alone(argv: list[str]) -> None:
+    before = list(argv)
+    result = rewritten(argv)
+    assert result == argv == before
+
+
+# --- what METok cannot serve ---
+
+CANNOT = r"^METok cannot serve {} \({}\); it can serve: LlavaOnevisionForConditionalGeneration\.$"
+
+
+@pytest.mark.parametrize("place", ["positional", "--model", "--config"])
+def test_an_unsupported_model(text_checkpoint: Path, config_file: Callable[..., str], place: str) -> None:
+    model = str(text_checkpoint)
+    arguments = {
+        "positional": ["--port", "8001", model],
+        "--model": ["--model", model],
+        "--config": ["--config", config_file(model=model)],
+    }[place]
+    with pytest.raises(ValueError, match=CANNOT.format(model, "Qwen2ForCausalLM")):
+        rewritten(["vllm", "serve", *arguments, "--plugin", "metok"])
+
+
+def test_a_config_without_architectures(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match=CANNOT.format(tmp_path, "no architecture")):
+        rewritten(["vllm", "serve", str(tmp_path), "--plugin", "metok"])
+
+
+def test_a_checkpoint_that_names_metok_itself(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [METOK]}))
+    assert _parsed(rewritten(["vllm", "serve", str(tmp_path), "--plugin", "metok"])[1:]).hf_overrides == {
+        "architectures": [METOK]
+    }
+
+
+@pytest.mark.parametrize("fault", ["no such folder", "no config", "broken config", "no such name"])
+def test_a_model_that_cannot_be_read(tmp_path: Path, fault: str) -> None:
+    model = str(tmp_path)
+    if fault == "broken config":
+        (tmp_path / "config.json").write_text("{")
+    elif fault == "no such folder":
+        model = str(tmp_path / "missing")
+    elif fault == "no such name":
+        model = "nobody/nothing"
+    with pytest.raises(ValueError, match=f"^METok cannot read the config of {model}: ") as error:
+        rewritten(["vllm", "serve", model, "--plugin", "metok"])
+    assert "\n" not in str(error.value)
+
+
+def test_the_config_that_vllm_would_read(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def get_config_dict(model: str, revision: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        asked.append((model, revision))
+        return {"architectures": [METOK]}, {}
+
+    monkeypatch.setattr(PretrainedConfig, "get_config_dict", get_config_dict)
+    rewritten(["vllm", "serve", "a/model", "--revision", "v2", "--plugin", "metok"])
+    rewritten(["vllm", "serve", "a/model", "--plugin", "metok", "--hf-config-path", str(checkpoint)])
+    assert asked == [("a/model", "v2"), (str(checkpoint), None)]
+
+
+def test_what_vllm_refuses_itself(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        rewritten(["vllm", "serve", str(checkpoint), "--plugin", "metok", "--no-such-option"])
+    assert stop.value.code == 2
+    assert "--no-such-option" in capsys.readouterr().err
+
+
+def test_help_is_still_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        rewritten(["vllm", "serve", "--plugin", "metok", "--help"])
+    assert stop.value.code == 0
+    assert "vllm serve" in capsys.readouterr().out
+
+
+# --- in place ---
+
+
+def test_sys_argv_is_rewritten_in_place(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["vllm", "serve", str(checkpoint), "--plugin", "metok"]
+    monkeypatch.setattr(sys, "argv", argv)
+    apply_plugin_option()
+    assert sys.argv is argv, "vLLM and the processes that it starts read the same list"
+    assert argv[:3] == ["vllm", "serve", str(checkpoint)]
+    once = list(argv)
+    apply_plugin_option()
+    assert argv == once, "a second process that loads the plugin must not rewrite again"
+
+
+def test_the_server_does_not_start_with_an_unsupported_model(
+    text_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vllm", "serve", str(text_checkpoint), "--plugin", "metok"])
+    with pytest.raises(SystemExit) as stop:
+        apply_plugin_option()
+    message = str(stop.value)
+    assert message.startswith("vllm: error: METok cannot serve ")
+    assert "LlavaOnevisionForConditionalGeneration" in message
