@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -125,6 +126,14 @@ class PrunedManager(SingleTypeKVCacheManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """Longest run of cached full blocks from the start, as for full attention."""
         block_size = kv_cache_spec.block_size
+        # Hashes may be finer than blocks (--prefix-match-unit); a block is known by the last hash inside it.
+        block_hashes = resolve_block_hashes(
+            block_hashes,
+            block_pool.hash_block_size,
+            block_size,
+            supports_fine_grained_hash_lookup=cls.supports_fine_grained_hash_lookup,
+            alignment_tokens=alignment_tokens,
+        )
         found: tuple[list[KVCacheBlock], ...] = tuple([] for _ in kv_cache_group_ids)
         for block_hash in itertools.islice(block_hashes, max_length // block_size):
             cached = block_pool.get_cached_block(block_hash, kv_cache_group_ids)

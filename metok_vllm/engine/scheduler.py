@@ -1,6 +1,6 @@
 """vLLM's async scheduler with three things METok needs: request facts for the KV managers, chunk borders, a bounded deferral.
 
-Chosen through `scheduler_cls`. It overrides `add_request`, `_free_blocks` and `_try_schedule_encoder_inputs` of
+Chosen through `scheduler_cls`. It overrides `schedule`, `add_request`, `_free_blocks` and `_try_schedule_encoder_inputs` of
 vllm/v1/core/sched/scheduler.py; the last one is where vLLM itself lets multimodal items shorten a chunk.
 """
 
@@ -16,6 +16,7 @@ from metok_vllm.engine.kv_cache import PrunedManager
 from metok_vllm.log import metok_logger
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 logger = metok_logger(__name__)
@@ -48,6 +49,7 @@ class MetokScheduler(AsyncScheduler):
         self._deferred_bytes_per_token = bytes_per_token(self.vllm_config.model_config)
         self._deferral_limit = deferral_limit(self.vllm_config.model_config)
         self._deferred: dict[str, int] = {}  # bytes held by each request that is being deferred
+        self._pending: dict[str, int] = {}  # and by those that start to be in the step being scheduled
 
     def add_request(self, request: Request) -> None:
         spans = pruned_spans(request.mm_features)
@@ -57,14 +59,11 @@ class MetokScheduler(AsyncScheduler):
             request.skip_reading_prefix_cache = True
         super().add_request(request)
 
-    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        self._deferred.pop(request.request_id, None)
-        super()._preempt_request(request, *args, **kwargs)
-
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         self.metok_facts.pop(request.request_id, None)
         self._deferred.pop(request.request_id, None)
+        self._pending.pop(request.request_id, None)
 
     def _try_schedule_encoder_inputs(
         self,
@@ -87,32 +86,50 @@ class MetokScheduler(AsyncScheduler):
             self.encoder_cache_mismatch_reqs.add(request.request_id)
             return [], 0, encoder_compute_budget, [], []
         schedule = super()._try_schedule_encoder_inputs
-        remaining = facts.prompt_len - num_computed_tokens
-        chunk = self._chunk(remaining, num_new_tokens)
-        result = schedule(request, num_computed_tokens, chunk, encoder_compute_budget, shift_computed_tokens)
-        # The encoder's budget may have shortened the chunk. What was to be encoded may no longer overlap it then: ask again.
-        shorter = self._chunk(remaining, result[1])
-        if shorter != result[1]:
-            result = schedule(request, num_computed_tokens, shorter, encoder_compute_budget, shift_computed_tokens)
-        scheduled = result[1]
-        if scheduled == remaining:
-            self._deferred.pop(request.request_id, None)
-        elif scheduled > 0:
-            if not self._may_defer(request.request_id, facts):
+        chunk = self._chunk(facts, request, num_computed_tokens, num_new_tokens)
+        result: tuple[list[int], int, int, list[int], list[int]] = ([], 0, encoder_compute_budget, [], [])
+        while chunk:
+            if num_computed_tokens + chunk < facts.prompt_len and not self._may_defer(request.request_id, facts):
+                if num_computed_tokens == 0:
+                    # It stays in the queue, and must not hold what the look-up below took for it from the encoder cache.
+                    self.encoder_cache_manager.free(request)
                 return [], 0, encoder_compute_budget, [], []
-            self._deferred[request.request_id] = facts.prompt_len * self._deferred_bytes_per_token
+            result = schedule(request, num_computed_tokens, chunk, encoder_compute_budget, shift_computed_tokens)
+            if result[1] == chunk:
+                break
+            # The encoder's budget has shortened the chunk: ask again for a chunk of that length that keeps the rules.
+            chunk = self._chunk(facts, request, num_computed_tokens, result[1])
+            result = ([], 0, encoder_compute_budget, [], [])
+        if 0 < result[1] < facts.prompt_len - num_computed_tokens:
+            self._pending[request.request_id] = facts.prompt_len * self._deferred_bytes_per_token
         return result
 
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        self._pending.clear()
+        output = super().schedule(throttle_prefills)
+        # Read off what was really scheduled: a request that was offered a chunk may have found no blocks for it.
+        self._deferred = {
+            request_id: facts.prompt_len * self._deferred_bytes_per_token
+            for request_id, facts in self.metok_facts.items()
+            if 0 < self.requests[request_id].num_computed_tokens < facts.prompt_len
+        }
+        return output
+
     @staticmethod
-    def _chunk(remaining: int, wanted: int) -> int:
-        """The longest chunk of at most `wanted` tokens that has not one token and does not leave one behind."""
-        chunk = min(wanted, remaining)
-        if remaining - chunk == 1:
-            chunk -= 1
-        return chunk if chunk != 1 else 0
+    def _chunk(facts: RequestFacts, request: Request, computed: int, wanted: int) -> int:
+        """The longest chunk of at most `wanted` tokens that has not one token and does not force a later one to have one.
+
+        vLLM ends a chunk before an item that it cannot encode yet, so no chunk may end one token before an item either.
+        """
+        borders = {feature.mm_position.offset for feature in request.mm_features} | {facts.prompt_len}
+        end = min(computed + wanted, facts.prompt_len)
+        while end + 1 in borders and end > computed:
+            end -= 1
+        return end - computed if end - computed > 1 else 0
 
     def _may_defer(self, request_id: str, facts: RequestFacts) -> bool:
-        if request_id in self._deferred:
+        """Whether the bound leaves room for this prompt beside those being deferred and those offered a chunk in this step."""
+        held = {**self._deferred, **self._pending}
+        if request_id in held:
             return True
-        held = sum(self._deferred.values())
-        return held + facts.prompt_len * self._deferred_bytes_per_token <= self._deferral_limit
+        return sum(held.values()) + facts.prompt_len * self._deferred_bytes_per_token <= self._deferral_limit

@@ -41,7 +41,8 @@ def turn_markers(tokenizer: Any, chat_template: str | None = None) -> TurnMarker
         )
         return str(rendered)
 
-    for as_parts in (True, False):
+    # Plain text first: a template that takes only text would print a list of parts as Python writes it.
+    for as_parts in (False, True):
         try:
             text = render(as_parts)
         except Exception:  # a template written for the other form of content raises whatever Jinja meets

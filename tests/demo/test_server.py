@@ -100,6 +100,8 @@ def test_a_demo_that_is_told_to_end_stops_its_server(tmp_path: Path, number: sig
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell's background job, which a test run may be, hands its children an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert demo.stdout is not None
     assert demo.stdout.readline() == "READY\n"

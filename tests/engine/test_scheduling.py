@@ -95,24 +95,6 @@ def test_an_aborted_request_leaves_nothing(chunked: Engine, steps: int) -> None:
     chunked.check_drained()
 
 
-def test_the_deferral_buffer_is_bounded(sample: Sample) -> None:
-    """With room for one deferred prompt, two are deferred one after the other, and both are answered right."""
-    asked = [Case((scene_video(seed, 30),), max_tokens=6) for seed in (20, 21)]
-    most = 0
-
-    def watch(running: Engine) -> None:
-        nonlocal most
-        most = max(most, len(running.scheduler._deferred))
-
-    with engine(sample, {"max_deferred_bytes": 800_000}, max_num_batched_tokens=96, max_num_seqs=8) as running:
-        for case, answer in zip(asked, running.run(asked, watch), strict=True):
-            assert_same(running.oracle(case), answer, ATOL)
-        assert most == 1
-        with pytest.raises(ValueError, match="max_deferred_bytes"):
-            running.add(Case((scene_video(22, 120),)))
-        running.check_drained()
-
-
 def test_several_samples_of_one_request(cramped: Engine) -> None:
     """n = 2, one token, and a choice of one: vLLM takes no greedy request for several samples."""
     case = Case((scene_video(30, 20),), max_tokens=1)
@@ -136,3 +118,22 @@ def test_prompt_logprobs_of_a_pruned_prompt_are_refused(cramped: Engine) -> None
     assert outputs[refused].outputs[0].finish_reason == "error"
     assert_same(cramped.oracle(neighbour), observed(outputs[neighbour_id]), ATOL)
     cramped.check_drained()
+
+
+# Last in this file: an engine of its own ends the distributed state of those that the fixtures hold.
+def test_the_deferral_buffer_is_bounded(sample: Sample) -> None:
+    """With room for one deferred prompt, two are deferred one after the other, and both are answered right."""
+    asked = [Case((scene_video(seed, 30),), max_tokens=6) for seed in (20, 21)]
+    most = 0
+
+    def watch(running: Engine) -> None:
+        nonlocal most
+        most = max(most, len(running.scheduler._deferred))
+
+    with engine(sample, {"max_deferred_bytes": 800_000}, max_num_batched_tokens=96, max_num_seqs=8) as running:
+        for case, answer in zip(asked, running.run(asked, watch), strict=True):
+            assert_same(running.oracle(case), answer, ATOL)
+        assert most == 1
+        with pytest.raises(ValueError, match="max_deferred_bytes"):
+            running.add(Case((scene_video(22, 120),)))
+        running.check_drained()

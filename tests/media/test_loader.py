@@ -150,7 +150,7 @@ def test_memory_that_cannot_be_had_is_a_refusal(monkeypatch: pytest.MonkeyPatch)
     def fail(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("metok_vllm.media.loader.decode_video", fail)
+    monkeypatch.setattr("metok_vllm.media.decoder.decode_video", fail)
     with pytest.raises(VideoRequestError, match="more memory"):
         MetokVideoLoader.load_bytes(clip(2))
 

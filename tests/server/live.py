@@ -81,7 +81,7 @@ def serving(model: Path, log: Path, *options: str) -> Iterator[Server]:
         yield server
     finally:
         try:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             process.wait(timeout=30)
         except (subprocess.TimeoutExpired, ProcessLookupError):
             pass
