@@ -100,6 +100,9 @@ class Run:
             request = self.scheduler.requests.get(name)
             if request is not None and 0 < request.num_computed_tokens < facts.prompt_len:
                 assert deferred[name] == facts.prompt_len * self.scheduler._deferred_bytes_per_token
+            if request is not None and request in self.scheduler.waiting:
+                held_outputs = self.scheduler.encoder_cache_manager.get_cached_input_ids(request)
+                assert not held_outputs, "a waiting request keeps others from the encoder cache"
 
     def finish(self) -> None:
         """Run until every request has ended; nothing may be left then."""
@@ -205,6 +208,33 @@ def test_a_waiting_request_holds_no_encoder_output(run: Any) -> None:
     crowded.scheduler.requests["r2"].mm_features[0].identifier = "r0/0"
     crowded.finish()
     assert crowded.chunks["r1"] == [16, 6, 16, 16]
+
+
+def test_a_prompt_that_fits_but_for_the_encoder_holds_nothing_either(run: Any) -> None:
+    """Its second video has no room yet, so it would have to be deferred, and may not be: back to the queue with nothing."""
+    crowded = run(Limits(step_tokens=48, encoder_tokens=40, deferred_tokens=54))
+    crowded.add(Prompt((2, 3), (plan(14),), answer=1))
+    crowded.finish()
+    crowded.add(Prompt((2, 0, 4), (plan(20), plan(28)), answer=1))
+    crowded.add(Prompt((0, 0, 1), (plan(14), plan(10)), answer=1))
+    crowded.scheduler.requests["r2"].mm_features[0].identifier = "r0/0"
+    crowded.finish()
+    assert crowded.chunks == {"r0": [19], "r1": [22, 32], "r2": [25]}
+
+
+def test_a_complete_prompt_makes_room_for_the_next(run: Any) -> None:
+    crowded = run(Limits(step_tokens=16, deferred_tokens=40))
+    crowded.add(Prompt((4, 4), (plan(32),), answer=50))
+    crowded.add(Prompt((4, 4), (plan(32),), answer=1))
+    started = []
+    while "r1" in crowded.scheduler.requests:
+        crowded.step()
+        started.append("r1" in crowded.chunks)
+    # Three steps for the first prompt. The last one has room for tokens of the second, but its own state is still held.
+    assert started == [False, False, False, True, True, True]
+    assert crowded.chunks["r1"] == [15, 15, 10]
+    assert "r0" in crowded.scheduler.requests
+    crowded.finish()
 
 
 # --- everything at once ---
