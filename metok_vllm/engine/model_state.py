@@ -19,7 +19,6 @@ from metok_vllm.engine.report import Reports
 from metok_vllm.engine.requests import PrunedRequests, VideoTags
 from metok_vllm.engine.slots import KINDS, PrunedGroup, SlotRanks, pruned_groups, slots_of, token_rows
 from metok_vllm.engine.step import PrefillRow, PrunedBatch, PrunedStep
-from metok_vllm.log import metok_logger
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
     from vllm.v1.worker.gpu.states import RequestState
     from vllm.v1.worker.utils import AttentionGroup
-
-logger = metok_logger(__name__)
 
 
 class MetokModelState(DefaultModelState):
