@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from training import fused
+from training.attention import attend
 
 
 @dataclass(frozen=True)
@@ -81,45 +83,19 @@ class Layer(nn.Module):
         values = self.v_proj.weight.view(c.kv_heads, 1, c.head_dim, c.hidden)
         self.o_proj.weight.add_(copying * values.expand(-1, group, -1, -1).reshape(-1, c.hidden).T)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Packed, causal: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Packed) -> Tensor:
         """``x [B, P + N * L, H]`` to the same shape; ``cos``/``sin`` ``[B, 1, P + N * L, head_dim]``."""
         c, (b, n, _) = self.c, x.shape
-        h = F.rms_norm(x, (c.hidden,), self.input_layernorm, c.eps)
+        h = fused.rms_norm(x, self.input_layernorm, c.eps)
         q = self.q_proj(h).view(b, n, c.heads, c.head_dim).transpose(1, 2)
         k = self.k_proj(h).view(b, n, c.kv_heads, c.head_dim).transpose(1, 2)
         v = self.v_proj(h).view(b, n, c.kv_heads, c.head_dim).transpose(1, 2)
-        q, k = _rotate(q, cos, sin) * c.head_dim**-0.5, _rotate(k, cos, sin)
-        q = q.reshape(b * c.kv_heads, c.heads // c.kv_heads, n, c.head_dim)
-        x = x + self.o_proj(_attend(q, k.flatten(0, 1), v.flatten(0, 1), batch, causal, b))
-        h = F.rms_norm(x, (c.hidden,), self.post_attention_layernorm, c.eps)
-        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, batch: Packed, causal: tuple[Tensor, Tensor], rows: int) -> Tensor:
-    """Attention of packed rows: ``q [B * KV, G, n, D]``, ``k, v [B * KV, n, D]`` to ``[B, n, KV * G * D]``.
-
-    Two products instead of one masked one: question tokens never meet another question's keys.
-    """
-    (bk, g, n, d), p, count = q.shape, batch.prefix, batch.questions
-    kp, vp = k[:, :p], v[:, :p]
-    seen = (q[:, :, :p].reshape(bk, g * p, d) @ kp.transpose(1, 2)).view(bk, g, p, p) + causal[0]
-    first = (seen.softmax(-1).view(bk, g * p, p) @ vp).view(bk, g, p, d)
-    length = (n - p) // count
-    ko, vo = (t[:, p:].reshape(bk * count, length, d) for t in (k, v))
-    qo = q[:, :, p:].reshape(bk, g, count, length, d).transpose(1, 2)  # [bk, N, G, L, D]
-    far = (qo.reshape(bk, -1, d) @ kp.transpose(1, 2)).view(rows, -1, p) + batch.prefix_bias
-    near = (qo.reshape(bk * count, g * length, d) @ ko.transpose(1, 2)).view(-1, g, length, length) + causal[1]
-    scores = torch.cat((far.view(-1, p), near.view(-1, length)), dim=-1).softmax(-1)
-    far, near = scores[:, :p], scores[:, p:]
-    second = (far.reshape(bk, -1, p) @ vp).view(bk, count, g, length, d)
-    second = second + (near.reshape(bk * count, -1, length) @ vo).view_as(second)
-    second = second.transpose(1, 2).reshape(bk, g, n - p, d)
-    return torch.cat((first, second), dim=2).view(rows, -1, n, d).transpose(1, 2).reshape(rows, n, -1)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+        q, k = fused.rotate(q, cos, sin), fused.rotate(k, cos, sin)
+        k, v = (t.repeat_interleave(c.heads // c.kv_heads, dim=1) for t in (k, v))
+        mixed = attend(q, k, v, batch.prefix, batch.questions, batch.prefix_bias[:, None])
+        x = x + self.o_proj(mixed.transpose(1, 2).reshape(b, n, -1))
+        h = fused.rms_norm(x, self.post_attention_layernorm, c.eps)
+        return x + self.down_proj(fused.swiglu(self.gate_proj(h), self.up_proj(h)))
 
 
 class LM(nn.Module):
@@ -150,16 +126,13 @@ class LM(nn.Module):
         angle = batch.positions[:, None, :, None].float() * inv
         angle = torch.cat((angle, angle), dim=-1)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        far = torch.finfo(torch.bfloat16).min
-        length = (x.shape[1] - batch.prefix) // batch.questions
-        causal = tuple(torch.full((m, m), far, device=x.device, dtype=x.dtype).triu(1) for m in (batch.prefix, length))
         early = None
         for number, layer in enumerate(self.layers, start=1):
-            x = layer(x, cos, sin, batch, causal)
+            x = layer(x, cos, sin, batch)
             if number == tap:
                 early = self.read_out(x[:, batch.prefix :])
         return self.read_out(x[:, batch.prefix :]), early
 
     def read_out(self, x: Tensor) -> Tensor:
         """The final norm."""
-        return F.rms_norm(x, (self.c.hidden,), self.norm, self.c.eps)
+        return fused.rms_norm(x, self.norm, self.c.eps)

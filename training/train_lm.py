@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training import optim
+from training import fused, optim
 from training.device import DEVICE
 from training.lm import LM, LMConfig
 from training.packing import (
@@ -262,6 +262,7 @@ def parse() -> argparse.Namespace:
     ap.add_argument("--pool", type=int, default=1500)
     ap.add_argument("--patience", type=int, default=1500, help="most steps in one stage of the curriculum")
     ap.add_argument("--every", type=float, default=10, help="minutes between checkpoints")
+    ap.add_argument("--compile", action="store_true", help="compile element-wise loops (needs a C++ compiler)")
     ap.add_argument("--valid", type=int, default=24, help="held-out videos of each score")
     return ap.parse_args()
 
@@ -269,6 +270,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Train until the minutes are over."""
     args = parse()
+    if args.compile:
+        fused.compile_all()
     run = Run(args)
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
