@@ -121,7 +121,7 @@ class _Asked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, kp, vp, kn, vn, bias, lse, near, out = ctx.saved_tensors
-        b, h, questions, length, d = kn.shape
+        b, h, questions, length, _ = kn.shape
         back = _Backward(q, lse, out, grads[0])
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(kp), torch.zeros_like(vp)
         for low in range(0, q.shape[2], _ROWS):

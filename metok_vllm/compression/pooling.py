@@ -66,6 +66,38 @@ def pool_frames(features: Tensor, stride: int, mode: PoolMode) -> Tensor:
     return pooled.permute(0, 2, 3, 1).reshape(frames, -1, channels)
 
 
+class VideoLayout(NamedTuple):
+    """Where everything goes in a video's tokens. Sizes are known on the host, the rest stays on the device."""
+
+    total: int
+    starts: Tensor  # int64 [T], row of each frame's first token
+    separators: Tensor  # int64 [events], row of each separator; meaningless where the model has none
+    token_frame: Tensor  # int64 [total], frame of each row
+
+
+def lay_out(
+    tiers: Tensor, per_frame: TokensPerFrame, quota: TierQuota, separators: bool, event_ids: Tensor
+) -> VideoLayout:
+    """Lay out a video's tokens in time order, a separator behind each event's last frame.
+
+    Args:
+        tiers: int64 [T], with exactly the quota's counts.
+        per_frame: tokens of a frame of each tier.
+        quota: the counts.
+        separators: whether the model has them.
+        event_ids: int64 [T], never decreasing.
+    """
+    total = video_tokens(quota, per_frame, separators)
+    device = tiers.device
+    last_frame = torch.searchsorted(event_ids, torch.arange(quota.events, device=device), right=True) - 1
+    lengths = torch.where(tiers == 0, per_frame[0], torch.where(tiers == 1, per_frame[1], per_frame[2]))
+    if separators:
+        lengths = lengths.index_add(0, last_frame, torch.ones_like(last_frame))
+    ends = lengths.cumsum(0)
+    token_frame = torch.searchsorted(ends, torch.arange(total, device=device), right=True)
+    return VideoLayout(total, ends - lengths, ends[last_frame] - 1, token_frame)
+
+
 def pool_video(
     features: Tensor,
     tiers: Tensor,
@@ -100,19 +132,10 @@ def pool_video(
             f"fit a quota of {quota.frames} frames"
         )
     per_frame = tokens_per_frame(height, width, strides, mode)
-    total = video_tokens(quota, per_frame, separators=separator is not None)
+    layout = lay_out(tiers, per_frame, quota, separator is not None, event_ids)
     device = features.device
 
-    # Last frame of each event, then where each frame's tokens start and end in the output.
-    last_frame = torch.searchsorted(event_ids, torch.arange(quota.events, device=device), right=True) - 1
-    frame_tokens = torch.where(tiers == 0, per_frame[0], torch.where(tiers == 1, per_frame[1], per_frame[2]))
-    lengths = frame_tokens
-    if separator is not None:
-        lengths = frame_tokens.index_add(0, last_frame, torch.ones_like(last_frame))
-    ends = lengths.cumsum(0)
-    starts = ends - lengths
-
-    tokens = torch.empty(total, channels, dtype=features.dtype, device=device)
+    tokens = torch.empty(layout.total, channels, dtype=features.dtype, device=device)
     by_tier = torch.argsort(tiers, stable=True)
     end = 0
     for frames_in_tier, stride, count in zip(quota.counts(), strides, per_frame, strict=True):
@@ -120,11 +143,8 @@ def pool_video(
         offsets = torch.arange(count, device=device)
         for at in range(begin, end, FRAMES_PER_BLOCK):
             block = by_tier[at : min(at + FRAMES_PER_BLOCK, end)]
-            rows = (starts[block][:, None] + offsets).flatten()
+            rows = (layout.starts[block][:, None] + offsets).flatten()
             tokens.index_copy_(0, rows, pool_frames(features[block], stride, mode).flatten(0, 1))
     if separator is not None:
-        rows = ends[last_frame] - 1
-        tokens.index_copy_(0, rows, separator.to(tokens.dtype).expand(quota.events, channels))
-
-    token_frame = torch.searchsorted(ends, torch.arange(total, device=device), right=True)
-    return PooledVideo(tokens, event_ids[token_frame], token_frame)
+        tokens.index_copy_(0, layout.separators, separator.to(tokens.dtype).expand(quota.events, channels))
+    return PooledVideo(tokens, event_ids[layout.token_frame], layout.token_frame)

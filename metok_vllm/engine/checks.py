@@ -106,7 +106,6 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         "METok needs its own scheduler, which METok sets itself: remove --scheduler-cls.": (
             scheduler.scheduler_cls is not None and not _is_metok_scheduler(scheduler.scheduler_cls)
         ),
-        "METok needs asynchronous scheduling: remove --no-async-scheduling.": scheduler.async_scheduling is False,
         "METok does not support vLLM's own video pruning beside it: remove --video-pruning-rate.": bool(
             multimodal is not None and getattr(multimodal, "video_pruning_rate", None)
         ),
@@ -120,6 +119,9 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         # A pruned prompt takes no chunk of one token and leaves none behind, so steps of two tokens may never end it.
         "METok needs chunks of 3 tokens or more: raise --long-prefill-token-threshold.": (
             0 < scheduler.long_prefill_token_threshold < 3
+        ),
+        "METok does not support breakable CUDA graphs: unset VLLM_USE_BREAKABLE_CUDAGRAPH and VLLM_BATCH_INVARIANT.": (
+            envs.VLLM_USE_BREAKABLE_CUDAGRAPH or envs.VLLM_BATCH_INVARIANT
         ),
         "METok needs Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER=0.": envs.VLLM_USE_V2_MODEL_RUNNER is False,
         "METok needs Model Runner V2, but vLLM chose V1: its warning above this says why.": (

@@ -9,20 +9,24 @@ import numpy as np
 import torch
 from torch import nn
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
+from metok_vllm.engine.batch import PrefillRow, PrunedBatch
+from metok_vllm.engine.memory import MemoryReserve
 from metok_vllm.engine.report import Reports
 from metok_vllm.engine.requests import PrunedRequests, VideoTags
 from metok_vllm.engine.slots import KINDS, PrunedGroup, SlotRanks, pruned_groups, slots_of, token_rows
-from metok_vllm.engine.step import PrefillRow, PrunedBatch, PrunedStep
+from metok_vllm.engine.step import PrunedStep
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import NewRequestData
+    from vllm.v1.worker.gpu.block_table import BlockTables
     from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
     from vllm.v1.worker.gpu.states import RequestState
     from vllm.v1.worker.utils import AttentionGroup
@@ -40,6 +44,21 @@ class MetokModelState(DefaultModelState):
         self._index: dict[str, int] = {}
         self.ranks = SlotRanks(self.max_num_reqs, device)
         self._step: PrunedStep | None = None
+        self._reserve = MemoryReserve(vllm_config, device)
+
+    # --- start ---
+
+    def dummy_inputs_embeds(self, num_tokens: int) -> torch.Tensor:
+        self._reserve.hold()
+        return super().dummy_inputs_embeds(num_tokens)
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        self._reserve.release()
+
+    def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
+        """Full graphs for decodes only: a graph of a mixed batch would be replayed in place of a pruned step."""
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, "METok"
 
     # --- requests ---
 
@@ -169,10 +188,10 @@ class MetokModelState(DefaultModelState):
         block_tables: Sequence[torch.Tensor],
         groups: Sequence[PrunedGroup],
     ) -> PrunedBatch:
-        of_others = torch.ones(input_batch.num_tokens, dtype=torch.bool)
+        of_others = np.ones(input_batch.num_tokens, dtype=bool)
         for row in rows:
             of_others[row.tokens] = False
-        others = of_others.nonzero().flatten()
+        others = torch.from_numpy(np.flatnonzero(of_others))
         batch_rows = token_rows(input_batch)[others].to(self.device)
         index = others.to(self.device)
         shift = self.ranks.shift[:, input_batch.idx_mapping]

@@ -12,7 +12,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from metok_vllm.compression import events, pooling
+from metok_vllm.compression.ordering import true_indices
+from metok_vllm.compression.pooling import PooledVideo, PoolMode, Strides
 from metok_vllm.compression.scoring import text_to_visual_scores as torch_scores
+from metok_vllm.compression.selection import select_per_event
+from metok_vllm.compression.tiers import TierQuota
 
 VARIABLE = "METOK_KERNELS"
 CHOICES = ("auto", "torch", "triton")
@@ -74,10 +79,75 @@ def scores(
     )
 
 
+def select(scores: torch.Tensor, lengths: torch.Tensor, keep: torch.Tensor, total: int) -> torch.Tensor:
+    """The `keep[e]` best of every event; see `compression.selection.select_per_event`.
+
+    Args:
+        scores: float32 [n], event after event.
+        lengths: int64 [events], of each event; they sum up to n.
+        keep: int64 [events], at most `lengths`.
+        total: sum of `keep`.
+
+    Returns:
+        int64 [total], ascending indices into `scores`.
+    """
+    if not uses_triton(scores.device):
+        event = torch.arange(lengths.shape[0], device=lengths.device)
+        ids = torch.repeat_interleave(event, lengths, output_size=scores.shape[0])
+        return true_indices(select_per_event(scores, ids, keep), total)
+    from metok_kernels.select_per_event import select_per_event as kernel
+
+    edges = F.pad(lengths.cumsum(0), (1, 0))
+    index, _ = kernel(scores, edges, keep, max_length=scores.shape[0], capacity=total)
+    return index
+
+
+def event_similarity(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frame vectors float32 [T, D] and adjacent similarities float32 [T - 1] of one video, `features` [T, N, D]."""
+    if not uses_triton(features.device):
+        vectors = events.frame_vectors(features)
+        return vectors, events.adjacent_similarity(vectors)
+    from metok_kernels.event_similarity import event_similarity as kernel
+
+    frames = torch.tensor([0, features.shape[0]], dtype=torch.int32).to(features.device, non_blocking=True)
+    vectors, similarity = kernel(features, frames)
+    return vectors, similarity[:-1]
+
+
+def pool_video(
+    features: torch.Tensor,
+    tiers: torch.Tensor,
+    strides: Strides,
+    quota: TierQuota,
+    mode: PoolMode,
+    separator: torch.Tensor | None,
+    event_ids: torch.Tensor,
+) -> PooledVideo:
+    """Stage 1's tokens of one video; arguments and result as in `compression.pooling.pool_video`."""
+    if not uses_triton(features.device):
+        return pooling.pool_video(features, tiers, strides, quota, mode, separator, event_ids)
+    from metok_kernels.tiered_pool import tiered_pool
+
+    per_frame = pooling.tokens_per_frame(features.shape[1], features.shape[2], strides, mode)
+    layout = pooling.lay_out(tiers, per_frame, quota, separator is not None, event_ids)
+    stride = torch.where(tiers == 0, strides[0], torch.where(tiers == 1, strides[1], strides[2]))
+    tokens = tiered_pool(
+        features,
+        stride,
+        layout.starts,
+        mode=mode,
+        total=layout.total,
+        min_stride=min(strides),
+        separator=None if separator is None else separator.detach().to(features.dtype),
+        separator_offset=None if separator is None else layout.separators,
+    )
+    return PooledVideo(tokens, event_ids[layout.token_frame], layout.token_frame)
+
+
 def gather(
     index: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows `index` (int64 [n]) of hidden state [m, D], residual [m, D] and positions int64 [m]."""
+    """Rows `index` (int64 [n]) of hidden state [m, D], residual [m, D] and positions int64 [m], in one launch."""
     if not uses_triton(hidden.device):
         return hidden[index], residual[index], positions[index]
     from metok_kernels.gather_rows import gather_rows

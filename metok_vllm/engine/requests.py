@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from metok_vllm.engine.facts import VideoSpan, pruned_spans
 
@@ -73,7 +75,8 @@ class PrunedRequest:
     req_id: str
     prompt_len: int
     spans: tuple[VideoSpan, ...]
-    score_rows: torch.Tensor  # int64 on the host: text positions behind the first pruned video, ascending
+    score_rows: torch.Tensor  # int64 on the device: text positions behind the first pruned video, ascending
+    host_rows: NDArray[np.int64]  # the same on the host
     rows_before: tuple[int, ...]  # for each video, how many of score_rows stand before its end
     static: torch.Tensor  # int64 on the device: prompt positions outside the pruned videos, ascending
     tags: list[VideoTags | None] = field(default_factory=list)
@@ -91,6 +94,11 @@ class PrunedRequest:
     @property
     def deferred_bytes(self) -> int:
         return sum(chunk.nbytes for chunk in self.chunks)
+
+    def rows_within(self, start: int, length: int) -> torch.Tensor:
+        """Those of `score_rows` that are at least `start` and less than `start + length`."""
+        first, last = np.searchsorted(self.host_rows, (start, start + length))
+        return self.score_rows[int(first) : int(last)]
 
     @classmethod
     def create(cls, data: NewRequestData, device: torch.device) -> PrunedRequest | None:
@@ -112,7 +120,8 @@ class PrunedRequest:
             req_id=data.req_id,
             prompt_len=prompt_len,
             spans=spans,
-            score_rows=rows,
+            score_rows=rows.to(device),
+            host_rows=rows.numpy(),
             rows_before=tuple(int((rows < span.end).sum()) for span in spans),
             static=outside.nonzero().flatten().to(device),
             tags=[None] * len(spans),

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from metok_vllm.compression import alignment, events, tiers
-from metok_vllm.compression.pooling import PoolMode, pool_video
+from metok_vllm.compression.pooling import PoolMode
 from metok_vllm.compression.selection import prune_layers
+from metok_vllm.engine import ops
 from metok_vllm.engine.attention import LayerRole, MetokAttention
+from metok_vllm.engine.batch import DecoderStack
 from metok_vllm.engine.plan import ALIGNERS, VideoPlan
 from metok_vllm.engine.requests import pack_tags
 from metok_vllm.engine.server import server_settings
-from metok_vllm.engine.step import DecoderStack
 from metok_vllm.models.aligners import FRAMES_PER_BLOCK, DualTower, resolve_aligner
 from metok_vllm.models.processing import PIXELS_FIELD, QUESTION_FIELD, WINDOWS_FIELD
 
@@ -92,8 +93,8 @@ class MetokModel:
         features = torch.cat([self.video_features(block) for block in torch.split(pixels, FRAMES_PER_BLOCK)])
         if not plan.pruned:
             return self.stock_video(features)
-        vectors = events.frame_vectors(features.flatten(1, 2))
-        event_ids = events.segment(events.adjacent_similarity(vectors), plan.events)
+        vectors, similarity = ops.event_similarity(features.flatten(1, 2))
+        event_ids = events.segment(similarity, plan.events)
         aligner = ALIGNERS[plan.aligner]
         if aligner == "none":
             r, scores = alignment.events_only(vectors, event_ids, plan.events)
@@ -103,7 +104,7 @@ class MetokModel:
         key = alignment.key_events(scores, plan.key_events)
         tier = tiers.assign(event_ids, r, key, plan.key_frames, plan.quota)
         separator = self.separator()
-        video = pool_video(features, tier, plan.strides, plan.quota, self.pool_mode, separator, event_ids)
+        video = ops.pool_video(features, tier, plan.strides, plan.quota, self.pool_mode, separator, event_ids)
         tags = pack_tags(video.token_event, key[video.token_event], video.token_frame, tier[video.token_frame])
         return torch.cat([video.tokens, tags.to(video.tokens.dtype)], dim=1)
 

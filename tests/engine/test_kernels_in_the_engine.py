@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+from collections import Counter
+from typing import Any
+
 import pytest
 
 from metok_vllm.engine import ops
@@ -9,32 +13,38 @@ from tests.engine.harness import Case, engine
 from tests.oracle import assert_same
 from tests.oracle.samples import load_sample, scene_video
 
+KERNELS = (
+    "event_similarity",
+    "tiered_pool",
+    "text_to_visual_scores",
+    "select_per_event",
+    "gather_rows",
+    "pruned_slots",
+)
+
+
+def count_launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts the calls of every kernel's launcher from here on."""
+    launches: Counter[str] = Counter()
+    for name in KERNELS:
+        module = importlib.import_module(f"metok_kernels.{name}")
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name), launches))
+    return launches
+
+
+def counted(name: str, launch: Any, launches: Counter[str]) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        launches[name] += 1
+        return launch(*args, **kwargs)
+
+    return call
+
 
 def test_forced_kernels_equal_the_oracle(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import metok_kernels.pruned_slots as slots
-    import metok_kernels.text_to_visual_scores as scoring
-
     monkeypatch.setenv(ops.VARIABLE, "triton")
-    calls = 0
-    ranked = 0
-    launch = scoring.text_to_visual_scores
-
-    def counted(*args: object, **kwargs: object) -> object:
-        nonlocal calls
-        calls += 1
-        return launch(*args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(scoring, "text_to_visual_scores", counted)
-    rank = slots.pruned_slots
-
-    def counted_ranks(*args: object, **kwargs: object) -> None:
-        nonlocal ranked
-        ranked += 1
-        rank(*args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(slots, "pruned_slots", counted_ranks)
+    launches = count_launches(monkeypatch)
     sample = load_sample(tmp_path_factory.mktemp("model"), seed=13)
     asked = [
         Case((scene_video(1, 9),), max_tokens=8),
@@ -45,8 +55,13 @@ def test_forced_kernels_equal_the_oracle(
         for case, answer in zip(asked, running.run(asked), strict=True):
             assert_same(running.oracle(case), answer, 1e-3)
         running.check_drained()
-    assert ranked > 0
-    assert calls == 2 * 3, "three videos, each scored at L1 and at L2"
+    videos = 3
+    assert launches["event_similarity"] == launches["tiered_pool"] == videos
+    assert launches["text_to_visual_scores"] == 2 * videos, "each video is scored at L1 and at L2"
+    # Prompts that end in the same step share a launch.
+    assert 2 <= launches["select_per_event"] <= 4
+    assert launches["gather_rows"] >= 2
+    assert launches["pruned_slots"] > 0
 
 
 def test_an_unknown_choice_raises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,10 +68,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"},
         "METok needs its own scheduler, which METok sets itself: remove --scheduler-cls.",
     ),
-    "no async scheduling": (
-        {"async_scheduling": False},
-        "METok needs asynchronous scheduling: remove --no-async-scheduling.",
-    ),
     "vLLM's video pruning": (
         {"video_pruning_rate": 0.5},
         f"{NO}vLLM's own video pruning beside it: remove --video-pruning-rate.",
@@ -127,6 +123,20 @@ def test_none_of_it_concerns_a_server_without_metok(make_config: Make, what: str
     except ValueError as error:
         said = str(error)
     assert "METok" not in said
+
+
+@pytest.mark.parametrize("variable", ["VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_BATCH_INVARIANT"])
+def test_breakable_graphs_are_refused(make_config: Make, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    # vLLM itself sets the first variable where the second one is set; monkeypatch takes both back.
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
+    monkeypatch.setenv(variable, "1")
+    assert refusal(make_config) == (
+        "METok does not support breakable CUDA graphs: unset VLLM_USE_BREAKABLE_CUDAGRAPH and VLLM_BATCH_INVARIANT."
+    )
+
+
+def test_synchronous_scheduling_is_accepted(make_config: Make) -> None:
+    assert make_config(async_scheduling=False).scheduler_config.scheduler_cls is MetokScheduler
 
 
 def test_every_flag_that_a_sentence_names_exists() -> None:

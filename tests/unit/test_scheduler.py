@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -62,6 +63,7 @@ class Run:
             self.check_chunk(name, tokens)
         for name, request in self.scheduler.requests.items():
             self.seen["preempted"] += request.num_preemptions - before[name]
+        self.check_endings(step.tokens)
         self.check_memory()
         while self.waiting and (len(self.waiting) >= self.in_flight or not step.tokens):
             self.waiting.popleft().finish()
@@ -82,6 +84,16 @@ class Run:
         assert left != 1, "what is left would be a chunk of one token"
         self.chunks[name] = [*(self.chunks[name] if start else []), tokens]
         self.seen["deferred"] += left > 0
+
+    def check_endings(self, tokens: Mapping[str, int]) -> None:
+        """Memory is reserved for no more than this: see `memory.PruningMemory`."""
+        ending = []
+        for name, count in tokens.items():
+            facts, end = self.facts.get(name), self.scheduler.requests[name].num_computed_tokens
+            if facts is not None and count < end == facts.prompt_len:
+                ending.append(facts.prompt_len)
+        assert len(ending) < 2 or sum(ending) <= self.limits.step_tokens, "too many long prompts end in one step"
+        self.seen["ended together"] += len(ending) > 1
 
     def check_memory(self) -> None:
         pool = self.scheduler.kv_cache_manager.block_pool
@@ -235,6 +247,22 @@ def test_a_complete_prompt_makes_room_for_the_next(run: Any) -> None:
     assert crowded.chunks["r1"] == [15, 15, 10]
     assert "r0" in crowded.scheduler.requests
     crowded.finish()
+
+
+def test_long_prompts_do_not_end_together(run: Any) -> None:
+    busy = run(Limits(step_tokens=16, requests=2, deferred_tokens=200), 1)
+    for _ in range(2):
+        busy.add(Prompt((4, 3), (plan(13),), answer=1))
+    ends = {}
+    for step in range(8):
+        busy.step()
+        for name in busy.chunks:
+            if sum(busy.chunks[name]) == 20:
+                ends.setdefault(name, step)
+    # The second prompt's five last tokens would fit the step that the first one ends in.
+    assert ends == {"r0": 1, "r1": 2}
+    assert busy.seen["ended together"] == 0
+    busy.finish()
 
 
 # --- everything at once ---

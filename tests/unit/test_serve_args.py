@@ -13,7 +13,7 @@ import pytest
 import yaml
 from transformers import PretrainedConfig
 
-from metok_vllm.serve_args import MIDDLEWARE, _parsed, apply_plugin_option, rewritten
+from metok_vllm.serve_args import CONNECTOR_VARIABLE, MIDDLEWARE, _parsed, apply_plugin_option, rewritten
 from tests.unit.conftest import METOK
 
 BATCH = ["-i", "in.jsonl", "-o", "out.jsonl"]
@@ -266,6 +266,7 @@ def test_help_is_still_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_sys_argv_is_rewritten_in_place(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     argv = ["vllm", "serve", str(checkpoint), "--plugin", "metok"]
     monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setenv(CONNECTOR_VARIABLE, "http")  # an operator's choice holds, and no other test sees METok's
     apply_plugin_option()
     assert sys.argv is argv, "vLLM and the processes that it starts read the same list"
     assert argv[:3] == ["vllm", "serve", str(checkpoint)]

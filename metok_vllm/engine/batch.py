@@ -1,0 +1,71 @@
+"""What a pruned step is told: the layers it runs, and where each request's tokens stand in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from metok_vllm.compression.selection import PruneLayers
+from metok_vllm.engine.attention import LayerRole
+from metok_vllm.engine.requests import PrunedRequest
+
+
+@dataclass(frozen=True)
+class DecoderStack:
+    """The language model's layers as a pruned step runs them."""
+
+    layers: Sequence[nn.Module]
+    norm: nn.Module
+    roles: Sequence[LayerRole]
+    prune_layers: PruneLayers
+
+    @property
+    def scoring_layers(self) -> tuple[int, int]:
+        """The layers whose attention L1 and L2 choose by: those right before them."""
+        first, second, _ = self.prune_layers
+        return first - 1, second - 1
+
+    def attention(self, index: int) -> Any:
+        """The attention of a layer."""
+        layer: Any = self.layers[index]
+        return layer.self_attn.attn
+
+
+@dataclass(frozen=True)
+class PrefillRow:
+    """The rows that one pruned request has in this step's batch."""
+
+    request: PrunedRequest
+    batch_row: int
+    start: int  # index of its first token in the batch
+    length: int
+    computed: int  # position of that token in the prompt
+
+    @property
+    def ends(self) -> bool:
+        """Whether the prompt is complete with this step."""
+        return self.computed + self.length == self.request.prompt_len
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.start, self.start + self.length)
+
+
+@dataclass(frozen=True)
+class PrunedBatch:
+    """What the step needs to know of the batch; built by the model state, which sees the block tables."""
+
+    rows: Sequence[PrefillRow]
+    num_tokens: int
+    others: torch.Tensor  # int64 [No], batch index of every token of the other requests
+    others_slots: Mapping[str, torch.Tensor]  # layer name -> int64 [No]
+    tables: Mapping[str, torch.Tensor]  # layer name of a layer from L1 up -> int32 [batch rows, blocks]
+    block_size: int
+
+    @property
+    def num_others(self) -> int:
+        return self.others.shape[0]

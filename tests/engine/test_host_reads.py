@@ -1,0 +1,64 @@
+"""METok's step path reads the device once in a video request's prefill, and never while decoding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from metok_vllm.engine import ops
+from tests.engine.harness import Case, Engine, engine
+from tests.engine.host_reads import reads_by_metok
+from tests.oracle import assert_same
+from tests.oracle.samples import load_sample, scene_video
+
+ON_THE_HOST = {
+    "plan.py:from_tensor tolist",  # the plan stays on the host (`keep_on_cpu`)
+    "metok_model.py:_alignment __int__",  # so does the length of the question
+    "requests.py:create nonzero",  # a new request's layout, made on the host
+    "requests.py:<genexpr> __int__",
+    "model_state.py:_others_metadata __int__",  # vLLM keeps bounds of the lengths on the host
+    "requests.py:create numpy",
+}
+"""Reads of tensors that never were on the device."""
+
+THE_READ = "survivors.py:survivors_of_l1 tolist"
+
+
+def cases() -> list[Case]:
+    return [
+        Case((scene_video(1, 9),), metok={"decode_retention": 0.5, "report": True}, max_tokens=6),
+        Case((scene_video(2, 5), scene_video(3, 8)), max_tokens=6),
+        Case((), "No video here.", max_tokens=6),
+        Case((scene_video(4, 6),), metok="off", max_tokens=6),
+    ]
+
+
+def check(running: Engine) -> None:
+    asked = cases()
+    with reads_by_metok() as found:
+        answers = running.run(asked)
+    pruned = 2
+    assert 1 <= found.pop(THE_READ) <= pruned, "prompts that end in one step share the read"
+    assert set(found) <= ON_THE_HOST, found
+    for case, answer in zip(asked, answers, strict=True):
+        assert_same(running.oracle(case), answer, 1e-3)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_one_read_in_a_prefill_and_none_in_decoding(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, kernels: str
+) -> None:
+    sample = load_sample(tmp_path_factory.mktemp("model"), seed=19)
+    monkeypatch.setenv(ops.VARIABLE, kernels)
+    with engine(sample, max_num_batched_tokens=64, max_num_seqs=8) as running:
+        check(running)
+        # The finder finds: the same run with an operation that reads must be caught.
+        original = ops.gather
+
+        def peeking(index: torch.Tensor, *tensors: torch.Tensor) -> object:
+            assert int(index.sum()) >= 0
+            return original(index, *tensors)
+
+        monkeypatch.setattr(ops, "gather", peeking)
+        with pytest.raises(AssertionError, match="_deep"):
+            check(running)

@@ -1,0 +1,81 @@
+"""What is reserved for pruned steps beside the KV cache: bounds by hand, and the reserve's life."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from metok_vllm.engine.memory import MemoryReserve, PruningMemory
+from metok_vllm.engine.model_state import MetokModelState
+
+Make = Callable[..., Any]
+
+
+def test_the_bounds_of_a_known_model(make_config: Make) -> None:
+    config = make_config(max_model_len=1000, max_num_batched_tokens=256, max_num_seqs=8, enable_chunked_prefill=True)
+    text = config.model_config.hf_text_config
+    hidden, heads, kv, mlp = (
+        text.hidden_size, text.num_attention_heads, text.num_key_value_heads, text.intermediate_size
+    )  # fmt: skip
+    width = config.model_config.get_head_size()
+    found = PruningMemory.of(config)
+    state = 4 * (2 * hidden + (heads + kv) * width)  # float32: hidden, residual, queries and keys of one token
+    assert found.deferred == 2 * 1000 * state, "two prompts of the longest length, by default"
+    assert found.joined == 1000 * state
+    assert found.gathered == 2 * (1000 + 256) * 2 * hidden * 4
+    # Four layers are pruned before 1, 2 and 3: only layer 1 holds keys and values back.
+    assert found.held == (1000 + 256) * 2 * kv * width * 4
+    assert found.layers == 1000 * 4 * (2 * hidden + max(2 * (heads + kv) * width, 3 * mlp))
+    assert found.total == found.deferred + found.joined + found.gathered + found.held + found.layers
+
+
+def test_settings_lower_it(make_config: Make) -> None:
+    def of(**options: Any) -> PruningMemory:
+        return PruningMemory.of(make_config(max_num_batched_tokens=256, max_num_seqs=8, **options))
+
+    whole = of(max_model_len=4096)
+    assert of(max_model_len=1024).total < whole.total / 3
+    bounded = of(max_model_len=4096, additional_config={"metok": {"max_deferred_bytes": 10**6}})
+    assert bounded.deferred == 10**6
+    assert bounded.joined == whole.joined
+
+
+def test_the_reserve_is_held_until_the_kv_cache_exists(make_config: Make) -> None:
+    config = make_config()
+    reserve = MemoryReserve(config, torch.device("meta"))
+    reserve.hold()
+    held = reserve._ballast
+    assert held is not None
+    assert held.nbytes == PruningMemory.of(config).total
+    reserve.hold()
+    assert reserve._ballast is held, "every dummy run of the profile calls it"
+    reserve.release()
+    reserve.hold()
+    assert reserve._ballast is None, "a dummy run of an idle rank must not allocate"
+
+
+def test_nothing_is_reserved_on_cpu(make_config: Make) -> None:
+    reserve = MemoryReserve(make_config(), torch.device("cpu"))
+    reserve.hold()
+    assert reserve._ballast is None
+    assert reserve.needed == 0
+
+
+def test_the_model_state_holds_and_releases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the hooks that vLLM's runner calls in its profiling run and behind the allocation of the KV cache."""
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    monkeypatch.setattr(DefaultModelState, "dummy_inputs_embeds", lambda self, n: torch.zeros(n))
+    monkeypatch.setattr(DefaultModelState, "initialize_kv_cache", lambda self, *_: None)
+    calls: list[str] = []
+    state = object.__new__(MetokModelState)
+    reserve: Any = SimpleNamespace(hold=lambda: calls.append("hold"), release=lambda: calls.append("release"))
+    object.__setattr__(state, "_reserve", reserve)
+    assert state.dummy_inputs_embeds(3).shape == (3,)
+    nothing: Any = None
+    state.initialize_kv_cache(nothing, nothing)
+    assert calls == ["hold", "release"]
