@@ -47,9 +47,7 @@ def _own(rows: int, questions: int, like: Tensor) -> Tensor:
     at = torch.arange(rows, device=like.device)
     owner = at // (rows // questions)
     seen = (owner[:, None] == owner) & (at[:, None] >= at)
-    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill(
-        ~seen, torch.finfo(like.dtype).min
-    )
+    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill(~seen, torch.finfo(like.dtype).min)
 
 
 class _Backward:

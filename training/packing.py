@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from training.draw import draw_video
 from training.lm import LM, Packed
 from training.questions import ASKERS, Question, draw
+from training.questions import LESSONS as LESSONS_BY_KIND
 from training.questions import all_questions as ask_all
 from training.seeds import seed_of
 from training.tokenizer import END, START
@@ -24,6 +26,7 @@ from training.world import MAX_FRAMES, MIN_FRAMES, Video, make_video
 
 SHORT = tuple(k for k in ASKERS if k != "open")
 LONG = ("letter", "open")
+LESSONS = tuple(LESSONS_BY_KIND)
 _ROWS = {2: (0, 16), 4: (16, 20), 8: (20, 21)}  # of a frame's 21 pooled rows
 SEPARATOR, HEADER = -1, -2  # in a prefix plan, beside row numbers
 
@@ -38,7 +41,7 @@ class Encoded:
 
 
 @torch.no_grad()
-def encode(tower: Tower, video: Video, crf: int | None, noise: int | None = None) -> Encoded:
+def encode(tower: Tower, video: Video, crf: int | None, noise: int | None = None, lessons: bool = False) -> Encoded:
     """Draw a video, take it through mp4 of quality ``crf`` (None: not), encode and pool it at every stride.
 
     The projector's last layer is linear and so commutes with pooling: it stays outside, and trains with the
@@ -49,7 +52,7 @@ def encode(tower: Tower, video: Video, crf: int | None, noise: int | None = None
         pixels = through_codec(pixels, crf)
     if noise is not None:
         pixels = augment(pixels, np.random.default_rng(noise))
-    return Encoded(video, pooled_rows(tower, torch.from_numpy(pixels)), ask_all(video))
+    return Encoded(video, pooled_rows(tower, torch.from_numpy(pixels)), ask_all(video, lessons))
 
 
 @torch.no_grad()
@@ -183,7 +186,7 @@ class Pool:
             rng = random.Random(self.next)
             video = make_video(seed_of("train", self.next), frames, max_scenes)
             crf = rng.randint(18, 28) if rng.random() < self.codec else None
-            self.videos.append(encode(self.tower, video, crf, noise=self.next))
+            self.videos.append(encode(self.tower, video, crf, noise=self.next, lessons=True))
             self.next += 1
 
     def take(self, count: int, rng: random.Random) -> list[Encoded]:
@@ -193,11 +196,20 @@ class Pool:
         return some[start : start + count]
 
 
-def pick(video: Encoded, count: int, kinds: tuple[str, ...], rng: random.Random) -> list[Question]:
-    """``count`` questions, kinds evenly drawn; a question may come twice where the video has too few."""
+def pick(
+    video: Encoded, count: int, kinds: tuple[str, ...], rng: random.Random, match: Mapping[str, float] | None = None
+) -> list[Question]:
+    """``count`` questions; a question may come twice where the video has too few.
+
+    Kinds are drawn evenly. In training, ``match`` tells how well each kind is answered by now: the worse, the more often it is
+    drawn, and options are first asked of kinds that can be answered without.
+    """
     out: list[Question] = []
+    match = match or {}
+    weights = [1.15 - match.get(kind, 1.0) for kind in kinds]
+    known = [kind for kind, share in match.items() if share > 0.8] if match.get("letter", 1.0) < 0.8 else []
     while len(out) < count:
-        q = draw(video.video, rng.choice(kinds), rng, video.stock)
+        q = draw(video.video, rng.choices(kinds, weights)[0], rng, video.stock, known)
         if q is not None:
             out.append(q)
     return out

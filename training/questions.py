@@ -7,11 +7,11 @@ from them.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 
-from training.world import COLOURS, DIGITS, PLACES, SCENES, SHAPES, WORDS, Item, Video
+from training.world import COLOURS, DIGITS, PLACES, SCENES, SHAPES, WORDS, Item, Video, place_of
 
 LETTERS = "ABCD"
 
@@ -221,6 +221,34 @@ ASKERS: dict[str, Callable[[Video], Asked]] = {
     "open": ask_open,
 }
 KINDS = (*ASKERS, "letter")
+
+
+def ask_from(v: Video) -> Asked:
+    """Where a moving shape began."""
+    for i in _single(v):
+        if i.direction is not None:
+            yield Question("from", f"Where did the {i.name} move from?", i.place, about=_span(i))
+
+
+def ask_to(v: Video) -> Asked:
+    """Where a moving shape ended."""
+    for i in _single(v):
+        if i.xy2 is not None:
+            yield Question("to", f"Where did the {i.name} move to?", place_of(i.xy2), about=_span(i))
+
+
+def ask_scenes(v: Video) -> Asked:
+    """Which of two scenes came first or last."""
+    for early, late in combinations(v.scenes, 2):
+        for a, b in ((early, late), (late, early)):
+            names = f"the {a.kind} or the {b.kind}"
+            about = ((early.start, early.end), (late.start, late.end))
+            yield Question("scenes", f"Which came first, {names}?", early.kind, about=about)
+            yield Question("scenes", f"Which came last, {names}?", late.kind, about=about)
+
+
+LESSONS: dict[str, Callable[[Video], Asked]] = {"from": ask_from, "to": ask_to, "scenes": ask_scenes}
+"""Questions that only training asks: steps on the way to ``move`` and ``order``. ``option`` is one on the way to ``letter``."""
 _POOLS: dict[str, tuple[str, ...]] = {
     "what": SHAPES,
     "colour": COLOURS,
@@ -250,16 +278,37 @@ def with_options(q: Question, v: Video, rng: random.Random) -> Question:
     return replace(q, kind="letter", of=q.kind, answer=letter, options=tuple(options))
 
 
-def all_questions(v: Video) -> dict[str, list[Question]]:
-    """Every question of every kind but ``letter``."""
-    return {kind: [replace(q, of=kind) for q in ask(v)] for kind, ask in ASKERS.items()}
+def name_an_option(v: Video, rng: random.Random) -> Question:
+    """Which letter stands before a word that the question names: nothing to see, only to find."""
+    kind = rng.choice(list(_POOLS))
+    answer = rng.choice(_POOLS[kind])
+    asked = with_options(Question(kind, f"Which letter is the {answer}?", answer), v, rng)
+    return replace(asked, kind="option", of="option")
 
 
-def draw(v: Video, kind: str, rng: random.Random, stock: dict[str, list[Question]] | None = None) -> Question | None:
-    """One question of ``kind``, or None if the video has none; yes and no are equally likely."""
+def all_questions(v: Video, lessons: bool = False) -> dict[str, list[Question]]:
+    """Every question of every kind but ``letter`` and ``option``; training's own kinds where ``lessons`` are wanted."""
+    askers = ASKERS | LESSONS if lessons else ASKERS
+    return {kind: [replace(q, of=kind) for q in ask(v)] for kind, ask in askers.items()}
+
+
+def draw(
+    v: Video,
+    kind: str,
+    rng: random.Random,
+    stock: dict[str, list[Question]] | None = None,
+    lettered: Collection[str] = (),
+) -> Question | None:
+    """One question of ``kind``, or None if the video has none; yes and no are equally likely.
+
+    ``lettered`` are the kinds that a question with options may be of, where the video has any of them; all by default.
+    """
     stock = all_questions(v) if stock is None else stock
+    if kind == "option":
+        return name_an_option(v, rng)
     if kind == "letter":
         kinds = [k for k in _POOLS if stock[k]]
+        kinds = [k for k in kinds if k in lettered] or kinds
         base = draw(v, rng.choice(kinds), rng, stock) if kinds else None
         return with_options(base, v, rng) if base else None
     choices = stock[kind]

@@ -29,6 +29,7 @@ from training import fused, optim
 from training.device import DEVICE
 from training.lm import LM, LMConfig
 from training.packing import (
+    LESSONS,
     LONG,
     SHORT,
     Batch,
@@ -62,7 +63,7 @@ class Stage:
 
 
 STAGES = (
-    Stage((4, 12), 3, 14, 4, 0.25, 0.80),
+    Stage((4, 20), 4, 12, 3, 0.25, 0.80),
     Stage((8, 24), 4, 10, 2, 0.25, 0.85),
     Stage((12, 64), 6, 8, 2, 0.3, 2.0),
 )
@@ -177,7 +178,8 @@ class Run:
         else:
             mix = rng.choice(MIXES)
             plans = [mixed_plan(v.video.frames, mix, rng) for v in videos]
-        asked = [pick(v, 8 if long else 16, LONG if long else SHORT, rng) for v in videos]
+        kinds = (*LONG, "option") if long else (*SHORT, *LESSONS)
+        asked = [pick(v, 8 if long else 16, kinds, rng, self.match) for v in videos]
         return collate(self.coder, videos, plans, asked)
 
     def train_step(self, lr: float) -> float:

@@ -211,7 +211,7 @@ def test_a_resumed_run_goes_on_where_it_stopped(folder: Path, tmp_path: Path) ->
     reread, state = load_model(folder, run.tower.float())
     assert state["step"] == 3
     assert torch.equal(reread.lm.norm, run.master.lm.norm)
-    figures = evaluate(run.model, run.coder, [encode(run.tower.bfloat16(), make_video(9, (20, 24)), crf=23)], 1)
+    figures = evaluate(run.model, run.coder, [encode(run.tower.bfloat16(), make_video(9, (20, 24)), crf=23)], 4)
     assert {"open", "letter", "colour"} <= set(figures)
 
 
