@@ -1,5 +1,5 @@
 # Everything sets up .venv first, and only when something it is made from has changed.
-.PHONY: setup demo serve test test-fast lint format
+.PHONY: setup demo serve witness test test-fast soak accuracy accuracy-short lint format
 export HF_HUB_OFFLINE ?= 1
 VENV := .venv/bin
 
@@ -18,6 +18,19 @@ serve: setup
 
 test: setup
 	@scripts/test.sh
+
+# make soak [REQUESTS=3000]: the long form of tests/server/test_soak.py
+soak: setup
+	@METOK_SOAK_REQUESTS=$(or $(REQUESTS),3000) OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -s --timeout 0 tests/server/test_soak.py
+
+# make accuracy [MODEL=folder] [ARGS="..."]: what compression costs in answers, on CPU; accuracy-short: a reduced run
+accuracy accuracy-short: setup
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/python -m benchmarks.accuracy $(if $(filter %-short,$@),--short) \
+		$(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+# make witness [ARGS="..."]: METok on a real language model that reads captions; fetches it from the package registry, goes on if stopped
+witness: setup
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/python benchmarks/witness.py $(ARGS)
 
 lint: setup
 	@$(VENV)/ruff check . && $(VENV)/ruff format --check . && $(VENV)/mypy

@@ -1,0 +1,1 @@
+"""Benchmarks: of kernels, of whole requests, and of answers; see README.md."""

@@ -1,0 +1,130 @@
+"""Tables, files and plots of the accuracy benchmark, and the comparison of its two runners, from made-up answers."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from benchmarks import accuracy
+from benchmarks.accuracy_data import Item
+from benchmarks.accuracy_local import Outcome
+from benchmarks.accuracy_plot import draw
+from benchmarks.accuracy_report import Answers, mean, percent, points, show, summarise, write_csv, write_json
+from benchmarks.accuracy_run import agreement, describe_set
+
+SENTENCE = "In the city a red star appeared at the top left."
+QUESTIONS = [("letter", "A", ("x", "y")), ("colour", "red", ()), ("open", SENTENCE, ())]
+
+
+def items(videos: int = 4) -> list[Item]:
+    out = []
+    for number in range(3 * videos):
+        kind, answer, options = QUESTIONS[number % 3]
+        out.append(Item(number, Path(f"{number // 3}.mp4"), f"{kind}?", options, answer, kind))
+    return out
+
+
+def outcome(text: str, tokens: int) -> Outcome:
+    return Outcome(text, tokens, tokens, tokens, tokens, float(tokens), 100 * tokens, 0.01)
+
+
+def made_up() -> tuple[list[Item], dict[str, Answers]]:
+    """Stock is always right; paper never writes a whole sentence; frames are right half of the time."""
+    asked = items()
+    methods = {
+        "stock": Answers("stock", "", "", [outcome(item.answer, 600) for item in asked]),
+        "metok paper": Answers("METok", "", "", [outcome(item.answer[:12], 150) for item in asked]),
+        "frames 8": Answers("baseline", "", "", [outcome(i.answer if i.number % 2 else "?", 128) for i in asked]),
+    }
+    for layer in range(2):
+        methods[f"drop from {layer}"] = Answers("probe", "", "", methods["frames 8"].outcomes)
+        methods[f"decode blind from {layer}"] = Answers("probe", "", "", methods["stock"].outcomes)
+    return asked, methods
+
+
+def result() -> dict[str, Any]:
+    asked, methods = made_up()
+    path = Path(__file__)
+    model = {"name": "tiny", "layers": 2, "prune_layers": [1, 1, 2]}
+    local = {"methods": summarise(asked, methods)}
+    return {"commit": "0", "model": model, "set": describe_set(path, asked, [16, 20, 24, 28], 64), "local": local}
+
+
+def test_groups_and_kinds_are_reported_apart() -> None:
+    table = summarise(*made_up())
+    paper = table["metok paper"]
+    assert {name: row["accuracy"] for name, row in paper["accuracy"].items()} == {
+        "all": pytest.approx(2 / 3),
+        "letter": 1.0,
+        "short": 1.0,
+        "open": 0.0,
+        "kind: colour": 1.0,
+        "kind: letter": 1.0,
+        "kind: open": 0.0,
+    }
+    assert (paper["accuracy"]["open"]["to_stock"]["won"], paper["accuracy"]["open"]["to_stock"]["lost"]) == (0, 4)
+    assert "to_stock" not in table["stock"]["accuracy"]["all"]
+    assert paper["verdicts"] == "110" * 4
+    assert (paper["entering"], paper["kv_bytes"], paper["per_layer"]) == (150, 15000, 150)
+
+
+def test_an_unknown_number_makes_no_mean() -> None:
+    assert mean([outcome("a", 1), outcome("b", 3)], "kv_bytes") == 200
+    assert mean([outcome("a", 1), Outcome("b")], "kv_bytes") is None
+
+
+def test_texts_of_shares_and_differences() -> None:
+    assert percent({"accuracy": 0.5, "low": 0.4, "high": 0.612}) == "50.0 [40.0, 61.2]"
+    assert percent({"accuracy": 1.0, "low": None, "high": None}) == "100.0"
+    assert points({"difference": -0.01, "low": -0.02, "high": 0.0}) == "-1.0 [-2.0, +0.0]"
+
+
+def test_files_tables_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = result()
+    path = tmp_path / "new" / "accuracy.json"
+    write_json(whole, path)
+    write_csv(whole, path.with_suffix(".csv"))
+    rows = list(csv.DictReader(path.with_suffix(".csv").open()))
+    assert len(rows) == 7 * 7
+    row = next(r for r in rows if (r["method"], r["slice"]) == ("metok paper", "open"))
+    assert (row["n"], row["accuracy"], row["stock_lost"], row["per_layer"]) == ("4", "0.0", "4", "150.0")
+
+    console = Console(width=200, record=True, file=(tmp_path / "text").open("w"))
+    show(console, "Local", whole["local"]["methods"])
+    text = console.export_text()
+    assert "-33.3 [-33.3, -33.3]" not in text  # no width from a bootstrap that cannot have one
+    assert "metok paper" in text
+    assert "0/4" in text
+    assert "drop from" not in text
+
+    files = draw(json.loads(path.read_text()), path)
+    assert [f.name for f in files] == ["accuracy.png", "accuracy-probe.png"]
+    before = [f.read_bytes() for f in files]
+    assert all(data.startswith(b"\x89PNG") for data in before)
+    assert accuracy.main(["--plot", str(path)]) == 0
+    assert [line.rsplit("/", 1)[-1] for line in capsys.readouterr().out.split()] == [f.name for f in files]
+
+
+def test_the_runners_are_compared_question_by_question() -> None:
+    asked, local = made_up()
+    served = {
+        "stock": Answers("stock", "", "", [outcome(item.answer, 600) for item in asked]),
+        "metok paper": Answers(
+            "METok", "", "", [outcome(item.answer[:12] if i else "other", 151) for i, item in enumerate(asked)]
+        ),
+        "of its own": Answers("METok", "", "", [outcome("x", 1) for _ in asked]),
+    }
+    table = agreement(asked, local, served)
+    assert list(table) == ["stock", "metok paper"]
+    assert (table["stock"]["questions"], table["stock"]["same_text"], table["stock"]["same_counts"]) == (12, 12, 12)
+    assert (table["metok paper"]["same_text"], table["metok paper"]["same_counts"]) == (11, 0)
+    (found,) = table["metok paper"]["different"]
+    assert (found["local"], found["server"], found["video"]) == ("A", "other", "0.mp4")
+    assert not accuracy.agreed({"server": {"agreement": table}})  # counts of paper differ
+    assert accuracy.agreed({"server": {"agreement": {"stock": table["stock"]}}})
+    assert accuracy.agreed({})
