@@ -41,6 +41,7 @@ from training.packing import (
     held_out,
     mixed_plan,
     pick,
+    plan,
     stock_plan,
 )
 from training.tokenizer import load_tokenizer
@@ -171,6 +172,11 @@ class Run:
     def batch(self) -> Batch:
         """A training batch of the present stage."""
         stage, rng = STAGES[self.stage], self.rng
+        if self.match.get("option", 0.0) < 0.9 and rng.random() < self.args.blind:
+            # Finding the letter of a word needs no video, and far fewer tokens without one.
+            videos = self.pool.take(stage.batch, rng)
+            asked = [pick(v, 24, ("option",), rng) for v in videos]
+            return collate(self.coder, videos, [plan(0, [], set())] * len(videos), asked)
         long = rng.random() < self.args.long
         videos = self.pool.take(stage.batch, rng)
         if rng.random() < stage.stock:
@@ -260,6 +266,7 @@ def parse() -> argparse.Namespace:
     ap.add_argument("--lr", type=float, default=4e-3)
     ap.add_argument("--layers", type=int, default=12)
     ap.add_argument("--long", type=float, default=0.4, help="share of steps with letter and open questions")
+    ap.add_argument("--blind", type=float, default=0.2, help="share of steps without a video, until options are found")
     ap.add_argument("--tap", type=int, default=8, help="also read answers out after this layer (0: no)")
     ap.add_argument("--pool", type=int, default=1500)
     ap.add_argument("--patience", type=int, default=1500, help="most steps in one stage of the curriculum")

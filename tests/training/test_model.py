@@ -193,7 +193,9 @@ def test_a_resumed_run_goes_on_where_it_stopped(folder: Path, tmp_path: Path) ->
     path = tmp_path / "tower.pt"
     both = torch.nn.ModuleList([net, Heads(net.c.out)])
     torch.save({"model": both.state_dict()}, path)
-    args = argparse.Namespace(tower=path, out=folder, layers=2, lr=1e-3, pool=64, long=0.5, tap=1, patience=10**6)
+    args = argparse.Namespace(
+        tower=path, out=folder, layers=2, lr=1e-3, pool=64, long=0.5, blind=0.2, tap=1, patience=10**6
+    )
     run = Run(args)
     before = [p.clone() for p in run.master.parameters()]
     first = [run.train_step(1e-3) for _ in range(3)]
