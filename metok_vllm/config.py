@@ -1,7 +1,7 @@
 """Settings of METok: one frozen model, validated once, with errors a user can act on.
 
-The server's settings come from ``--additional-config '{"metok": {...}}'``; a request may override all of them but the three
-that shape what is allocated at start, through ``mm_processor_kwargs={"metok": {...}}``, or switch METok off for itself with
+The server's settings come from ``--additional-config '{"metok": {...}}'``; a request may override all of them but
+`SERVER_ONLY`, through ``mm_processor_kwargs={"metok": {...}}``, or switch METok off for itself with
 ``mm_processor_kwargs={"metok": "off"}``.
 """
 
@@ -27,8 +27,8 @@ from pydantic import (
 MICRO = 1_000_000
 """Shares are carried as integers in millionths, so that ``ceil(share * n)`` is exact on every device."""
 
-SERVER_ONLY = ("prune_layers", "aligner_model", "max_deferred_bytes")
-"""Keys that shape what is allocated at start, so that no request can change them."""
+SERVER_ONLY = ("prune_layers", "aligner_model", "max_deferred_bytes", "status_shows_questions")
+"""Keys that no request can change: they shape what is allocated at start, or what the operator's status page shows."""
 
 Share = Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)]
 Aligner = Literal["auto", "dual-tower", "embedding", "none"]
@@ -56,6 +56,7 @@ class MetokSettings(BaseModel):
     aligner: Aligner = "auto"
     aligner_model: str | None = None  # name or path of a SigLIP or CLIP checkpoint
     max_deferred_bytes: Annotated[StrictInt, Field(ge=0)] | None = None  # bound of the deferred-prefill buffer
+    status_shows_questions: StrictBool = False  # whether the status page shows what users asked
 
     @model_validator(mode="before")
     @classmethod

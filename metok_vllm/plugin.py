@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Make METok's models, KV cache format and video loader known; take `--plugin metok` off the command line.
+    """Make METok's models, KV cache format, video loader and media connector known; take `--plugin metok` off the command line.
 
     May be called several times in one process.
     """
@@ -33,6 +33,7 @@ def _register_lazily() -> None:
 
     from metok_vllm.engine.checks import MetokConfig
     from metok_vllm.engine.kv_cache import register_kv_cache_spec
+    from metok_vllm.media.connector import register_connector
     from metok_vllm.media.loader import register_loader
     from metok_vllm.models.registry import SUPPORTED
 
@@ -40,3 +41,4 @@ def _register_lazily() -> None:
         MODELS_CONFIG_MAP[supported.metok] = MetokConfig
     register_kv_cache_spec()
     register_loader()
+    register_connector()

@@ -2,9 +2,9 @@
 
 vLLM loads general plugins while it builds its option parser, before it reads `sys.argv`, and offers a plugin no way to add an
 option to that parser. So the option is taken off `sys.argv` here and what it stands for is put in its place, as options that
-vLLM has: the architecture override and the middleware that adds METok's routes. Everything else METok needs is set when the
-configuration is built (`engine/checks.py`). This is the one place that touches the command line; it goes once vLLM has a hook
-for plugin options.
+vLLM has: the architecture override and the middleware that adds METok's routes (and, by its environment variable, the media
+connector). Everything else METok needs is set when the configuration is built (`engine/checks.py`). This is the one place that
+touches the command line; it goes once vLLM has a hook for plugin options.
 
 The model's name decides the architecture, and only vLLM's own parser can tell it from the value of some option, or find it in
 the file that ``--config`` names. So the rest of the command line is read with that parser; what it refuses or answers by itself
@@ -14,6 +14,7 @@ the file that ``--config`` names. So the rest of the command line is read with t
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -24,18 +25,23 @@ OPTION, NAME = "--plugin", "metok"
 MIDDLEWARE = "metok_vllm.serve.routes.MetokRoutes"
 COMMANDS = ("serve", "run-batch")
 OVERRIDES = "--hf-overrides"
+CONNECTOR_VARIABLE, CONNECTOR = "VLLM_MEDIA_CONNECTOR", "metok"
 
 
 def apply_plugin_option() -> None:
-    """Rewrite `sys.argv` in place where it asks for METok; leave it alone everywhere else.
+    """Rewrite `sys.argv` in place where it asks for METok and choose its media connector; change nothing everywhere else.
 
     Raises:
         SystemExit: METok cannot serve the model; vLLM then does not start, and the message names what it can serve.
     """
     try:
-        sys.argv[:] = rewritten(sys.argv)
+        arguments = rewritten(sys.argv)
     except ValueError as error:
         raise SystemExit(f"vllm: error: {error}") from None
+    if arguments != sys.argv:
+        # vLLM has no option for it. This process and those that it starts serve nothing but METok; an operator's wish holds.
+        os.environ.setdefault(CONNECTOR_VARIABLE, CONNECTOR)
+    sys.argv[:] = arguments
 
 
 def rewritten(argv: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ from torch import nn
 from metok_vllm.compression.selection import PruneLayers
 from metok_vllm.engine.attention import LayerRole
 from metok_vllm.engine.requests import PrunedRequest
+from metok_vllm.engine.timing import StageTimes
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class DecoderStack:
     norm: nn.Module
     roles: Sequence[LayerRole]
     prune_layers: PruneLayers
+    times: StageTimes
 
     @property
     def scoring_layers(self) -> tuple[int, int]:

@@ -40,7 +40,8 @@ class MetokModelState(DefaultModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.pruned = PrunedRequests(device)
-        self.reports = Reports(vllm_config)
+        stack: Any = model.decoder_stack
+        self.reports = Reports(vllm_config, stack.times)
         self._index: dict[str, int] = {}
         self.ranks = SlotRanks(self.max_num_reqs, device)
         self._step: PrunedStep | None = None
@@ -270,5 +271,6 @@ class MetokModelState(DefaultModelState):
                 continue
             index = self._index[request.req_id]
             self.ranks.complete(index, request.spans[0].start, request.visual, request.result.retained)
-            self.reports.add(request)
+            assert self.encoder_cache is not None
+            self.reports.add(request, self.encoder_cache.mm_features[request.req_id])
             request.tags = [None] * len(request.tags)

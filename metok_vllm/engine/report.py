@@ -1,8 +1,10 @@
-"""What METok did to each request: one log line, and a report for those who ask."""
+"""What METok did to each request: one log line, totals, and a record of the latest for the status page and for reports."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import time
+from collections import OrderedDict, deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,18 +12,28 @@ from vllm.distributed import get_tensor_model_parallel_rank
 
 from metok_vllm.compression.accounting import ModelShape, VisualTokens, account
 from metok_vllm.compression.selection import prune_layers
-from metok_vllm.engine.facts import VideoSpan
+from metok_vllm.engine.metrics import PruningCounters
+from metok_vllm.engine.plan import VideoPlan
 from metok_vllm.engine.requests import PrunedRequest, VideoTags
 from metok_vllm.engine.server import server_settings
+from metok_vllm.engine.timing import StageTimes
 from metok_vllm.log import metok_logger
+from metok_vllm.models.processing import QUESTION_FIELD
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 logger = metok_logger(__name__)
 
 KEPT_REPORTS = 256
 """Reports of the latest requests that asked for one; older ones are forgotten."""
+
+KEPT_RECENT = 50
+"""Requests that the status page shows."""
+
+REMEMBERED = 4096
+"""Requests by which a prompt that is computed again after a preemption is known, and not counted twice."""
 
 
 def model_shape(model_config: ModelConfig) -> ModelShape:
@@ -37,30 +49,118 @@ def model_shape(model_config: ModelConfig) -> ModelShape:
     )
 
 
-class Reports:
-    """Logs each pruned request and keeps the reports that were asked for. Silent on all ranks but the first."""
+class Timeline:
+    """What became of every frame of one video. Reading it waits for the device, so that is left to who asks."""
 
-    def __init__(self, vllm_config: VllmConfig) -> None:
+    def __init__(self, plan: VideoPlan, tags: VideoTags) -> None:
+        self.plan = plan
+        self._on_device: torch.Tensor | None = per_frame(tags, plan.frames)
+        self._columns: dict[str, list[int]] = {}
+
+    def columns(self) -> dict[str, list[int]]:
+        """``event``, ``key`` (1 in a key event), ``stride`` and ``tokens``, each with an entry a frame."""
+        if self._on_device is not None:
+            event, key, tier, tokens = self._on_device.tolist()
+            strides = [self.plan.strides[t] for t in tier]
+            self._columns = {"event": event, "key": key, "stride": strides, "tokens": tokens}
+            self._on_device = None
+        return self._columns
+
+    def summary(self) -> dict[str, int]:
+        return {"frames": self.plan.frames, "events": self.plan.events, "stock_tokens": self.plan.stock_tokens}
+
+
+def per_frame(tags: VideoTags, frames: int) -> torch.Tensor:
+    """Event, key event, tier and number of tokens of every frame: int32 [4, frames], without waiting for the device."""
+    facts = torch.stack([tags.event, tags.key.to(torch.int64), tags.tier])
+    table = facts.new_zeros(4, frames)
+    # All tokens of a frame, its event's separator too, carry the same facts, so it does not matter which is written last.
+    table[:3].scatter_(1, tags.frame.expand(3, -1), facts)
+    table[3].index_add_(0, tags.frame, torch.ones_like(tags.frame))
+    return table.to(torch.int32)
+
+
+class Record:
+    """One pruned request."""
+
+    def __init__(self, summary: dict[str, Any], videos: Sequence[Timeline], question: Sequence[int] | None) -> None:
+        self.summary = summary
+        self.videos = videos
+        self.question = question  # ids of its tokens; None where the operator does not let it be shown
+
+    def report(self) -> dict[str, Any]:
+        """For the client that asked for it: per video one entry a frame."""
+        videos = []
+        for video in self.videos:
+            columns = video.columns()
+            frames = [
+                {"event": event, "key_event": bool(key), "stride": stride, "tokens": tokens}
+                for event, key, stride, tokens in zip(
+                    columns["event"], columns["key"], columns["stride"], columns["tokens"], strict=True
+                )
+            ]
+            videos.append({**video.summary(), "per_frame": frames})
+        return {**self.summary, "videos": videos}
+
+    def status(self) -> dict[str, Any]:
+        """For the status page: per video one list a column."""
+        videos = [{**video.summary(), "strides": list(video.plan.strides), **video.columns()} for video in self.videos]
+        shown = {} if self.question is None else {"question_ids": list(self.question)}
+        return {**self.summary, "videos": videos, **shown}
+
+
+class Reports:
+    """Logs and counts each pruned request and remembers the latest. Silent on all ranks but the first."""
+
+    def __init__(self, vllm_config: VllmConfig, times: StageTimes | None = None) -> None:
         model_config = vllm_config.model_config
+        settings = server_settings(model_config.hf_config)
         self.shape = model_shape(model_config)
-        self.layers = prune_layers(self.shape.layers, server_settings(model_config.hf_config).prune_layers)
+        self.layers = prune_layers(self.shape.layers, settings.prune_layers)
         dtype = model_config.dtype
         assert isinstance(dtype, torch.dtype)
         cache = vllm_config.cache_config.cache_dtype
         self.kv_element_bytes = 1 if cache.startswith("fp8") else dtype.itemsize
-        self.by_id: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self.keeps_questions = settings.status_shows_questions
+        self.times = times or StageTimes()
+        self.counters = PruningCounters()
+        self._recent: deque[Record] = deque(maxlen=KEPT_RECENT)
+        self._asked_for: OrderedDict[str, Record] = OrderedDict()
+        self._counted: OrderedDict[int, None] = OrderedDict()  # by the hash of the id, which a client may make long
 
-    def add(self, request: PrunedRequest) -> None:
-        """Log one pruned request; keep its report if it asked for one. Its tags must still be there."""
+    def add(self, request: PrunedRequest, features: Sequence[MultiModalFeatureSpec] = ()) -> None:
+        """Log, count and remember one pruned request. Its tags must still be there; nothing waits for the device.
+
+        Args:
+            request: a request whose prompt has just been pruned.
+            features: its multimodal items, where the question is found.
+        """
         if get_tensor_model_parallel_rank() != 0:
             return
         summary = self._summary(request)
+        self._log(summary, len(request.spans))
+        self._count(summary, [span.plan for span in request.spans])
+        videos = [
+            Timeline(span.plan, tags)
+            for span, tags in zip(request.spans, request.tags, strict=True)
+            if tags is not None
+        ]
+        record = Record(summary, videos, question_ids(features) if self.keeps_questions else None)
+        self._recent.append(record)
+        if any(span.plan.report for span in request.spans):
+            self._asked_for[request.req_id] = record
+            self._asked_for.move_to_end(request.req_id)
+            while len(self._asked_for) > KEPT_REPORTS:
+                self._asked_for.popitem(last=False)
+
+    @staticmethod
+    def _log(summary: dict[str, Any], videos: int) -> None:
         tokens, kv = summary["visual_tokens"], summary["kv_bytes"]
         logger.info(
             "METok %s: %d video(s), visual tokens %d -> %d encoded -> %d after L1 -> %d after L2, %d retained; "
             "KV cache %d of %d bytes (%.1f%% saved)",
-            request.req_id,
-            len(request.spans),
+            summary["request_id"],
+            videos,
             tokens["stock"],
             tokens["encoded"],
             tokens["after_l1"],
@@ -70,17 +170,16 @@ class Reports:
             kv["stock"],
             100 * (1 - kv["metok"] / kv["stock"]),
         )
-        if not any(span.plan.report for span in request.spans):
+
+    def _count(self, summary: dict[str, Any], plans: Sequence[VideoPlan]) -> None:
+        request_hash = hash(summary["request_id"])
+        if request_hash in self._counted:
+            self.counters.recomputed += 1
             return
-        summary["videos"] = [
-            describe_video(span, tags)
-            for span, tags in zip(request.spans, request.tags, strict=True)
-            if tags is not None
-        ]
-        self.by_id[request.req_id] = summary
-        self.by_id.move_to_end(request.req_id)
-        while len(self.by_id) > KEPT_REPORTS:
-            self.by_id.popitem(last=False)
+        self._counted[request_hash] = None
+        while len(self._counted) > REMEMBERED:
+            self._counted.popitem(last=False)
+        self.counters.add(summary["visual_tokens"], summary["kv_bytes"], [plan.events for plan in plans])
 
     def _summary(self, request: PrunedRequest) -> dict[str, Any]:
         result = request.result
@@ -96,6 +195,7 @@ class Reports:
         costs = account(self.shape, self.layers, text, visual, kv_element_bytes=self.kv_element_bytes)
         return {
             "request_id": request.req_id,
+            "time": time.time(),
             "prompt_tokens": request.prompt_len,
             "text_tokens": text,
             "prune_layers": list(self.layers),
@@ -111,22 +211,22 @@ class Reports:
         }
 
     def find(self, request_id: str) -> dict[str, Any] | None:
-        """The report of a request, by the id that the client saw: vLLM appends to it inside the engine."""
-        for req_id in reversed(self.by_id):
+        """The report of a request that asked for one, by the id that the client saw: vLLM appends to it inside the engine."""
+        for req_id in reversed(self._asked_for):
             if req_id == request_id or req_id.startswith(f"{request_id}-"):
-                return self.by_id[req_id]
+                return self._asked_for[req_id].report()
         return None
 
+    def recent(self) -> list[dict[str, Any]]:
+        """The latest pruned requests for the status page, latest first."""
+        return [record.status() for record in reversed(self._recent)]
 
-def describe_video(span: VideoSpan, tags: VideoTags) -> dict[str, Any]:
-    """Events, tiers and tokens of every frame of one video, as plain data."""
-    plan = span.plan
-    event, key, frame, tier = (t.tolist() for t in (tags.event, tags.key, tags.frame, tags.tier))
-    frames: list[dict[str, Any]] = [{} for _ in range(plan.frames)]
-    for e, k, f, t in zip(event, key, frame, tier, strict=True):
-        entry = frames[f]
-        entry.setdefault("event", e)
-        entry.setdefault("key_event", k)
-        entry.setdefault("stride", plan.strides[t])
-        entry["tokens"] = entry.get("tokens", 0) + 1
-    return {"frames": plan.frames, "events": plan.events, "stock_tokens": plan.stock_tokens, "per_frame": frames}
+
+def question_ids(features: Sequence[MultiModalFeatureSpec]) -> list[int]:
+    """Token ids of the question by which a request's videos were pruned; empty where none was used."""
+    for feature in features:
+        item: Any = feature.data
+        if item is not None and QUESTION_FIELD in item:
+            count, *ids = item[QUESTION_FIELD].data.flatten().tolist()
+            return [int(token) for token in ids[:count]]
+    return []

@@ -23,7 +23,6 @@ from metok_vllm.engine.requests import DeferredChunk
 from metok_vllm.engine.scoring import prompt_scores, survivor_scores
 from metok_vllm.engine.survivors import Survivors, prune_l2, prune_l3, survivors_of_l1
 
-
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Hidden state and residual, [rows, hidden] each, and int64 [rows] positions."""
 
@@ -59,13 +58,16 @@ class PrunedStep:
         try:
             positions, hidden = positions[: self.batch.num_tokens], inputs_embeds[: self.batch.num_tokens]
             residual: Any = None
-            for layer in self.stack.layers[: self.stack.prune_layers[0]]:
-                hidden, residual = layer(positions, hidden, residual)
+            with self.stack.times.stage("shallow"):
+                for layer in self.stack.layers[: self.stack.prune_layers[0]]:
+                    hidden, residual = layer(positions, hidden, residual)
             self._defer(hidden, residual)
             ending = [row for row in self.batch.rows if row.ends]
             if not ending and not self.batch.num_others:
                 return torch.zeros_like(hidden)
-            return self._scatter(self._deep(*self._enter(ending, positions, hidden, residual)))
+            with self.stack.times.stage("scoring"):
+                rows = self._enter(ending, positions, hidden, residual)
+            return self._scatter(self._deep(*rows))
         finally:
             for role in self.stack.roles:
                 role.step = None
@@ -74,13 +76,16 @@ class PrunedStep:
     def _deep(self, hidden: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Layers from L1 up on the rows that `_enter` has gathered; [rows that are left, hidden], normed."""
         first, second, third = self.stack.prune_layers
+        times = self.stack.times
         for start, end in ((first, second), (second, third), (third, len(self.stack.layers))):
             self._phase += 1
             if self._phase > 1:
-                kept = self._prune(self._phase)
-                hidden, residual, positions = ops.gather(kept, hidden, residual, positions)
-            for layer in self.stack.layers[start:end]:
-                hidden, residual = layer(positions, hidden, residual)
+                with times.stage("scoring"):
+                    kept = self._prune(self._phase)
+                    hidden, residual, positions = ops.gather(kept, hidden, residual, positions)
+            with times.stage("deep"):
+                for layer in self.stack.layers[start:end]:
+                    hidden, residual = layer(positions, hidden, residual)
         hidden, _ = self.stack.norm(hidden, residual)
         return hidden
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.distributed import get_tensor_model_parallel_rank
+
 from metok_vllm.engine.kv_cache import PrunedAttentionSpec
 
 
@@ -15,6 +17,24 @@ class MetokWorkerExtension:
     def metok_report(self, request_id: str) -> dict[str, Any] | None:
         """The report of a request that asked for one, by the id that the client saw; None where there is none."""
         return self.model_runner.model_state.reports.find(request_id)  # type: ignore[no-any-return]
+
+    def metok_stats(self) -> dict[str, Any] | None:
+        """What this worker has counted since its start, as plain numbers; None on all tensor-parallel ranks but the first."""
+        if get_tensor_model_parallel_rank() != 0:
+            return None
+        state = self.model_runner.model_state
+        return {
+            **state.reports.counters.snapshot(),
+            "deferred_bytes": state.pruned.deferred_bytes,
+            "seconds": state.reports.times.snapshot(),
+            "unmeasured": state.reports.times.unmeasured,
+        }
+
+    def metok_recent(self) -> list[dict[str, Any]] | None:
+        """The latest pruned requests, latest first (`Record.status`); None on all tensor-parallel ranks but the first."""
+        if get_tensor_model_parallel_rank() != 0:
+            return None
+        return self.model_runner.model_state.reports.recent()  # type: ignore[no-any-return]
 
     def metok_state(self) -> dict[str, Any]:
         """What this worker holds right now: deferred prompts, and the KV blocks of every request in each group.

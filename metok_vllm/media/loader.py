@@ -19,6 +19,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 from vllm.multimodal.video_decoders import VideoSourceMetadata
 
+from metok_vllm.engine.metrics_refused import count_refused
 from metok_vllm.log import metok_logger
 
 from .settings import VideoError, VideoSettings
@@ -52,6 +53,7 @@ class MetokVideoLoader(VideoLoader):
                 settings = replace(settings, max_pixels=min(settings.max_pixels, envs.VLLM_MAX_IMAGE_PIXELS))
             video = decode_video(data, settings)
         except VideoError as error:
+            count_refused("video")
             raise VideoRequestError(str(error)) from error
         except MemoryError as error:
             raise VideoRequestError("The video needs more memory than the server has free.") from error

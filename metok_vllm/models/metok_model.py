@@ -17,6 +17,7 @@ from metok_vllm.engine.batch import DecoderStack
 from metok_vllm.engine.plan import ALIGNERS, VideoPlan
 from metok_vllm.engine.requests import pack_tags
 from metok_vllm.engine.server import server_settings
+from metok_vllm.engine.timing import StageTimes
 from metok_vllm.models.aligners import FRAMES_PER_BLOCK, DualTower, resolve_aligner
 from metok_vllm.models.processing import PIXELS_FIELD, QUESTION_FIELD, WINDOWS_FIELD
 
@@ -56,7 +57,8 @@ class MetokModel:
         # The layer before L1 is where L1 scores; those below it stay stock.
         for layer, role in list(zip(decoder.layers, roles, strict=True))[layers[0] - 1 :]:
             MetokAttention.adopt(layer.self_attn.attn, role)
-        self.decoder_stack = DecoderStack(decoder.layers, decoder.norm, roles, layers)
+        times = StageTimes(torch.get_default_device())
+        self.decoder_stack = DecoderStack(decoder.layers, decoder.norm, roles, layers, times)
         _, tower = resolve_aligner(model_config.model, settings.aligner, settings.aligner_model)
         self.metok_aligner = None
         if tower is not None:
@@ -90,9 +92,21 @@ class MetokModel:
         Returns:
             [plan.tokens, D] with METok off, [plan.tokens, D + TAG_CHANNELS] with it on.
         """
-        features = torch.cat([self.video_features(block) for block in torch.split(pixels, FRAMES_PER_BLOCK)])
+        times = self.decoder_stack.times
         if not plan.pruned:
-            return self.stock_video(features)
+            return self.stock_video(self._features(pixels))
+        with times.stage("tower"):
+            features = self._features(pixels)
+        with times.stage("stage1"):
+            return self._compressed(features, plan, kwargs, item)
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.video_features(block) for block in torch.split(pixels, FRAMES_PER_BLOCK)])
+
+    def _compressed(
+        self, features: torch.Tensor, plan: VideoPlan, kwargs: Mapping[str, Any], item: int
+    ) -> torch.Tensor:
+        """Stage 1 on a video's features [T, H, W, D]; [plan.tokens, D + TAG_CHANNELS]."""
         vectors, similarity = ops.event_similarity(features.flatten(1, 2))
         event_ids = events.segment(similarity, plan.events)
         aligner = ALIGNERS[plan.aligner]

@@ -28,6 +28,7 @@ from metok_vllm.compression.pooling import PoolMode
 from metok_vllm.config import RequestSettings, resolve_request
 from metok_vllm.engine.deferral import bytes_per_token, deferral_limit
 from metok_vllm.engine.facts import PLAN_FIELD
+from metok_vllm.engine.metrics_refused import refusal, refusing
 from metok_vllm.engine.plan import VideoPlan, plan_video
 from metok_vllm.engine.server import server_settings
 from metok_vllm.models.aligners import AlignerProcessor, resolve_aligner
@@ -93,15 +94,30 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
         kwargs = dict(inputs.hf_processor_mm_kwargs)
-        settings = resolve_request(self._server, kwargs.pop(KEY, None))
+        with refusing("setting"):
+            settings = resolve_request(self._server, kwargs.pop(KEY, None))
+        if kwargs:
+            # The others reshape what the tower gets: with "do_resize" off its worker fails, and the engine with it.
+            others = ", ".join(map(repr, sorted(kwargs)))
+            raise refusal(
+                "setting", f"METok (mm_processor_kwargs): a request may state 'metok' alone, not {others:.80}."
+            )
         videos = inputs.mm_data_items.get("video")
         if videos is not None and len(videos):
             if isinstance(videos, VideoEmbeddingItems):
-                raise ValueError("METok: precomputed video embeddings are not supported; send the video itself.")
-            scope = dict(kwargs.get(SCOPE) or {})  # type: ignore[call-overload]
-            scope[KEY] = self._hashed(settings, inputs.prompt)
-            kwargs[SCOPE] = scope
-        result = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
+                raise refusal(
+                    "embeddings", "METok: precomputed video embeddings are not supported; send the video itself."
+                )
+            kwargs[SCOPE] = {KEY: self._hashed(settings, inputs.prompt)}
+        try:
+            result = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
+        except AssertionError as error:
+            if not str(error).startswith("Failed to apply prompt"):
+                raise
+            # vLLM takes it for a fault of its own; it is a request that cut its prompt short (truncate_prompt_tokens).
+            raise ValueError(
+                "METok: the prompt has lost the place of a video or an image; do not truncate it."
+            ) from error
         if settings is not None:
             self._check_prompt(result)
         return result
@@ -112,7 +128,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
             return {"off": True}
         aligner = self._aligner[0] if settings.aligner == "auto" else settings.aligner
         if aligner == "dual-tower" and self._aligner[1] is None:
-            raise ValueError("METok (mm_processor_kwargs): this server has no dual tower; use another aligner.")
+            raise refusal("setting", "METok (mm_processor_kwargs): this server has no dual tower; use another aligner.")
         query = settings.query if settings.query is not None else self._question(prompt)
         if aligner == "none":
             query = ""  # the result does not depend on it, so neither need the cache
@@ -131,8 +147,9 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         last = max(r.offset + r.length for r in ranges)
         behind = [r for items in result["mm_placeholders"].values() for r in items if r.offset >= last]
         if sum(r.length for r in behind) == length - last:
-            raise ValueError(
-                "METok: a prompt needs text behind its last video, since that text decides what is kept of it."
+            raise refusal(
+                "no_text",
+                "METok: a prompt needs text behind its last video, since that text decides what is kept of it.",
             )
         config = self.info.ctx.model_config
         step = getattr(config.hf_config, "metok_step_tokens", None)
@@ -140,9 +157,10 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
             limit = deferral_limit(config)
             needed = length * bytes_per_token(config)
             if needed > limit:
-                raise ValueError(
+                raise refusal(
+                    "deferral",
                     f"METok: a prompt of {length} tokens takes {needed} bytes to defer and max_deferred_bytes is {limit}; "
-                    "raise it, or max_num_batched_tokens, or use fewer frames."
+                    "raise it, or max_num_batched_tokens, or use fewer frames.",
                 )
 
     # --- the items ---
@@ -163,21 +181,24 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         settings = None if stated.get("off") else RequestSettings.model_validate(stated)
         aligner = "none" if settings is None else settings.aligner
         counts = [videos.get_num_frames(i) for i in range(len(videos))]
-        plans = [
-            plan_video(
-                frames,
-                self.tower_grid(),
-                self.pool_mode,
-                self.separators,
-                self.stock_video_tokens(frames),
-                settings,
-                aligner,
-            )
-            for frames in counts
-        ]
+        with refusing("setting"):
+            plans = [
+                plan_video(
+                    frames,
+                    self.tower_grid(),
+                    self.pool_mode,
+                    self.separators,
+                    self.stock_video_tokens(frames),
+                    settings,
+                    aligner,
+                )
+                for frames in counts
+            ]
         fields: dict[str, Any] = {PLAN_FIELD: torch.stack([plan.to_tensor() for plan in plans])}
         query = "" if settings is None else settings.query or ""
-        ids = self.info.get_tokenizer().encode(query, add_special_tokens=False) if aligner == "embedding" else []
+        # The aligner "embedding" reads the ids; so does the status page, where the operator lets it show questions.
+        needed = aligner == "embedding" or self._server.status_shows_questions
+        ids = self.info.get_tokenizer().encode(query, add_special_tokens=False) if needed else []
         question = torch.tensor([len(ids), *ids], dtype=torch.int64)
         fields[QUESTION_FIELD] = question.expand(len(videos), -1).contiguous()
         if aligner == "dual-tower":

@@ -2,7 +2,8 @@
 
 vLLM's own group for plugin routes (`vllm.endpoint_plugins`) warns in every server where such a plugin is merely installed, and
 METok must be silent there. A middleware is only there when asked for. This one adds the routes when the server starts, so that
-requests to them pass vLLM's API key check like all others, and refuses what only shows in a request as a whole.
+requests to them pass vLLM's API key check like all others, asks the engines before `/metrics` is answered, and refuses what
+only shows in a request as a whole.
 """
 
 from __future__ import annotations
@@ -14,23 +15,37 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from metok_vllm.engine.metrics_refused import count_refused
 from metok_vllm.engine.scheduler import NO_PROMPT_LOGPROBS
+from metok_vllm.serve import metrics
+from metok_vllm.serve.figures import Latest, ask_workers, engine_figures, recent_requests
+from metok_vllm.serve.status import status, status_page
 
 PREFIX = "/v1/metok"  # under /v1, which is what vLLM's --api-key guards
+PAGE = "/metok"  # without any data, so outside
 
 
 class MetokRoutes:
-    """ASGI middleware: METok's routes from the start of the app's lifespan on, and a check of chat requests."""
+    """ASGI middleware: METok's routes and metrics from the start of the app's lifespan on, and a check of chat requests."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
+        self._figures: Latest[dict[str, Any]] | None = None
+        self._metrics: Any | None = None  # answers /metrics, where vLLM's own route cannot
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
-            attach_routes(scope["app"])
+            self._figures = attach_routes(scope["app"])
+            self._metrics = metrics.serve_metrics(self._figures)
+        elif scope["type"] == "http" and path_of(scope) == metrics.PATH and self._figures is not None:
+            await self._figures.refresh()
+            if self._metrics is not None:
+                await self._metrics(scope, receive, send)
+                return
         elif scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith("/chat/completions"):
             body, receive = await buffered(receive)
             if asks_for_impossible_logprobs(body):
+                count_refused("prompt_logprobs")
                 await error(400, f"METok: {NO_PROMPT_LOGPROBS}", "BadRequestError")(scope, receive, send)
                 return
         await self.app(scope, receive, send)
@@ -72,23 +87,38 @@ def error(status: int, message: str, kind: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
 
 
-def attach_routes(app: FastAPI) -> None:
-    """Add the routes under `PREFIX`."""
+def path_of(scope: Any) -> str:
+    """A request's path inside the app, without a slash at its end."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")).rstrip("/")
+
+
+def attach_routes(app: FastAPI) -> Latest[dict[str, Any]]:
+    """Add METok's routes. Returns what the engines' figures are read through."""
+    # The engine client is there only once the server has started.
+    figures = Latest(lambda: engine_figures(app.state.engine_client))
+    recent = Latest(lambda: recent_requests(app.state.engine_client))
+
+    async def current_status(request: Request) -> JSONResponse:
+        return await status(request, figures, recent)
+
     app.add_api_route(f"{PREFIX}/reports/{{request_id}}", report, methods=["GET"])
     app.add_api_route(f"{PREFIX}/state", state, methods=["GET"])
+    app.add_api_route(f"{PREFIX}/status", current_status, methods=["GET"])
+    app.add_api_route(PAGE, status_page, methods=["GET"])
+    return figures
 
 
 async def state(request: Request) -> JSONResponse:
     """What METok holds in each worker right now: deferred prompts, and KV blocks by request and kind of group."""
-    answers = await request.app.state.engine_client.collective_rpc("metok_state")
-    return JSONResponse({"workers": answers})
+    engines = await ask_workers(request.app.state.engine_client, "metok_state")
+    return JSONResponse({"workers": [worker for workers in engines for worker in workers]})
 
 
 async def report(request_id: str, request: Request) -> JSONResponse:
     """What METok did to a request that was sent with ``"report": true``; 404 where there is no such report."""
-    engine = request.app.state.engine_client
-    answers = await engine.collective_rpc("metok_report", args=(request_id,))
-    found = next((answer for answer in answers if answer is not None), None)
+    engines = await ask_workers(request.app.state.engine_client, "metok_report", request_id)
+    found = next((answer for workers in engines for answer in workers if answer is not None), None)
     if found is None:
         message = (
             f"There is no METok report for request {request_id}; only requests with "

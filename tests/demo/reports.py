@@ -16,6 +16,7 @@ from metok_vllm.engine.facts import RequestFacts, VideoSpan
 from metok_vllm.engine.plan import VideoPlan, plan_video
 from metok_vllm.engine.requests import TAG_CHANNELS, PrunedRequest, PruningResult, VideoTags
 from metok_vllm.engine.server import attach_settings
+from metok_vllm.engine.timing import StageTimes
 from metok_vllm.models.metok_model import MetokModel
 from tests.demo.stub_server import REQUEST_ID
 from tests.oracle import stage1
@@ -31,6 +32,7 @@ class _Model(MetokModel):
 
     def __init__(self, sample: Sample) -> None:
         self.hf = sample.model
+        self.decoder_stack: Any = SimpleNamespace(times=StageTimes())
 
     def video_features(self, pixels: torch.Tensor) -> torch.Tensor:
         return stage1.features(self.hf, pixels)
@@ -55,7 +57,7 @@ def _report(sample: Sample, plan: VideoPlan, tags: VideoTags, patch: pytest.Monk
     span = VideoSpan(10, plan.tokens, plan)
     facts = RequestFacts(TEXT_TOKENS + plan.tokens, (span,))
     nothing = torch.zeros(0, dtype=torch.int64)
-    request = PrunedRequest(REQUEST_ID + "-0123abcd", facts.prompt_len, (span,), nothing, (0,), nothing, [tags])
+    request = PrunedRequest(REQUEST_ID + "-0123abcd", facts.prompt_len, (span,), nothing, nothing.numpy(), (0,), nothing, [tags])
     request.result = PruningResult(plan.tokens, plan.survivors1, plan.survivors2, facts.retained_bound)
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(

@@ -1,0 +1,58 @@
+"""Counting the requests that METok refuses, by reason.
+
+The front end refuses most of them, in the process that serves HTTP. There may be several such processes: a Prometheus counter
+is what vLLM itself counts with there, and with several processes prometheus_client adds them up. The counter is made on first
+use and in a registry of its own, so that a server without METok has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Literal, get_args
+
+from prometheus_client import CollectorRegistry, Counter
+
+Reason = Literal["setting", "embeddings", "no_text", "deferral", "prompt_logprobs", "session", "video"]
+"""Why: a setting of the request is wrong or cannot be met; its video came as embeddings; no text follows the last video; the
+prompt could never be deferred; it asks for log-probabilities of a pruned prompt; its input goes on streaming; the
+video itself is broken or too large (`metok_vllm/media`)."""
+
+REASONS: tuple[Reason, ...] = get_args(Reason)
+REFUSED_BY_SCHEDULER: tuple[Reason, ...] = ("prompt_logprobs", "session")
+REFUSED = "metok_refused_requests"
+REFUSED_HELP = "Requests that METok refused, by reason."
+
+FRONT_END = CollectorRegistry()
+"""Holds the counter of this process; `serve/metrics.py` reads it."""
+
+
+@cache
+def refused_counter() -> Counter:
+    """This process's counter, with every reason at 0 to begin with."""
+    counter = Counter(REFUSED, REFUSED_HELP, ["reason"], registry=FRONT_END)
+    for reason in REASONS:
+        counter.labels(reason)
+    return counter
+
+
+def count_refused(reason: Reason) -> None:
+    """Count one request that the front end refuses."""
+    refused_counter().labels(reason).inc()
+
+
+def refusal(reason: Reason, sentence: str) -> ValueError:
+    """The error to raise for a refused request, which vLLM answers with HTTP 400; counts it."""
+    count_refused(reason)
+    return ValueError(sentence)
+
+
+@contextmanager
+def refusing(reason: Reason) -> Iterator[None]:
+    """Count a `ValueError` that leaves the block as a refused request."""
+    try:
+        yield
+    except ValueError:
+        count_refused(reason)
+        raise

@@ -1,0 +1,165 @@
+"""vLLM's media connector, with a client's error for whatever is wrong with the media of a request.
+
+vLLM's own answers 5xx where a URL names a file and requests may name none, where a data URL is not base64, where a picture is a
+decompression bomb, and where the server that a URL names cannot be reached. And of a list of JPEG frames it takes the first
+`num_frames` without a word, and decodes all of these before anything is counted.
+
+Registered by the name "metok"; vLLM takes it where the environment variable ``VLLM_MEDIA_CONNECTOR`` says so, which
+`serve_args` sets for a server with METok.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import aiohttp
+import pybase64
+import requests
+from PIL import Image
+from vllm import envs
+from vllm.exceptions import VLLMClientError, VLLMUnprocessableEntityError, VLLMValidationError
+from vllm.multimodal.image import open_image
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, VideoMediaIO
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
+
+from .loader import VideoRequestError
+from .settings import VideoError, VideoSettings
+
+CONNECTOR_NAME = "metok"
+_FRAMES, _FILE = "data:video/jpeg;", "file:"
+# What fails for the sake of the server that a URL names, not of this one. In Python 3.10 asyncio has a TimeoutError of its own.
+_FETCHING = (
+    aiohttp.ClientError,
+    requests.exceptions.RequestException,
+    asyncio.TimeoutError,
+    TimeoutError,
+    ConnectionError,
+)
+
+
+class MetokMediaConnector(MediaConnector):
+    """Fetches media as vLLM does; whatever is wrong with them becomes HTTP 400 or 422 and one sentence."""
+
+    def fetch_video(self, video_url: str, **kwargs: Any) -> Any:
+        self._check_video_backend()
+        return super().fetch_video(video_url, **kwargs)
+
+    async def fetch_video_async(self, video_url: str, **kwargs: Any) -> Any:
+        self._check_video_backend()
+        return await super().fetch_video_async(video_url, **kwargs)
+
+    def load_from_url(self, url: str, media_io: Any, **kwargs: Any) -> Any:
+        with client_errors(url):
+            self._check(url, media_io)
+            return super().load_from_url(url, media_io, **kwargs)
+
+    async def load_from_url_async(self, url: str, media_io: Any, **kwargs: Any) -> Any:
+        with client_errors(url):
+            await asyncio.to_thread(self._check, url, media_io)
+            return await super().load_from_url_async(url, media_io, **kwargs)
+
+    def _check(self, url: str, media_io: Any) -> None:
+        if isinstance(media_io, VideoMediaIO) and _starts(url, _FRAMES):
+            check_jpeg_frames(url.partition(",")[2], media_io.num_frames, self._video_limits())
+        elif _starts(url, _FILE) and self.allowed_local_media_path is None:
+            raise VLLMValidationError(
+                "This server takes no files: send a URL that it may fetch, or the data themselves."
+            )
+
+    def _check_video_backend(self) -> None:
+        """Refuse the name of a loader that does not exist, which vLLM finds by an assertion."""
+        name = self.media_io_kwargs.get("video", {}).get("video_backend")
+        if name and not (isinstance(name, str) and name in VIDEO_LOADER_REGISTRY.name2class):
+            raise VLLMValidationError(f"There is no video_backend {name!r:.60} (media_io_kwargs).")
+
+    def _video_limits(self) -> VideoSettings:
+        """The loader's limits, which hold for frames in a list too; vLLM has keys of its own for these, left to vLLM."""
+        known = {field.name for field in fields(VideoSettings)}
+        given = {key: value for key, value in self.media_io_kwargs.get("video", {}).items() if key in known}
+        try:
+            return VideoSettings.from_mapping(given)
+        except VideoError as error:
+            raise VideoRequestError(str(error)) from error
+
+
+def check_jpeg_frames(data: str, num_frames: int, limits: VideoSettings) -> None:
+    """Refuse a list of frames that is too long or takes too much memory, before the first one is decoded.
+
+    Args:
+        data: JPEG files in base64, joined by commas.
+        num_frames: how many frames the request's settings take; -1 for all.
+        limits: `max_frames`, `max_pixels` and `max_output_mib` count.
+
+    Raises:
+        VideoRequestError: in one sentence.
+    """
+    count = data.count(",") + 1
+    if 0 < num_frames < count:
+        raise VideoRequestError(
+            f"The video is a list of {count} frames and num_frames is {num_frames}: send fewer, or state "
+            'media_io_kwargs={"video": {"num_frames": -1}}, which takes them all.'
+        )
+    if count > limits.max_frames:
+        raise VideoRequestError(
+            f"The video is a list of {count} frames, more than {limits.max_frames} (video setting max_frames)."
+        )
+    most = limits.max_pixels if envs.VLLM_MAX_IMAGE_PIXELS <= 0 else min(limits.max_pixels, envs.VLLM_MAX_IMAGE_PIXELS)
+    total = 0
+    for part in data.split(","):
+        width, height = _picture_size(part)
+        if width * height > most:
+            raise VideoRequestError(
+                f"The video's frames of {width} x {height} have more than {most} pixels (video setting max_pixels)."
+            )
+        total += 3 * width * height
+        if total > limits.max_output_mib << 20:
+            raise VideoRequestError(
+                f"The video's {count} frames fill more than {limits.max_output_mib} MiB (video setting max_output_mib)."
+            )
+
+
+def _picture_size(part: str) -> tuple[int, int]:
+    """Width and height that a picture's header states."""
+    try:
+        with open_image(io.BytesIO(pybase64.b64decode(part, validate=True))) as picture:
+            return picture.size
+    except Image.DecompressionBombError:
+        raise VideoRequestError("A frame of the video has far more pixels than a picture may have.") from None
+    except (OSError, binascii.Error):
+        raise VideoRequestError("A frame of the video is not a JPEG file in base64.") from None
+
+
+@contextmanager
+def client_errors(url: str) -> Iterator[None]:
+    """Turn what goes wrong with a request's media into a client's error that tells nothing of the network behind us."""
+    try:
+        yield
+    except VLLMClientError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise VLLMValidationError("The picture has far more pixels than a picture may have.") from error
+    except NotImplementedError as error:  # a data URL that is not base64
+        raise VLLMValidationError(str(error)) from error
+    except _FETCHING as error:
+        raise VLLMUnprocessableEntityError(
+            "Failed to fetch media from URL: its server cannot be reached, or does not give the file."
+        ) from error
+    except OSError as error:
+        if not _starts(url, _FILE):
+            raise
+        raise VLLMValidationError("The media file cannot be read.") from error
+
+
+def _starts(url: str, scheme: str) -> bool:
+    return url[: len(scheme)].lower() == scheme
+
+
+def register_connector() -> None:
+    """Make the connector known to vLLM by its name; calling it again changes nothing."""
+    MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR_NAME)(MetokMediaConnector)

@@ -1,0 +1,138 @@
+"""METok's HTTP side on an app without an engine: what is asked of the engines, and what is answered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, Response
+from fastapi.testclient import TestClient
+from prometheus_client import CollectorRegistry, generate_latest
+
+from metok_vllm.config import MetokSettings
+from metok_vllm.engine.metrics import PruningCounters
+from metok_vllm.engine.metrics_scheduler import SchedulerCounters
+from metok_vllm.engine.server import attach_settings
+from metok_vllm.engine.timing import StageTimes
+from metok_vllm.serve import metrics
+from metok_vllm.serve.routes import MetokRoutes
+
+RECENT = [{"request_id": "b", "time": 2.0, "videos": [], "question_ids": [3, 4]}, {"request_id": "a", "time": 1.0}]
+
+
+class FakeCore:
+    """One engine of one worker."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        counters = PruningCounters()
+        self.answers: dict[str, Any] = {
+            "metok_stats": {
+                **counters.snapshot(), "deferred_bytes": 0, "seconds": StageTimes().snapshot(), "unmeasured": 0,
+            },
+            "metok_recent": RECENT,
+            "metok_state": {"groups": []},
+        }  # fmt: skip
+
+    async def call_utility_all_async(self, method: str, *args: Any) -> list[Any]:
+        if method == "scheduler":
+            self.asked.append(method)
+            return [SchedulerCounters().snapshot([], {}, 10, {})]
+        self.asked.append(args[0])
+        if args[0] == "metok_report":
+            return [[{"request_id": "known-12", "videos": []} if args[2] == ("known",) else None]]
+        return [[self.answers[args[0]]]]
+
+
+@pytest.fixture
+def app(monkeypatch: pytest.MonkeyPatch) -> FastAPI:
+    registry = CollectorRegistry()
+    monkeypatch.setattr(metrics, "REGISTRY", registry)
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    app = FastAPI()
+    app.add_api_route("/metrics", lambda: Response(generate_latest(registry)))
+    app.add_api_route("/v1/chat/completions", lambda: {"asked": True}, methods=["POST"])
+    app.add_middleware(MetokRoutes)
+    hf_config = SimpleNamespace()
+    attach_settings(hf_config, MetokSettings(events=7))
+    app.state.engine_client = SimpleNamespace(
+        engine_core=FakeCore(),
+        renderer=SimpleNamespace(get_tokenizer=lambda: SimpleNamespace(decode=lambda ids: f"text of {ids}")),
+    )
+    app.state.vllm_config = SimpleNamespace(
+        model_config=SimpleNamespace(
+            hf_config=hf_config, hf_text_config=SimpleNamespace(num_hidden_layers=28), architecture="METokModel"
+        )
+    )
+    app.state.openai_serving_models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="<b>tiny</b>")])
+    return app
+
+
+@pytest.fixture
+def client(app: FastAPI) -> Iterator[TestClient]:
+    with TestClient(app) as running:
+        yield running
+
+
+def test_a_scrape_asks_the_engines_first(app: FastAPI, client: TestClient) -> None:
+    text = client.get("/metrics").text
+    assert "metok_pruned_requests_total 0.0" in text
+    assert sorted(app.state.engine_client.engine_core.asked) == ["metok_stats", "scheduler"]
+    client.get("/metrics")
+    assert len(app.state.engine_client.engine_core.asked) == 2, "a young answer is not asked for again"
+
+
+def test_the_status(client: TestClient) -> None:
+    answer = client.get("/v1/metok/status")
+    assert answer.headers["cache-control"] == "no-store"
+    status = answer.json()
+    assert status["server"] | {"settings": None, "version": None} == {
+        "models": ["<b>tiny</b>"], "architecture": "METokModel", "layers": 28, "pruned_before_layers": [3, 10, 19],
+        "settings": None, "version": None,
+    }  # fmt: skip
+    assert status["server"]["settings"]["events"] == 7
+    assert status["requests"] == [
+        {"request_id": "b", "time": 2.0, "videos": [], "question": "text of [3, 4]"},
+        {"request_id": "a", "time": 1.0},
+    ]
+    assert status["engine_figures"]["engines"] == 1
+    assert 0 <= status["requests_age_seconds"] < 60
+
+
+def test_an_engine_that_fails_leaves_the_status_without_figures(app: FastAPI, client: TestClient) -> None:
+    app.state.engine_client.engine_core.answers.clear()
+    status = client.get("/v1/metok/status").json()
+    assert status["engine_figures"] is None
+    assert status["engine_figures_age_seconds"] is None
+    assert status["requests"] == []
+    assert client.get("/metrics").status_code == 200
+
+
+def test_reports_and_state_of_all_engines(client: TestClient) -> None:
+    assert client.get("/v1/metok/state").json() == {"workers": [{"groups": []}]}
+    assert client.get("/v1/metok/reports/known").json() == {"request_id": "known", "videos": []}
+    assert client.get("/v1/metok/reports/unknown").status_code == 404
+
+
+def test_the_page_is_one_file_whose_parts_its_policy_allows(client: TestClient) -> None:
+    answer = client.get("/metok")
+    assert answer.status_code == 200
+    assert answer.text.count("<script>") == answer.text.count("<style>") == 1
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+def test_impossible_logprobs_are_refused_and_counted(client: TestClient) -> None:
+    def refused() -> float:
+        lines = client.get("/metrics").text.splitlines()
+        return float(next(line for line in lines if 'reason="prompt_logprobs"' in line).split()[-1])
+
+    before = refused()
+    body: dict[str, Any] = {"prompt_logprobs": 1, "messages": [{"content": [{"type": "video_url"}]}]}
+    assert client.post("/v1/chat/completions", content=json.dumps(body)).status_code == 400
+    assert refused() == before + 1
+    body["mm_processor_kwargs"] = {"metok": "off"}
+    assert client.post("/v1/chat/completions", content=json.dumps(body)).json() == {"asked": True}
+    assert refused() == before + 1
