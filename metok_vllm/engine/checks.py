@@ -109,6 +109,8 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         "METok does not support vLLM's own video pruning beside it: remove --video-pruning-rate.": bool(
             multimodal is not None and getattr(multimodal, "video_pruning_rate", None)
         ),
+        # Stock LLaVA-OneVision has no LoRA in vLLM 0.32; vLLM itself says so after it has loaded the weights.
+        "METok does not support LoRA: remove --enable-lora.": vllm_config.lora_config is not None,
         "METok does not support prompt embeddings: remove --enable-prompt-embeds.": model_config.enable_prompt_embeds,
         "METok cannot share multimodal items by shared memory: leave --mm-processor-cache-type at lru.": bool(
             multimodal is not None and multimodal.mm_processor_cache_type == "shm"

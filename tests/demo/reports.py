@@ -57,7 +57,8 @@ def _report(sample: Sample, plan: VideoPlan, tags: VideoTags, patch: pytest.Monk
     span = VideoSpan(10, plan.tokens, plan)
     facts = RequestFacts(TEXT_TOKENS + plan.tokens, (span,))
     nothing = torch.zeros(0, dtype=torch.int64)
-    request = PrunedRequest(REQUEST_ID + "-0123abcd", facts.prompt_len, (span,), nothing, nothing.numpy(), (0,), nothing, [tags])
+    request_id = f"{REQUEST_ID}-0123abcd"
+    request = PrunedRequest(request_id, facts.prompt_len, (span,), nothing, nothing.numpy(), (0,), nothing, [tags])
     request.result = PruningResult(plan.tokens, plan.survivors1, plan.survivors2, facts.retained_bound)
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(

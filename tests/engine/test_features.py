@@ -14,12 +14,12 @@ import pytest
 from torch import Tensor
 
 from tests.engine.harness import Case, Engine, engine, observed
-from tests.engine.interpreter import spread_scalars_as_they_are
 from tests.oracle import OracleResult, assert_same
 from tests.oracle.samples import Sample, load_sample, scene_video
 
 ATOL = 1e-3
 CHOICES = ["the white rabbit", "the bird", "nobody"]
+CUTS: list[dict[str, Any]] = [{"top_k": 2}, {"top_p": 0.3}, {"top_k": 5, "top_p": 0.5}]
 SCHEMA = {
     "type": "object",
     "properties": {"who": {"enum": ["rabbit", "bird"]}, "count": {"type": "integer", "minimum": 0, "maximum": 9}},
@@ -71,11 +71,8 @@ def allowed(tokenizer: Any, said: str) -> list[int]:
     return [i for i, piece in pieces.items() if piece and any(rest.startswith(piece) for rest in rests)]
 
 
-def test_a_choice_is_the_best_that_the_grammar_allows(
-    running: Engine, sample: Sample, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_choice_is_the_best_that_the_grammar_allows(running: Engine, sample: Sample) -> None:
     """At every token: of those that lead to a choice the engine takes the oracle's best, with the oracle's logprob of it."""
-    spread_scalars_as_they_are(monkeypatch)
     cases = [Case((scene_video(seed, 24),), metok=metok) for seed, metok in ((1, None), (2, {"decode_retention": 1}))]
     free = Case((scene_video(3, 20),), max_tokens=8)
     ids = [running.add(case, **structured(choice=CHOICES)) for case in cases]
@@ -104,8 +101,7 @@ def test_a_choice_is_the_best_that_the_grammar_allows(
     running.check_drained()
 
 
-def test_an_answer_obeys_a_json_schema(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    spread_scalars_as_they_are(monkeypatch)
+def test_an_answer_obeys_a_json_schema(running: Engine) -> None:
     case = Case((scene_video(4, 24),), max_tokens=64)
     (output,), deferred = finish(running, [running.add(case, **structured(json=SCHEMA))])
     assert deferred > 0
@@ -125,7 +121,22 @@ def test_an_answer_obeys_a_json_schema(running: Engine, monkeypatch: pytest.Monk
     running.check_drained()
 
 
+def test_top_k_and_top_p_choose_among_the_best(running: Engine) -> None:
+    case = Case((scene_video(4, 20),), max_tokens=6)
+    ids = [running.add(case, temperature=1.0, seed=seed, **cut) for seed in range(4) for cut in CUTS]
+    outputs, _ = finish(running, ids)
+    for output, cut in zip(outputs, CUTS * 4, strict=True):
+        answer = observed(output)
+        rows = fed(running, case, answer)
+        for token, row in zip(answer.tokens, rows, strict=True):
+            better = row[row > row[token]]
+            if "top_k" in cut:
+                assert len(better) < cut["top_k"]
+            assert float(better.exp().sum()) < cut.get("top_p", 1.0) + ATOL
+    running.check_drained()
+
+
 # Last in this file: an engine that does not start ends the distributed state of the one that the fixture holds.
 def test_lora_is_refused_at_the_start(sample: Sample) -> None:
-    with pytest.raises(Exception, match="LoRA"), engine(sample, enable_lora=True):
+    with pytest.raises(ValueError, match="does not support LoRA"), engine(sample, enable_lora=True):
         pass

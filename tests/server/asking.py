@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tests.oracle import OracleResult, OracleSettings
 from tests.oracle import run as run_oracle
@@ -15,36 +19,69 @@ OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "
 
 
 def ask(server: Server, video: bytes | None, metok: Any = None, question: str = QUESTION, **options: Any) -> Any:
-    content: list[dict[str, Any]] = [{"type": "text", "text": question}]
+    return chat(server, [user(question, None if video is None else data_url(video))], metok, **options)
+
+
+def user(text: str, video: str | None = None) -> dict[str, Any]:
+    """A user's turn, about the video at a URL if there is one."""
+    content: list[dict[str, Any]] = [{"type": "text", "text": text}]
     if video is not None:
-        content.insert(0, {"type": "video_url", "video_url": {"url": data_url(video)}})
+        content.insert(0, {"type": "video_url", "video_url": {"url": video}})
+    return {"role": "user", "content": content}
+
+
+def chat(server: Server, messages: list[dict[str, Any]], metok: Any = None, **options: Any) -> Any:
+    """Send a conversation through the `openai` client, greedily and with token ids and log-probabilities."""
     extra: dict[str, Any] = {"return_token_ids": True, "ignore_eos": True}
     if metok is not None:
         extra["mm_processor_kwargs"] = {"metok": metok}
     return server.client().chat.completions.create(
         model="tiny",
-        messages=[{"role": "user", "content": content}],
-        temperature=0,
-        logprobs=True,
+        messages=messages,
         extra_body=extra | options.pop("extra", {}),
-        **{"max_tokens": 24, **options},
+        **{"max_tokens": 24, "temperature": 0, "logprobs": True, **options},
     )
 
 
-def oracle(sample: Sample, video: bytes | None, metok: Any = None, steps: int = 24) -> OracleResult:
+def oracle(
+    sample: Sample, video: bytes | None, metok: Any = None, steps: int = 24, question: str = QUESTION
+) -> OracleResult:
+    return oracle_on_frames(sample, None if video is None else seen(video), metok, steps, question)
+
+
+def oracle_on_frames(
+    sample: Sample, frames: NDArray[np.uint8] | None, metok: Any = None, steps: int = 24, question: str = QUESTION
+) -> OracleResult:
+    """The oracle's answer to a question about frames uint8 [T, H, W, 3], or about nothing."""
+    ids = sample.prompt_ids(question, videos=0 if frames is None else 1)
+    return oracle_on_prompt(sample, ids, frames, metok, steps, question)
+
+
+def oracle_on_prompt(
+    sample: Sample, ids: list[int], frames: NDArray[np.uint8] | None, metok: Any, steps: int, question: str
+) -> OracleResult:
+    """The oracle's answer to a prompt with one placeholder a video."""
     settings = OracleSettings(decode_retention=0.5)
     if metok == "off":
         settings = OracleSettings(off=True)
     elif metok:
         settings = OracleSettings(**{"decode_retention": 0.5, **{k: v for k, v in metok.items() if k != "report"}})
-    videos = [] if video is None else [sample.pixels(seen(video))]
-    return run_oracle(
-        sample.model, sample.prompt_ids(QUESTION, videos=len(videos)), videos, None, sample.question_ids(QUESTION),
-        settings, steps,
-    )  # fmt: skip
+    videos = [] if frames is None else [sample.pixels(frames)]
+    return run_oracle(sample.model, ids, videos, None, sample.question_ids(question), settings, steps)
 
 
 def result(answer: Any) -> OracleResult:
     choice = answer.choices[0]
     logprobs = [{token: entry.logprob} for token, entry in zip(choice.token_ids, choice.logprobs.content, strict=True)]
     return OracleResult(list(answer.prompt_token_ids), list(choice.token_ids), logprobs)
+
+
+def assert_drained(server: Server) -> None:
+    """The server answers, its workers hold nothing of any video, and every KV block is free."""
+    assert server.get("/health")[0] == 200
+    ask(server, None, question="One more, so that the workers hear of what has finished.", max_tokens=1)
+    for worker in json.loads(server.get("/v1/metok/state")[1])["workers"]:
+        assert (worker["pruned_requests"], worker["deferred_bytes"]) == (0, 0)
+    usage = [line for line in server.get("/metrics")[1].decode().splitlines() if "kv_cache_usage_perc{" in line]
+    assert usage
+    assert all(float(line.split()[-1]) == 0 for line in usage)

@@ -8,6 +8,7 @@ import io
 import av
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from metok_vllm.media.decoder import decode_video
 from metok_vllm.media.settings import VideoSettings
@@ -31,7 +32,23 @@ def data_url(video: bytes) -> str:
     return "data:video/mp4;base64," + base64.b64encode(video).decode()
 
 
+def jpegs(frames: NDArray[np.uint8]) -> str:
+    """The data URL of frames uint8 [T, H, W, 3] as JPEG files, as vLLM takes them."""
+    parts = []
+    for frame in frames:
+        buffer = io.BytesIO()
+        Image.fromarray(frame).save(buffer, "JPEG", quality=95)
+        parts.append(base64.b64encode(buffer.getvalue()).decode())
+    return "data:video/jpeg;base64," + ",".join(parts)
+
+
 def seen(video: bytes) -> NDArray[np.uint8]:
-    """The frames that METok's loader gives the model with its default settings, uint8 [T, H, W, 3]."""
-    frames: NDArray[np.uint8] = decode_video(video, VideoSettings()).frames
+    """The frames that METok's loader gives the model with vLLM's default settings, uint8 [T, H, W, 3]."""
+    frames: NDArray[np.uint8] = decode_video(video, VideoSettings(num_frames=32)).frames
     return frames
+
+
+def seen_jpegs(url: str) -> NDArray[np.uint8]:
+    """The frames in what `jpegs` returned, uint8 [T, H, W, 3]."""
+    files = (io.BytesIO(base64.b64decode(part)) for part in url.partition(",")[2].split(","))
+    return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])

@@ -22,7 +22,9 @@ START_SECONDS = 600
 def environment() -> dict[str, str]:
     """Of a vLLM process on CPU; not in the test's process, so with vLLM's own multiprocessing."""
     env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    return {**env, "TRITON_INTERPRET": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    env |= {"TRITON_INTERPRET": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    # Media URLs as the documentation has them; one attempt, so that a server that is not there costs no waiting.
+    return {**env, "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0", "VLLM_MEDIA_FETCH_MAX_RETRIES": "1"}
 
 
 def vllm() -> str:

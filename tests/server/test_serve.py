@@ -15,7 +15,7 @@ import pytest
 
 from tests.oracle import assert_same
 from tests.oracle.samples import Sample, scene_video
-from tests.server.asking import OPTIONS, QUESTION, ask, oracle, result
+from tests.server.asking import OPTIONS, QUESTION, ask, assert_drained, oracle, result
 from tests.server.clips import data_url, mp4
 from tests.server.live import Server, environment, vllm
 
@@ -43,7 +43,9 @@ def test_deep_groups_hold_blocks_for_text_alone_and_all_are_free_at_the_end(serv
     prompt = len(oracle(sample, video, metok, steps=1).prompt_ids)
     text = len(sample.prompt_ids(QUESTION, videos=1)) - 1
     size = 32
-    room = -text % size  # what can be generated before the deep groups need another block
+    steps = 64  # long enough to be seen at work
+    most = -(-(text + steps) // size)
+    assert most < prompt // size, "the prompt's own blocks would not show"
     states: list[dict[str, Any]] = []
     done = threading.Event()
 
@@ -55,7 +57,7 @@ def test_deep_groups_hold_blocks_for_text_alone_and_all_are_free_at_the_end(serv
     poller = threading.Thread(target=poll)
     poller.start()
     try:
-        answer = ask(server, video, metok, max_tokens=room)
+        answer = ask(server, video, metok, max_tokens=steps)
     finally:
         done.set()
         poller.join()
@@ -67,23 +69,16 @@ def test_deep_groups_hold_blocks_for_text_alone_and_all_are_free_at_the_end(serv
                 if not request_id.startswith(answer.id):
                     continue
                 if group["holds"] == "every token":
-                    assert blocks <= -(-(prompt + room) // size)
+                    assert blocks <= -(-(prompt + steps) // size)
                 else:
                     seen_deep.add((group["holds"], blocks))
-    deep = -(-text // size)
-    # A prompt of two steps holds fewer at first; when the prompt is complete it holds exactly what the text needs.
-    assert {blocks for _, blocks in seen_deep if blocks} <= set(range(1, deep + 1))
-    assert ("text", deep) in seen_deep
-    assert ("text and retained", deep) in seen_deep
+    # A prompt of two steps holds fewer at first; from its end on it holds what its text and its answer need.
+    assert {blocks for _, blocks in seen_deep if blocks} <= set(range(1, most + 1))
+    complete = range(-(-text // size), most + 1)
+    assert {kind for kind, blocks in seen_deep if blocks in complete} == {"text", "text and retained"}
     assert prompt > 4 * text
 
-    ask(server, None, question="One more, so that the workers hear of what has finished.", max_tokens=1)
-    state = json.loads(server.get("/v1/metok/state")[1])["workers"][0]
-    assert state["pruned_requests"] == 0
-    assert state["deferred_bytes"] == 0
-    usage = [line for line in server.get("/metrics")[1].decode().splitlines() if "kv_cache_usage_perc{" in line]
-    assert usage
-    assert all(float(line.split()[-1]) == 0 for line in usage)
+    assert_drained(server)
 
 
 def test_a_report_says_what_was_done(server: Server, sample: Sample) -> None:

@@ -68,6 +68,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"},
         "METok needs its own scheduler, which METok sets itself: remove --scheduler-cls.",
     ),
+    "LoRA": ({"enable_lora": True}, f"{NO}LoRA: remove --enable-lora."),
     "vLLM's video pruning": (
         {"video_pruning_rate": 0.5},
         f"{NO}vLLM's own video pruning beside it: remove --video-pruning-rate.",
