@@ -9,13 +9,23 @@ from __future__ import annotations
 def register() -> None:
     """Make METok's models, KV cache format, video loader and media connector known; take `--plugin metok` off the command line.
 
-    May be called several times in one process.
+    May be called several times in one process. Where vLLM is not the one that METok is made for, only a server that asks for
+    METok does not start: all others go on without it, with a warning.
+
+    Raises:
+        SystemExit: METok is asked for and cannot be had.
     """
+    from metok_vllm.log import metok_logger
     from metok_vllm.serve_args import apply_plugin_option
 
-    apply_plugin_option()
-    _register_models()
-    _register_lazily()
+    asked = apply_plugin_option()
+    try:
+        _register_models()
+        _register_lazily()
+    except (ImportError, AttributeError, TypeError) as error:
+        if asked:
+            raise SystemExit(f"vllm: error: METok cannot be loaded into this vLLM: {error}") from error
+        metok_logger(__name__).warning("METok cannot be loaded into this vLLM and is off: %s", error)
 
 
 def _register_models() -> None:

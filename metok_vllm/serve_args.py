@@ -25,35 +25,45 @@ OPTION, NAME = "--plugin", "metok"
 MIDDLEWARE = "metok_vllm.serve.routes.MetokRoutes"
 COMMANDS = ("serve", "run-batch")
 OVERRIDES = "--hf-overrides"
+ADDITIONAL = "--additional-config"
 CONNECTOR_VARIABLE, CONNECTOR = "VLLM_MEDIA_CONNECTOR", "metok"
 
 
-def apply_plugin_option() -> None:
+def apply_plugin_option() -> bool:
     """Rewrite `sys.argv` in place where it asks for METok and choose its media connector; change nothing everywhere else.
 
+    Returns:
+        Whether it asked.
+
     Raises:
-        SystemExit: METok cannot serve the model; vLLM then does not start, and the message names what it can serve.
+        SystemExit: METok cannot serve the model, or is given settings but not asked for; vLLM then does not start.
     """
     try:
         arguments = rewritten(sys.argv)
     except ValueError as error:
         raise SystemExit(f"vllm: error: {error}") from None
-    if arguments != sys.argv:
+    asked = arguments != sys.argv
+    if asked:
         # vLLM has no option for it. This process and those that it starts serve nothing but METok; an operator's wish holds.
         os.environ.setdefault(CONNECTOR_VARIABLE, CONNECTOR)
     sys.argv[:] = arguments
+    return asked
 
 
 def rewritten(argv: Sequence[str]) -> list[str]:
     """The command line without `--plugin metok`, and with the options that it stands for.
 
     Raises:
-        ValueError: the model on the command line is not one that METok can serve, or its config cannot be read.
+        ValueError: the model on the command line is not one that METok can serve, its config cannot be read, or there are
+            settings for METok without the option.
         SystemExit: vLLM's parser refuses the command line.
     """
     arguments = list(argv)
     command = arguments[1] if len(arguments) > 1 else ""
-    if command not in COMMANDS or not _take_option(arguments):
+    if command not in COMMANDS:
+        return list(argv)
+    if not _take_option(arguments):
+        _refuse_lonely_settings(arguments)
         return list(argv)
     options = _parsed(arguments[1:])
     overrides = options.hf_overrides
@@ -67,6 +77,17 @@ def rewritten(argv: Sequence[str]) -> list[str]:
     if command == "serve":
         arguments += ["--middleware", MIDDLEWARE]
     return arguments
+
+
+def _refuse_lonely_settings(arguments: Sequence[str]) -> None:
+    """vLLM ignores what it does not know in its additional config, so settings for METok would be ignored without a word."""
+    if any("METok" in argument for argument in arguments):
+        return  # asked for by its architecture, as `metok_vllm.enable` does it
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, is_joined, joined = option.partition("=")
+        given = joined if is_joined else value
+        if (name.replace("_", "-") == ADDITIONAL and '"metok"' in given) or name == f"{ADDITIONAL}.metok":
+            raise ValueError(f"{ADDITIONAL} has settings for METok, which is off: add {OPTION} {NAME}.")
 
 
 def _take_option(arguments: list[str]) -> bool:

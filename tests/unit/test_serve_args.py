@@ -13,6 +13,7 @@ import pytest
 import yaml
 from transformers import PretrainedConfig
 
+from metok_vllm import plugin
 from metok_vllm.serve_args import CONNECTOR_VARIABLE, MIDDLEWARE, _parsed, apply_plugin_option, rewritten
 from tests.unit.conftest import METOK
 
@@ -284,3 +285,38 @@ def test_the_server_does_not_start_with_an_unsupported_model(
     message = str(stop.value)
     assert message.startswith("vllm: error: METok cannot serve ")
     assert "LlavaOnevisionForConditionalGeneration" in message
+
+
+LONELY = '{"metok": {"events": 3}}'
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["--additional-config", LONELY], [f"--additional_config={LONELY}"], ["--additional-config.metok", "{}"]],
+)
+def test_settings_without_the_option_are_refused(checkpoint: Path, settings: list[str]) -> None:
+    argv = ["vllm", "serve", str(checkpoint), *settings]
+    with pytest.raises(ValueError, match="has settings for METok, which is off: add --plugin metok"):
+        rewritten(argv)
+    assert rewritten([*argv, "--plugin", "metok"]) != argv
+    by_hand = [*argv, "--hf-overrides", json.dumps({"architectures": [METOK]})]
+    assert rewritten(by_hand) == by_hand
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_vllm_that_metok_does_not_fit(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(plugin, "_register_lazily", unlike)
+    monkeypatch.setattr("logging.Logger.warning", lambda self, text, *args: said.append(text % args))
+    monkeypatch.setattr(sys, "argv", ["vllm", "serve", str(checkpoint), *(["--plugin", "metok"] if asked else [])])
+    monkeypatch.setenv(CONNECTOR_VARIABLE, "http")
+    if asked:
+        with pytest.raises(SystemExit, match="METok cannot be loaded into this vLLM: no such name"):
+            plugin.register()
+    else:
+        plugin.register()
+        assert said == ["METok cannot be loaded into this vLLM and is off: no such name"]
+
+
+def unlike() -> None:
+    raise ImportError("no such name")
