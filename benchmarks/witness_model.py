@@ -50,10 +50,15 @@ def fetch(cache: Path) -> Path:
 
 def load(cache: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """The model (`LlamaForCausalLM` with plain weights of `dtype`) and its tokenizer."""
+    from transformers.utils import import_utils
+
     folder = fetch(cache)
     if str(cache) not in sys.path:
         sys.path.append(str(cache))
         importlib.invalidate_caches()
+        # What an earlier import of transformers did not find is there now.
+        for asked in (import_utils.is_accelerate_available, import_utils.is_gguf_available):
+            asked.cache_clear()
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
