@@ -106,6 +106,16 @@ def _score_variants() -> Iterator[Variant]:
     for name, launches, chips in cases:
         for launch in launches:
             yield Variant(name, launch, chips)
+    # As the engine calls it: fresh keys of one prompt, queries already gathered, int64 indices.
+    for model in MODELS[:2]:
+        q = _meta(200, model.heads, model.head_dim, dtype=BF16)
+        keys = PackedKeys(_meta(9216, model.kv_heads, model.head_dim, dtype=BF16), _meta(1))
+        index = _meta(9000, dtype=torch.int64)
+        launches, _ = plan_scores(
+            q, keys, _meta(200), _meta(2), index, _meta(2), scale=0.1, max_rows=200, max_visual=9000, max_keys=9216
+        )[:2]
+        for launch in launches:
+            yield Variant(f"{model.name} {BF16} one prompt", launch)
 
 
 def _slot_variants() -> Iterator[Variant]:
@@ -121,6 +131,10 @@ def _select_variants() -> Iterator[Variant]:
     for longest in (1, 200, 1500, 4000, 100_000):
         launch = plan_select(_meta(10_000, dtype=FP32), _meta(6), _meta(5), max_length=longest)[0]
         yield Variant(f"events up to {longest}", launch)
+    edges, keep = _meta(6, dtype=torch.int64), _meta(5, dtype=torch.int64)
+    for longest in (1500, 9000):
+        launch = plan_select(_meta(9000, dtype=FP32), edges, keep, max_length=longest, capacity=5000)[0]
+        yield Variant(f"one prompt of up to {longest}", launch)
 
 
 def _gather_variants() -> Iterator[Variant]:
@@ -143,6 +157,10 @@ def _pool_variants() -> Iterator[Variant]:
                 plan_pool(frames, _meta(64), _meta(64), mode=model.mode, total=6000, min_stride=2, **separators)[0],
             ):
                 yield Variant(f"{model.name} {dtype}", launch)
+            wide = {"separator": separators["separator"], "separator_offset": _meta(5, dtype=torch.int64)}
+            strides, offsets = _meta(64, dtype=torch.int64), _meta(64, dtype=torch.int64)
+            launch = plan_pool(frames, strides, offsets, mode=model.mode, total=6000, min_stride=2, **wide)[0]
+            yield Variant(f"{model.name} {dtype} one video", launch)
 
 
 def variants() -> Iterator[Variant]:
