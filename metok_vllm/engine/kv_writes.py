@@ -9,6 +9,7 @@ import torch
 
 from metok_vllm.engine.attention import MetokAttention
 from metok_vllm.engine.batch import PrunedBatch
+from metok_vllm.engine.slots import slots_of
 from metok_vllm.engine.survivors import Survivors
 
 
@@ -22,7 +23,8 @@ class KVWrites:
     def __init__(self, batch: PrunedBatch) -> None:
         self.batch = batch
         self._held: list[tuple[MetokAttention, torch.Tensor, torch.Tensor]] = []
-        self._text: dict[tuple[int, int], torch.Tensor] = {}  # slots, by the block table's address and the batch row
+        # Slots, by the block table's address, the batch row, the first rank and how many.
+        self._known: dict[tuple[int, int, int, int], torch.Tensor] = {}
 
     def write(
         self,
@@ -57,35 +59,35 @@ class KVWrites:
 
     def write_held(self, survivors: Sequence[Survivors], sizes: Sequence[int]) -> None:
         """Write what was held back of the tokens that L2 has chosen; `sizes` are the prompts' before L2."""
+        if not self._held:
+            return
         offset, rows, retaining = self.batch.num_others, [], []
         for of_prompt, size in zip(survivors, sizes, strict=True):
             if of_prompt.held_rows is not None:
                 rows.append(of_prompt.held_rows + offset)
                 retaining.append(of_prompt)
             offset += size
+        index = torch.cat(rows)
         for layer, key, value in self._held:
-            index = torch.cat(rows)
             slots = torch.cat([self._retained_slots(layer, of_prompt) for of_prompt in retaining])
             _update_cache(layer, key[index], value[index], slots)
         self._held.clear()
 
     def _text_slots(self, layer: MetokAttention, survivors: Survivors) -> torch.Tensor:
-        table = self.batch.tables[layer.layer_name]
-        at = (table.data_ptr(), survivors.row.batch_row)
-        if at not in self._text:
-            ranks = torch.arange(survivors.static.shape[0], device=table.device)
-            self._text[at] = self._slots(table, survivors.row.batch_row, ranks)
-        return self._text[at]
+        return self._slots(layer, survivors, 0, survivors.static.shape[0])
 
     def _retained_slots(self, layer: MetokAttention, survivors: Survivors) -> torch.Tensor:
-        table = self.batch.tables[layer.layer_name]
-        text = survivors.row.request.static.shape[0]
-        ranks = torch.arange(text, text + survivors.retained, device=table.device)
-        return self._slots(table, survivors.row.batch_row, ranks)
+        return self._slots(layer, survivors, survivors.row.request.static.shape[0], survivors.retained)
 
-    def _slots(self, table: torch.Tensor, batch_row: int, ranks: torch.Tensor) -> torch.Tensor:
-        size = self.batch.block_size
-        return table[batch_row][ranks // size].to(torch.int64) * size + ranks % size
+    def _slots(self, layer: MetokAttention, survivors: Survivors, start: int, count: int) -> torch.Tensor:
+        """Slots of the ranks from `start` on, int64 [count]; the layers of a group share them."""
+        table, row = self.batch.tables[layer.layer_name], survivors.row.batch_row
+        at = (table.data_ptr(), row, start, count)
+        if at not in self._known:
+            rows = torch.full((count,), row, device=table.device)
+            ranks = torch.arange(start, start + count, device=table.device)
+            self._known[at] = slots_of(table, rows, ranks, self.batch.block_size)
+        return self._known[at]
 
 
 def _update_cache(layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:

@@ -77,8 +77,10 @@ def survivors_of_l1(rows: Sequence[PrefillRow], scores: Sequence[Sequence[torch.
         scores: of every pruned video of each, float32 [its tokens].
     """
     counts = [
-        EventCounts.of(span, _present(tags)) for row in rows for span, tags in _videos(row)
-    ]  # every prompt has a video
+        EventCounts.of(span, _present(tags))
+        for row in rows
+        for span, tags in zip(row.request.spans, row.request.tags, strict=True)
+    ]
     if not counts:
         return []
     # The one read of the device in a pruned prompt's prefill: how many tokens survive, which sizes everything after.
@@ -129,10 +131,6 @@ def prune_l3(survivors: Sequence[Survivors]) -> list[torch.Tensor]:
         of_prompt.static = torch.arange(of_prompt.static.shape[0], device=of_prompt.static.device)
         of_prompt.retained_rows = None
     return rows
-
-
-def _videos(row: PrefillRow) -> Sequence[tuple[VideoSpan, VideoTags | None]]:
-    return list(zip(row.request.spans, row.request.tags, strict=True))
 
 
 def _present(tags: VideoTags | None) -> VideoTags:
