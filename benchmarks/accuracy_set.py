@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from benchmarks.accuracy_data import UsageError
-from training.make_set import write_set
+from training.make_set import row_of, write_set
 from training.questions import questions
 from training.seeds import SPLITS
 from training.world import MAX_FRAMES, MIN_FRAMES, make_video
@@ -53,14 +53,5 @@ def _more(lines: list[str]) -> list[str]:
             # Its own stream of choices, so that the questions of `write_set` are not drawn again.
             drawn = questions(video, MIXED, random.Random(f"{seed} {kind}"), (kind,))
             fresh = [q for q in drawn if (name, q.kind, q.text) not in there]
-            for q in fresh[:count]:
-                row = {
-                    "video": name,
-                    "question": q.text,
-                    "options": list(q.options),
-                    "answer": q.answer,
-                    "kind": q.kind,
-                }
-                row |= {"of": q.of, "about": [list(a) for a in q.about], "seed": seed, "frames": video.frames}
-                found.append(json.dumps(row))
+            found += [json.dumps(row_of(name, video, q)) for q in fresh[:count]]
     return found

@@ -41,7 +41,14 @@ def parser() -> argparse.ArgumentParser:
         "show what was kept of every frame. Writes a picture of the events, timeline.png.",
     )
     demo.add_argument("--video", type=Path, metavar="FILE", help="a video file (default: a clip that comes along)")
-    demo.add_argument("--question", metavar="TEXT", help="what to ask about it")
+    asked = demo.add_mutually_exclusive_group()
+    asked.add_argument("--question", metavar="TEXT", help="what to ask about it")
+    asked.add_argument(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines of video, question (prompt, where it has options) and, if known, the right answer",
+    )
     where = demo.add_mutually_exclusive_group()
     where.add_argument(
         "--model",
@@ -54,7 +61,12 @@ def parser() -> argparse.ArgumentParser:
         help="a running server, started with --plugin metok --trust-request-mm-kwargs; OPENAI_API_KEY is its key",
     )
     demo.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help=f"results (default: {DEFAULT_OUT})")
-    demo.add_argument("--frames", type=_frame_count, default=32, metavar="N", help="frames to sample (default: 32)")
+    demo.add_argument(
+        "--frames",
+        type=_frame_count,
+        metavar="N",
+        help="frames to sample (default: 32; the model that comes along: 64)",
+    )
     demo.set_defaults(run=_demo)
 
     models = commands.add_parser("models", help="list the model architectures that METok can serve")
@@ -86,6 +98,7 @@ def _demo(options: argparse.Namespace) -> int:
             DemoOptions(
                 video=options.video,
                 question=options.question,
+                questions=options.questions,
                 model=options.model,
                 url=options.url,
                 out=options.out,

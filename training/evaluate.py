@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, list[bool]], list[tuple[Vid
         rng = random.Random(video.seed)
         for kinds in (SHORT, LONG):
             asked = pick(encoded, args.per_kind * len(kinds), kinds, rng)
-            _, verdicts = scores(model, coder, collate(coder, [encoded], [layout], [asked]))
+            _, verdicts, _ = scores(model, coder, collate(coder, [encoded], [layout], [asked]))
             for q, hit in zip(asked, verdicts[0], strict=True):
                 hits[q.kind].append(hit)
                 if q.kind == "letter":

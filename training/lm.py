@@ -9,6 +9,7 @@ questions.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -119,19 +120,19 @@ class LM(nn.Module):
         for layer in self.layers:
             layer.mimic()
 
-    def hidden(self, batch: Packed, tap: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """Final-norm states of the questions, ``[B, Q, H]``, and the same read-out after layer ``tap``."""
+    def hidden(self, batch: Packed, taps: Collection[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+        """Final-norm states of the questions, ``[B, N * L, H]``, and all states after the layers ``taps``."""
         c, x = self.c, batch.embeds
         inv = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, device=x.device).float() / c.head_dim)
         angle = batch.positions[:, None, :, None].float() * inv
         angle = torch.cat((angle, angle), dim=-1)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        early = None
+        tapped = {}
         for number, layer in enumerate(self.layers, start=1):
             x = layer(x, cos, sin, batch)
-            if number == tap:
-                early = self.read_out(x[:, batch.prefix :])
-        return self.read_out(x[:, batch.prefix :]), early
+            if number in taps:
+                tapped[number] = x
+        return self.read_out(x[:, batch.prefix :]), tapped
 
     def read_out(self, x: Tensor) -> Tensor:
         """The final norm."""

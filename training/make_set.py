@@ -5,8 +5,7 @@ Usage::
     python -m training.make_set --split test --videos 100 --questions 12 --out out/test
     python -m training.make_set --split demo --videos 1 --scale 4 --out out/demo
 
-Every line: ``video`` (file name), ``question``, ``options`` (list, maybe empty), ``answer``, ``kind``,
-``of``, ``about`` (frames that must be seen), ``seed``, ``frames``.
+Every line is what :func:`row_of` gives.
 """
 
 from __future__ import annotations
@@ -15,12 +14,13 @@ import argparse
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from training.draw import draw_video
-from training.questions import KINDS, questions
+from training.questions import KINDS, Question, questions
 from training.seeds import SPLITS, seed_of
 from training.video_file import write_mp4
-from training.world import MAX_FRAMES, MIN_FRAMES, make_video
+from training.world import MAX_FRAMES, MIN_FRAMES, Video, make_video
 
 
 def write_set(
@@ -41,21 +41,26 @@ def write_set(
             name = f"{split}_{index:05d}.mp4"
             write_mp4(draw_video(video), out / name, scale=scale)
             for q in questions(video, per_video, random.Random(video.seed), KINDS):
-                row = {
-                    "video": name,
-                    "question": q.text,
-                    "options": list(q.options),
-                    "answer": q.answer,
-                    "kind": q.kind,
-                }
-                row |= {
-                    "of": q.of,
-                    "about": [list(a) for a in q.about],
-                    "seed": video.seed,
-                    "frames": video.frames,
-                }
-                sheet.write(json.dumps(row) + "\n")
+                sheet.write(json.dumps(row_of(name, video, q)) + "\n")
     return path
+
+
+def row_of(name: str, video: Video, q: Question) -> dict[str, Any]:
+    """A line of a set. ``prompt`` is the question with its options as the model was trained to read them, ``about`` the
+    frames that must be seen to answer.
+    """
+    return {
+        "video": name,
+        "question": q.text,
+        "prompt": q.prompt,
+        "options": list(q.options),
+        "answer": q.answer,
+        "kind": q.kind,
+        "of": q.of,
+        "about": [list(span) for span in q.about],
+        "seed": video.seed,
+        "frames": video.frames,
+    }
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
+from training.clues import WIDTH, Clues, meant, options, phrases, seen, when
 from training.draw import draw_video
 from training.lm import LM, Packed
 from training.questions import ASKERS, Question, draw
@@ -38,11 +39,14 @@ class Encoded:
     video: Video
     rows: Tensor
     stock: dict[str, list[Question]]
+    clues: Tensor | None = None  # training's labels of the rows, see :func:`training.clues.seen`
 
 
 @torch.no_grad()
 def encode(tower: Tower, video: Video, crf: int | None, noise: int | None = None, lessons: bool = False) -> Encoded:
     """Draw a video, take it through mp4 of quality ``crf`` (None: not), encode and pool it at every stride.
+
+    With ``lessons``, what only training asks and tells comes with it.
 
     The projector's last layer is linear and so commutes with pooling: it stays outside, and trains with the
     language model.
@@ -52,7 +56,8 @@ def encode(tower: Tower, video: Video, crf: int | None, noise: int | None = None
         pixels = through_codec(pixels, crf)
     if noise is not None:
         pixels = augment(pixels, np.random.default_rng(noise))
-    return Encoded(video, pooled_rows(tower, torch.from_numpy(pixels)), ask_all(video, lessons))
+    rows = pooled_rows(tower, torch.from_numpy(pixels))
+    return Encoded(video, rows, ask_all(video, lessons), seen(video) if lessons else None)
 
 
 @torch.no_grad()
@@ -95,6 +100,7 @@ class Coder:
         self.header = tok.encode(f"{START}user ").ids
         assert len(self.header) == 3
         self.cache: dict[str, list[int]] = {}
+        self.ends: dict[str, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
         """Token ids of ``text``, cached."""
@@ -102,9 +108,19 @@ class Coder:
             self.cache[text] = self.tok.encode(text).ids
         return self.cache[text]
 
+    def token_at(self, text: str, end: int) -> int:
+        """Index of the token of ``text`` that ends at character ``end``."""
+        if text not in self.ends:
+            self.ends[text] = [last for _, last in self.tok.encode(text).offsets]
+        return self.ends[text].index(end)
+
+    def asked(self, q: Question) -> str:
+        """What stands between the video and the answer."""
+        return f"\n{q.prompt}{END}{START}assistant\n"
+
     def pair(self, q: Question) -> tuple[list[int], list[int]]:
         """(prompt ids after the video, answer ids with the end token)."""
-        return self.ids(f"\n{q.prompt}{END}{START}assistant\n"), self.ids(f"{q.answer}{END}")
+        return self.ids(self.asked(q)), self.ids(f"{q.answer}{END}")
 
 
 @dataclass
@@ -118,7 +134,10 @@ class Batch:
         targets: int64 ``[B, N * L]``, -100 where nothing is learnt.
         weight: ``[B, N * L]`` of each target.
         positions: int64 ``[B, P + N * L]``.
+        early: int64 ``[B, N * L, 2]``: words that should be on the model's mind before its last layers; the target but where
+            that is an option's letter, there the first two tokens of the answer that it stands for.
         questions: per video, the questions.
+        clues: see :mod:`training.clues`; None without videos that have them.
     """
 
     rows: Tensor
@@ -127,12 +146,15 @@ class Batch:
     targets: Tensor
     weight: Tensor
     positions: Tensor
+    early: Tensor
     questions: list[list[Question]]
+    clues: Clues | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``."""
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        clues = Clues(**{k: v.to(device) for k, v in vars(self.clues).items()}) if self.clues else None
+        return replace(self, **tensors, clues=clues)
 
 
 def collate(coder: Coder, videos: list[Encoded], plans: list[list[int]], asked: list[list[Question]]) -> Batch:
@@ -144,6 +166,7 @@ def collate(coder: Coder, videos: list[Encoded], plans: list[list[int]], asked: 
     rows, kind = torch.zeros(b, width, h, dtype=videos[0].rows.dtype), torch.full((b, width), 2)
     ids, targets = torch.zeros(b, count, length, dtype=torch.long), torch.full((b, count, length), -100)
     weight = torch.zeros(b, count, length)
+    early = torch.full((b, count, length, 2), -100)
     positions = torch.zeros(b, width + count * length, dtype=torch.long)
     for n, (video, layout, row) in enumerate(zip(videos, plans, pairs, strict=True)):
         index = torch.tensor(layout)
@@ -157,7 +180,49 @@ def collate(coder: Coder, videos: list[Encoded], plans: list[list[int]], asked: 
             ids[n, m, : len(whole) - 1] = torch.tensor(whole[:-1])
             targets[n, m, len(prompt) - 1 : len(whole) - 1] = torch.tensor(answer)
             weight[n, m, len(prompt) - 1 : len(whole) - 1] = len(answer) ** -0.5
-    return Batch(rows, kind, ids.flatten(1), targets.flatten(1), weight.flatten(1), positions, asked)
+            early[n, m, len(prompt) - 1 : len(whole) - 1, 0] = torch.tensor(answer)
+            if asked[n][m].plain:
+                words = coder.ids(asked[n][m].plain)[:2]
+                early[n, m, len(prompt) - 1, : len(words)] = torch.tensor(words)
+    clues = _clues(coder, videos, plans, asked, width, length)
+    tensors = (t.flatten(1, 2) for t in (ids, targets, weight))
+    return Batch(rows, kind, *tensors, positions, early.flatten(1, 2), asked, clues)
+
+
+def _clues(
+    coder: Coder, videos: list[Encoded], plans: list[list[int]], asked: list[list[Question]], width: int, length: int
+) -> Clues | None:
+    """Labels of the visual tokens and of the phrases in the questions of a batch; see :func:`collate`."""
+    index = torch.full((len(videos), width), -1)
+    for n, layout in enumerate(plans):
+        index[n, : len(layout)] = torch.tensor(layout)
+    rows = index >= 0
+    shown = [v.clues[i[r]] for v, i, r in zip(videos, index, rows, strict=True) if v.clues is not None]
+    if len(shown) < len(videos):
+        return None
+    at, labels, options_at, right = [], [], [], []
+    for n, (video, questions) in enumerate(zip(videos, asked, strict=True)):
+        starts: dict[int, int] = {}
+        for position, row in enumerate(plans[n]):
+            if row >= 0:
+                starts.setdefault(row // 21, position)
+        for m, q in enumerate(questions):
+            first, text = (n * len(questions) + m) * length, coder.asked(q)
+            for end, things in phrases(q) if starts else ():
+                at.append(first + coder.token_at(text, 1 + end))
+                labels.append(meant(video.video, things, list(starts.values())))
+            for end, is_right in options(q):
+                options_at.append(first + coder.token_at(text, 1 + end))
+                right.append([is_right])
+    where = torch.arange(width).expand(len(videos), -1)[rows]
+    return Clues(
+        rows,
+        torch.cat((torch.cat(shown), when(where)), dim=1),
+        torch.tensor(at, dtype=torch.long),
+        torch.stack(labels) if labels else torch.zeros(0, WIDTH, dtype=torch.uint8),
+        torch.tensor(options_at, dtype=torch.long),
+        torch.tensor(right, dtype=torch.uint8).view(-1, 1),
+    )
 
 
 def embed(lm: LM, last: torch.nn.Linear, newline: Tensor, header: list[int], batch: Batch) -> Packed:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 
-from training.world import COLOURS, DIGITS, PLACES, SCENES, SHAPES, WORDS, Item, Video, place_of
+from training.world import COLOURS, DIGITS, PLACES, SCENES, SHAPES, WORDS, Item, Scene, Video, place_of
 
 LETTERS = "ABCD"
+Things = tuple[tuple[str, tuple["Item | Scene", ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Question:
         options: the options in order, empty where the answer is free.
         about: frames ``(start, end)`` that must have been seen to answer.
         of: for ``letter``, the kind of the question underneath, else ``kind``.
+        things: phrases of ``text`` and what they stand for (nothing, where it is not in the video); only training's
+            clues use them (:mod:`training.clues`).
+        plain: for ``letter`` and ``option``, the answer without options, else empty.
     """
 
     kind: str
@@ -35,6 +39,8 @@ class Question:
     options: tuple[str, ...] = ()
     about: tuple[tuple[int, int], ...] = ()
     of: str = field(default="")
+    things: Things = ()
+    plain: str = ""
 
     @property
     def prompt(self) -> str:
@@ -53,6 +59,11 @@ Asked = Iterator[Question]
 
 def _span(*items: Item) -> tuple[tuple[int, int], ...]:
     return tuple((i.start, i.end) for i in items)
+
+
+def _about_one(kind: str, text: str, answer: str, phrase: str, item: Item) -> Question:
+    """A question about the one item that ``phrase`` picks out."""
+    return Question(kind, text, answer, about=_span(item), things=((phrase, (item,)),))
 
 
 def _single(video: Video) -> list[Item]:
@@ -86,25 +97,27 @@ def ask_what(v: Video) -> Asked:
     for colour in COLOURS:
         hits = [i for i in v.shapes() if colour in (i.colour, i.colour2)]
         if len(hits) == 1 and hits[0].static:
-            yield Question("what", f"Which shape was {colour}?", hits[0].name, about=_span(*hits))
+            text = f"Which shape was {colour}?"
+            yield Question("what", text, hits[0].name, about=_span(*hits), things=((colour, (*hits,)),))
     for number, scene in enumerate(v.scenes):
         hits = [i for i in v.shapes() if i.scene == number]
         if len(hits) == 1:
-            yield Question("what", f"Which shape appeared in the {scene.kind}?", hits[0].name, about=_span(*hits))
+            text = f"Which shape appeared in the {scene.kind}?"
+            yield Question("what", text, hits[0].name, about=_span(*hits), things=((scene.kind, (*hits,)),))
 
 
 def ask_colour(v: Video) -> Asked:
     """Colour of a shape that did not change it."""
     for i in _single(v):
         if i.colour2 is None and i.colour is not None:
-            yield Question("colour", f"What colour was the {i.name}?", i.colour, about=_span(i))
+            yield _about_one("colour", f"What colour was the {i.name}?", i.colour, i.name, i)
 
 
 def ask_where(v: Video) -> Asked:
     """Quadrant of a shape that did not move."""
     for phrase, i in _named(v):
         if i.xy2 is None:
-            yield Question("where", f"Where was the {phrase}?", i.place, about=_span(i))
+            yield _about_one("where", f"Where was the {phrase}?", i.place, phrase, i)
 
 
 def ask_count(v: Video) -> Asked:
@@ -112,7 +125,8 @@ def ask_count(v: Video) -> Asked:
     for name in SHAPES:
         hits = v.shapes(name)
         if hits:
-            yield Question("count", f"How many times did a {name} appear?", str(len(hits)), about=_span(*hits))
+            text = f"How many times did a {name} appear?"
+            yield Question("count", text, str(len(hits)), about=_span(*hits), things=((name, (*hits,)),))
 
 
 def ask_order(v: Video) -> Asked:
@@ -123,15 +137,16 @@ def ask_order(v: Video) -> Asked:
         for pb, b in things:
             if abs(a.start - b.start) >= 2 and a is not b:
                 early, late = (pa, pb) if a.start < b.start else (pb, pa)
-                yield Question("order", f"Which came first, the {pa} or the {pb}?", early, about=_span(a, b))
-                yield Question("order", f"Which came last, the {pa} or the {pb}?", late, about=_span(a, b))
+                both, named = _span(a, b), ((pa, (a,)), (pb, (b,)))
+                yield Question("order", f"Which came first, the {pa} or the {pb}?", early, about=both, things=named)
+                yield Question("order", f"Which came last, the {pa} or the {pb}?", late, about=both, things=named)
 
 
 def ask_scene(v: Video) -> Asked:
     """Scene of a shape, a word or a digit."""
     things = _named(v) + [(f"{i.kind} {i.name}", i) for i in v.items if i.kind != "shape"]
     for phrase, i in things:
-        yield Question("scene", f"In which scene was the {phrase}?", v.scene_of(i), about=_span(i))
+        yield _about_one("scene", f"In which scene was the {phrase}?", v.scene_of(i), phrase, i)
 
 
 def ask_exists(v: Video) -> Asked:
@@ -142,27 +157,30 @@ def ask_exists(v: Video) -> Asked:
     rng = random.Random(v.seed)
     for i in v.shapes():
         if i.static:
-            yield Question("exists", f"Did {a(f'{i.colour} {i.name}')} appear?", "yes", about=_span(i))
+            phrase, same = f"{i.colour} {i.name}", (*v.shapes(i.name),)
+            yield Question("exists", f"Did {a(phrase)} appear?", "yes", about=_span(i), things=((phrase, same),))
             wrong = [(c, i.name) for c in COLOURS if (c, i.name) not in shown]
             wrong += [(i.colour or "", s) for s in SHAPES if (i.colour, s) not in shown and s in names]
             colour, name = rng.choice(wrong)
-            yield Question("exists", f"Did {a(f'{colour} {name}')} appear?", "no", about=whole)
+            phrase, same = f"{colour} {name}", (*v.shapes(name),)
+            yield Question("exists", f"Did {a(phrase)} appear?", "no", about=whole, things=((phrase, same),))
     for kind, values in (("digit", DIGITS), ("word", WORDS)):
         for i in v.items:
             if i.kind == kind:
-                yield Question("exists", f"Was the {kind} {i.name} shown?", "yes", about=_span(i))
+                yield _about_one("exists", f"Was the {kind} {i.name} shown?", "yes", f"{kind} {i.name}", i)
                 other = rng.choice([x for x in values if x not in signs])
-                yield Question("exists", f"Was the {kind} {other} shown?", "no", about=whole)
+                things: Things = ((f"{kind} {other}", ()),)
+                yield Question("exists", f"Was the {kind} {other} shown?", "no", about=whole, things=things)
 
 
 def _ask_sign(kind: str) -> Callable[[Video], Asked]:
     def ask(v: Video) -> Asked:
         hits = [i for i in v.items if i.kind == kind]
         if len(hits) == 1:
-            yield Question(kind, f"What was the {kind}?", hits[0].name, about=_span(*hits))
+            yield _about_one(kind, f"What was the {kind}?", hits[0].name, kind, hits[0])
         for i in hits:
             text = f"What {kind} was shown in the {v.scene_of(i)}?"
-            yield Question(kind, text, i.name, about=_span(i))
+            yield _about_one(kind, text, i.name, v.scene_of(i), i)
 
     ask.__doc__ = f"Which {kind} was shown."
     return ask
@@ -172,14 +190,14 @@ def ask_move(v: Video) -> Asked:
     """Direction of a moving shape."""
     for i in _single(v):
         if i.direction is not None:
-            yield Question("move", f"Which way did the {i.name} move?", i.direction, about=_span(i))
+            yield _about_one("move", f"Which way did the {i.name} move?", i.direction, i.name, i)
 
 
 def ask_change(v: Video) -> Asked:
     """Second colour of a changing shape."""
     for i in _single(v):
         if i.colour2 is not None:
-            yield Question("change", f"What colour did the {i.name} turn into?", i.colour2, about=_span(i))
+            yield _about_one("change", f"What colour did the {i.name} turn into?", i.colour2, i.name, i)
 
 
 def ask_open(v: Video) -> Asked:
@@ -193,13 +211,14 @@ def ask_open(v: Video) -> Asked:
             answer = f"In the {scene} a {i.name} at the {i.place} turned from {i.colour} to {i.colour2}."
         else:
             answer = f"In the {scene} {a(f'{i.colour} {i.name}')} appeared at the {i.place}."
-        yield Question("open", f"Describe the {i.name} in a sentence.", answer, about=_span(i))
+        yield _about_one("open", f"Describe the {i.name} in a sentence.", answer, i.name, i)
     for number, scene in enumerate(v.scenes):
         hits = [i for i in v.items if i.scene == number]
         if hits and all(b.start - a.start >= 2 for a, b in pairwise(hits)):
             things = " and then ".join(_phrase(i) for i in hits)
             answer = f"In the {scene.kind} one could see {things}."
-            yield Question("open", f"Describe the {scene.kind} in a sentence.", answer, about=_span(*hits))
+            text, shown = f"Describe the {scene.kind} in a sentence.", ((scene.kind, (*hits,)),)
+            yield Question("open", text, answer, about=_span(*hits), things=shown)
     if len(v.scenes) >= 3:
         names = ", then the ".join(s.kind for s in v.scenes)
         whole = ((0, v.frames),)
@@ -227,14 +246,14 @@ def ask_from(v: Video) -> Asked:
     """Where a moving shape began."""
     for i in _single(v):
         if i.direction is not None:
-            yield Question("from", f"Where did the {i.name} move from?", i.place, about=_span(i))
+            yield _about_one("from", f"Where did the {i.name} move from?", i.place, i.name, i)
 
 
 def ask_to(v: Video) -> Asked:
     """Where a moving shape ended."""
     for i in _single(v):
         if i.xy2 is not None:
-            yield Question("to", f"Where did the {i.name} move to?", place_of(i.xy2), about=_span(i))
+            yield _about_one("to", f"Where did the {i.name} move to?", place_of(i.xy2), i.name, i)
 
 
 def ask_scenes(v: Video) -> Asked:
@@ -243,8 +262,9 @@ def ask_scenes(v: Video) -> Asked:
         for a, b in ((early, late), (late, early)):
             names = f"the {a.kind} or the {b.kind}"
             about = ((early.start, early.end), (late.start, late.end))
-            yield Question("scenes", f"Which came first, {names}?", early.kind, about=about)
-            yield Question("scenes", f"Which came last, {names}?", late.kind, about=about)
+            things = ((a.kind, (a,)), (b.kind, (b,)))
+            yield Question("scenes", f"Which came first, {names}?", early.kind, about=about, things=things)
+            yield Question("scenes", f"Which came last, {names}?", late.kind, about=about, things=things)
 
 
 LESSONS: dict[str, Callable[[Video], Asked]] = {"from": ask_from, "to": ask_to, "scenes": ask_scenes}
@@ -275,7 +295,7 @@ def with_options(q: Question, v: Video, rng: random.Random) -> Question:
     options = [q.answer, *wrong]
     rng.shuffle(options)
     letter = LETTERS[options.index(q.answer)]
-    return replace(q, kind="letter", of=q.kind, answer=letter, options=tuple(options))
+    return replace(q, kind="letter", of=q.kind, answer=letter, options=tuple(options), plain=q.answer)
 
 
 def name_an_option(v: Video, rng: random.Random) -> Question:

@@ -6,6 +6,7 @@ head, then LLaVA-OneVision's projector); a test compares the outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,17 +134,24 @@ def _columns(item: Item, frame: int) -> list[int]:
 
 def frame_labels(video: Video, frame: int) -> tuple[dict[int, NDArray[np.float32]], int]:
     """What each cell of each stride shows, ``{stride: [cells, LABELS]}`` of 0 and 1; the scene's index."""
-    labels = {s: np.zeros(((8 // s) ** 2, LABELS), np.float32) for s in STRIDES}
+    scene = next(s for s in video.scenes if s.start <= frame < s.end)
+    return label_cells(video, frame, _columns, LABELS), SCENES.index(scene.kind)
+
+
+def label_cells(
+    video: Video, frame: int, columns: Callable[[Item, int], list[int]], width: int
+) -> dict[int, NDArray[np.float32]]:
+    """``{stride: [cells, width]}``: 1 in an item's ``columns(item, frame)`` where a cell shows enough of it, else 0."""
+    labels = {s: np.zeros(((8 // s) ** 2, width), np.float32) for s in STRIDES}
     for item in video.visible(frame):
         mask = item_mask(item, frame).astype(np.float32)
         mask /= mask.sum()
         for stride, table in labels.items():
             cells = 8 // stride
             share = mask.reshape(cells, SIZE // cells, cells, SIZE // cells).sum(axis=(1, 3)).ravel()
-            for column in _columns(item, frame):
+            for column in columns(item, frame):
                 table[share >= SHARE, column] = 1.0
-    scene = next(s for s in video.scenes if s.start <= frame < s.end)
-    return labels, SCENES.index(scene.kind)
+    return labels
 
 
 def augment(frames: Pixels, rng: np.random.Generator) -> Pixels:

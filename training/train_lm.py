@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training import fused, optim
+from training import fused, optim, ranks
+from training.clues import CHOOSING, MEANING, SEEING, ReadOuts
 from training.device import DEVICE
 from training.lm import LM, LMConfig
 from training.packing import (
@@ -44,10 +45,12 @@ from training.packing import (
     plan,
     stock_plan,
 )
+from training.questions import KINDS
 from training.tokenizer import load_tokenizer
 from training.tower import COMBOS, Tower, TowerConfig
 from training.world import COLOURS, DIGITS, SCENES, SHAPES, WORDS
 
+TAUGHT = (*KINDS, *LESSONS, "option")
 MIXES = ((0.3, 0.4, 0.3), (0.1, 0.6, 0.3), (0.5, 0.4, 0.1), (0.0, 1.0, 0.0), (0.5, 0.5, 0.0))
 
 
@@ -64,9 +67,9 @@ class Stage:
 
 
 STAGES = (
-    Stage((4, 20), 4, 12, 3, 0.25, 0.80),
-    Stage((8, 24), 4, 10, 2, 0.25, 0.85),
-    Stage((12, 64), 6, 8, 2, 0.3, 2.0),
+    Stage((4, 20), 4, 12, 2, 0.25, 0.80),
+    Stage((8, 32), 5, 10, 2, 0.25, 0.85),
+    Stage((12, 64), 6, 8, 1, 0.3, 2.0),
 )
 
 
@@ -79,31 +82,53 @@ class Model(nn.Module):
         self.last = nn.Linear(c.hidden, c.hidden)
         self.last.load_state_dict(tower.linear_2.state_dict())
         self.newline = nn.Parameter(torch.randn(c.hidden) * c.hidden**-0.5)
+        self.read_outs = ReadOuts(c.hidden)
 
 
-def scores(model: Model, coder: Coder, batch: Batch, tap: int | None = None) -> tuple[Tensor, list[list[bool]]]:
-    """Loss, and for every question whether greedy decoding would give exactly its answer.
+@dataclass(frozen=True)
+class Help:
+    """What is learnt besides the answers, with its weight in the loss; nothing by default.
+
+    ``tap`` is the layer (0: none) after which the words of the answer are read out too. ``clues`` weighs
+    :mod:`training.clues`.
+    """
+
+    tap: int = 0
+    early: float = 0.3
+    clues: float = 0.0
+
+
+def scores(
+    model: Model, coder: Coder, batch: Batch, aid: Help = Help()
+) -> tuple[Tensor, list[list[bool]], list[float]]:
+    """Loss; for every question whether greedy decoding would give exactly its answer; the loss's parts.
 
     All the answer's tokens being the arg max behind the right prefix is the same as greedy decoding giving
     the answer.
     """
     batch = batch.to(model.newline.device)
     packed = embed(model.lm, model.last, model.newline, coder.header, batch)
-    final, early = model.lm.hidden(packed, tap)
+    final, tapped = model.lm.hidden(packed, (aid.tap, SEEING, MEANING, CHOOSING))
     at = batch.targets >= 0
     want, weight = batch.targets[at], batch.weight[at]
-
-    def nll(states: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model.lm.lm_head(states[at]).float()
-        return (F.cross_entropy(logits, want, reduction="none") * weight).sum() / weight.sum(), logits
-
-    loss, logits = nll(final)
-    if early is not None:
-        loss = loss + 0.3 * nll(early)[0]
+    logits = model.lm.lm_head(final[at]).float()
+    loss = (F.cross_entropy(logits, want, reduction="none") * weight).sum() / weight.sum()
+    parts = [loss.item()]
+    if aid.tap:
+        words, states = batch.early[at], model.lm.read_out(tapped[aid.tap][:, packed.prefix :][at])
+        guess = model.lm.lm_head(states).float().log_softmax(-1)
+        each = -guess.gather(1, words.clamp(min=0)).masked_fill(words < 0, 0.0).sum(1) / (words >= 0).sum(1)
+        early = (each * weight).sum() / weight.sum()
+        parts.append(early.item())
+        loss = loss + aid.early * early
+    if aid.clues and batch.clues is not None:
+        told = model.read_outs.loss(batch.clues, tapped, packed.prefix)
+        parts += [part.item() for part in told]
+        loss = loss + aid.clues * sum(told[1:], told[0])
     hit = torch.ones_like(batch.targets, dtype=torch.bool)
     hit[at] = logits.argmax(-1) == want
     rows, count = len(hit), len(batch.questions[0])
-    return loss, hit.view(rows, count, -1).all(-1).tolist()
+    return loss, hit.view(rows, count, -1).all(-1).tolist(), parts
 
 
 @torch.no_grad()
@@ -114,7 +139,7 @@ def evaluate(model: Model, coder: Coder, videos: list[Encoded], per_kind: int = 
         rng = random.Random(video.video.seed)
         for kinds in (SHORT, LONG):
             asked = pick(video, per_kind * len(kinds), kinds, rng)
-            _, hits = scores(model, coder, collate(coder, [video], [stock_plan(video.video.frames)], [asked]))
+            _, hits, _ = scores(model, coder, collate(coder, [video], [stock_plan(video.video.frames)], [asked]))
             for q, hit in zip(asked, hits[0], strict=True):
                 right[q.kind].append(hit)
     return {k: sum(v) / len(v) for k, v in sorted(right.items())}
@@ -144,13 +169,14 @@ class Run:
             if (self.out / "optim.pt").exists():
                 for o, s in zip(self.optimisers, torch.load(self.out / "optim.pt", map_location=DEVICE), strict=True):
                     o.load_state_dict(s)
-        self.pool = Pool(self.tower, next_video, size=args.pool)
+        self.pool = Pool(self.tower, next_video + ranks.RANK * 10**8, size=args.pool)
         if self.step == 0:
             self.pool.grow(64, STAGES[0].frames, STAGES[0].scenes)
             settle(self.master.last, torch.cat([v.rows for v in self.pool.videos]).to(DEVICE).float())
             align(self.master.lm, word_directions(args.tower, self.coder))
+        ranks.share(self.master.parameters())
         self.publish()
-        self.rng = random.Random(self.step)
+        self.rng = random.Random(self.step + ranks.RANK * 10**8)
         self.held: list[Encoded] = []  # encoded on first use
 
     def publish(self) -> None:
@@ -188,24 +214,31 @@ class Run:
         asked = [pick(v, 8 if long else 16, kinds, rng, self.match) for v in videos]
         return collate(self.coder, videos, plans, asked)
 
-    def train_step(self, lr: float) -> float:
-        """One update; returns the loss."""
+    def train_step(self, lr: float, spent: float = 0.0, stop: bool = False) -> tuple[list[float], bool]:
+        """One update; returns the parts of the loss, and whether any process was told to ``stop``.
+
+        ``spent``, seconds, becomes the mean over the processes, as do gradients and matches: all processes stay alike.
+        """
         batch = self.batch()
-        loss, hits = scores(self.model, self.coder, batch, self.args.tap or None)
+        loss, hits, parts = scores(self.model, self.coder, batch, Help(self.args.tap, clues=self.args.clues))
         loss.backward()
         for a, b in zip(self.model.parameters(), self.master.parameters(), strict=True):
-            b.grad = None if a.grad is None else a.grad.float()
+            b.grad = torch.zeros_like(b) if a.grad is None else a.grad.float()
             a.grad = None
+        for asked, row in zip(batch.questions, hits, strict=True):
+            for q, hit in zip(asked, row, strict=True):
+                self.match[q.kind] = 0.998 * self.match.get(q.kind, 0.0) + 0.002 * hit
+        common = torch.tensor([spent, float(stop), *(self.match.get(kind, 0.0) for kind in TAUGHT)])
+        ranks.average([common, *(p.grad for p in self.master.parameters() if p.grad is not None)])
+        self.spent, stopped, *match = common.tolist()
+        self.match = dict(zip(TAUGHT, match, strict=True))
         nn.utils.clip_grad_norm_(self.master.parameters(), 1.0)
         optim.set_lr(self.optimisers, lr)
         for o in self.optimisers:
             o.step()
         self.publish()
-        for asked, row in zip(batch.questions, hits, strict=True):
-            for q, hit in zip(asked, row, strict=True):
-                self.match[q.kind] = 0.998 * self.match.get(q.kind, 0.0) + 0.002 * hit
         self.step += 1
-        return float(loss.detach())
+        return parts, stopped > 0
 
     def advance(self) -> None:
         """Next stage of the curriculum once the mean match over the kinds is good enough."""
@@ -268,6 +301,7 @@ def parse() -> argparse.Namespace:
     ap.add_argument("--long", type=float, default=0.4, help="share of steps with letter and open questions")
     ap.add_argument("--blind", type=float, default=0.2, help="share of steps without a video, until options are found")
     ap.add_argument("--tap", type=int, default=8, help="also read answers out after this layer (0: no)")
+    ap.add_argument("--clues", type=float, default=0.2, help="weight of training.clues (0: without)")
     ap.add_argument("--pool", type=int, default=1500)
     ap.add_argument("--patience", type=int, default=1500, help="most steps in one stage of the curriculum")
     ap.add_argument("--every", type=float, default=10, help="minutes between checkpoints")
@@ -281,13 +315,15 @@ def main() -> None:
     args = parse()
     if args.compile:
         fused.compile_all()
+    ranks.start()
     run = Run(args)
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda got, _: stopped.append(got))
-    began, saved, losses = time.time() - run.spent, time.time(), []
-    while run.step < args.max_steps and not stopped:
-        run.spent = time.time() - began
+    began, saved = time.time() - run.spent, time.time()
+    losses: list[list[float]] = []
+    stop = False
+    while run.step < args.max_steps and not stop:
         share = run.spent / 60 / args.minutes
         if share >= 1:
             break
@@ -295,17 +331,21 @@ def main() -> None:
         missing = max(0, 200 - len(run.pool.videos))
         run.pool.grow(stage.grow + missing, stage.frames, stage.scenes)
         lr = args.lr * min(1.0, (run.step + 1) / 100) * min(1.0, max(0.02, (1 - share) / 0.25))
-        losses.append(run.train_step(lr))
+        parts, stop = run.train_step(lr, time.time() - began, bool(stopped))
+        losses.append(parts)
         run.advance()
+        if ranks.RANK:
+            continue
         if run.step % 50 == 0:
             match = " ".join(f"{k}:{v:.2f}" for k, v in sorted(run.match.items()))
-            mean = sum(losses) / len(losses)
-            print(f"{run.step} s{run.stage} {run.spent:.0f}s lr {lr:.1e} loss {mean:.4f} {match}", flush=True)
+            mean = " ".join(f"{sum(x) / len(x):.3f}" for x in zip(*losses, strict=True))
+            print(f"{run.step} s{run.stage} {run.spent:.0f}s lr {lr:.1e} loss {mean} {match}", flush=True)
             losses = []
         if time.time() - saved > 60 * args.every:
             report(run)
             saved = time.time()
-    run.save() if stopped else report(run)
+    if not ranks.RANK:
+        run.save() if stop else report(run)
 
 
 def report(run: Run) -> None:

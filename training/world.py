@@ -213,9 +213,9 @@ def _place(
         if kind == "shape":
             colour = colours[-1] if counted else rng.choice(COLOURS)
             change = rng.random()
-            if length >= 4 and not counted and change < 0.25:
+            if length >= 4 and not counted and change < 0.33:
                 xy2 = _moved(rng, xy)
-            elif length >= 4 and not counted and change < 0.5:
+            elif length >= 4 and not counted and change < 0.66:
                 colour2 = rng.choice([c for c in COLOURS if c != colour])
         jitter = (rng.uniform(-1, 1), rng.uniform(-1, 1))
         item = Item(kind, name, number, start, end, xy, xy2, colour, colour2, rng.uniform(7.5, 8.5), jitter)

@@ -13,6 +13,8 @@ HERE = Path(__file__).parent
 TRAINED = HERE / "model"
 """A trained model, where this installation has one."""
 CLIP = HERE / "assets" / "big-buck-bunny-30s.mp4"
+SAMPLE = HERE / "assets" / "toy-world.jsonl"
+"""Questions about a generated clip beside it, of the world that the trained model knows."""
 QUESTION = "What happens in this video, and who is in it?"
 
 PROFILED_FRAMES = 32
@@ -29,6 +31,8 @@ class DemoModel:
     flags: tuple[str, ...] = ()  # for `vllm serve`, beside those that every model gets
     kv_gib: int = 4  # KV cache on a CPU
     note: str = ""  # what the user must know before reading the answers
+    frames: int = PROFILED_FRAMES  # sampled from a video where the user states no number
+    sample: Path | None = None  # questions that it can answer, where some come along
 
     @property
     def local(self) -> bool:
@@ -66,6 +70,8 @@ def choose_model(stated: str | None, out: Path) -> DemoModel:
             str(TRAINED),
             flags=("--dtype", "float32", "--max-model-len", "4096"),
             kv_gib=1,
+            frames=64,
+            sample=SAMPLE,
             note="The model is a small one that was trained on generated videos of a toy world: "
             "it answers questions about those, and cannot know what a real clip shows.",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metok_vllm.demo.ask import Answer
+from metok_vllm.demo.questions import DemoQuestion
 from metok_vllm.demo.view import Amounts, EventView, ReportView
 
 _STRIDE_STYLES = ("bold green", "yellow", "dim")
@@ -35,9 +36,42 @@ def render(view: ReportView, on: Answer, off: Answer, timed: bool = True) -> Ren
 
 
 def answer_panel(title: str, answer: Answer) -> Panel:
-    """One answer, as the model wrote it: never read as markup, without what a terminal would obey."""
-    text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in answer.text)
-    return Panel(Text(text or "(no words)"), title=title, title_align="left", expand=False)
+    """One answer, as the model wrote it."""
+    return Panel(_words(answer.text), title=title, title_align="left", expand=False)
+
+
+def answers_table(rows: Sequence[tuple[DemoQuestion, Answer, Answer]]) -> Table:
+    """Every question with its answers, METok on and off; where the right one is known, a wrong one is marked."""
+    right = [question.answer for question, _, _ in rows]
+    score = ""
+    if None not in right:
+        hits = [sum(a[i].text.strip() == q.answer for q, *a in rows) for i in (0, 1)]
+        score = f"Right: {hits[0]} of {len(rows)} with METok, {hits[1]} of {len(rows)} without."
+    table = Table(
+        title="Answers",
+        title_justify="left",
+        title_style="bold",
+        caption=score,
+        caption_justify="left",
+        show_lines=True,
+    )
+    for column in ("question", "right answer", "METok", "METok off"):
+        table.add_column(column, overflow="fold")
+    for question, on, off in rows:
+        cells = [_words(question.prompt), _words(question.answer) if question.answer is not None else Text("-")]
+        for answer in (on, off):
+            cell = _words(answer.text)
+            if question.answer is not None:
+                cell.stylize("green" if answer.text.strip() == question.answer else "red")
+                cell.append("" if answer.text.strip() == question.answer else "  (wrong)")
+            cells.append(cell)
+        table.add_row(*cells)
+    return table
+
+
+def _words(text: str) -> Text:
+    """Somebody's words: never read as markup, without what a terminal would obey."""
+    return Text("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text) or "(no words)")
 
 
 def events_table(view: ReportView, timed: bool = True) -> Table:

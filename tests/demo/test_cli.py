@@ -60,9 +60,55 @@ def test_the_demo_asks_twice_and_shows_what_was_done(report: Any, tmp_path: Path
     for words in ("A [bold]rabbit[/] wakes.", "Who knows?", "900", "400", "55.6 %", "timeline.png"):
         assert words in out, words
     results = json.loads((tmp_path / "a/b/report.json").read_text())
-    assert results["metok"]["report"] == report
-    assert results["off"]["prompt_tokens"] == 900
+    (only,) = results["questions"]
+    assert only["metok"]["report"] == report
+    assert only["off"]["prompt_tokens"] == 900
     assert (tmp_path / "a/b/timeline.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_file_of_questions_is_asked_and_judged(report: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    sheet = tmp_path / "sheet.jsonl"
+    rows = [
+        {"video": CLIP.name, "question": "Who wakes?", "answer": "A [bold]rabbit[/] wakes."},
+        {"video": CLIP.name, "question": "?", "prompt": "Who?\nA. me\nB. you", "options": ["me", "you"], "answer": "B"},
+        {"video": "other.mp4", "question": "Not about this video."},
+    ]
+    sheet.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serving(Stub(report=report)) as stub:
+        own = ["--frames", "8", "--out", str(tmp_path / "out")]
+        status = main(["demo", "--url", stub.url, "--video", str(CLIP), "--questions", str(sheet), *own])
+    out, err = capsys.readouterr()
+    assert (status, err) == (0, "")
+    asked = [request["messages"][0]["content"][1]["text"] for request in stub.asked]
+    assert asked == ["Who wakes?", "Who wakes?", "Who?\nA. me\nB. you", "Who?\nA. me\nB. you"]
+    assert "Right: 1 of 2 with METok, 0 of 2 without." in out
+    assert out.count("(wrong)") == 3
+    assert [q["right"] for q in json.loads((tmp_path / "out/report.json").read_text())["questions"]] == [
+        "A [bold]rabbit[/] wakes.",
+        "B",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no question."),
+        ("[1]", "Line 1 of {} is no question: Input should be an object."),
+        ('{"video": "a.mp4"}', "Line 1 of {} asks nothing."),
+        ('{"video": 3, "question": "Who?"}', "is no question: video: Input should be a valid string."),
+        ('{"video": "a.mp4", "question": "Who?", "options": ["me"]}', 'has options: state "prompt"'),
+        ('{"video": "a.mp4", "question": "Who?"}', "Cannot read the video"),
+    ],
+)
+def test_unusable_questions_are_refused(text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    sheet = tmp_path / "sheet.jsonl"
+    sheet.write_text(text)
+    own = ("--out", str(tmp_path / "out"))
+    assert said.format(sheet) in refused(capsys, "--url", "http://127.0.0.1:1", "--questions", str(sheet), *own)
+    missing = tmp_path / "none.jsonl"
+    assert refused(capsys, "--url", "http://127.0.0.1:1", "--questions", str(missing), *own) == (
+        f"Cannot read the questions {missing}: No such file or directory."
+    )
 
 
 def test_a_server_of_another_kind_is_named_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -120,6 +166,7 @@ def test_an_unusable_model_or_folder_is_refused(tmp_path: Path, capsys: pytest.C
         ["demo", "--frames", "1025"],
         ["demo", "--frames", "many"],
         ["demo", "--url", "http://a", "--model", "b"],
+        ["demo", "--question", "Who?", "--questions", "file"],
         ["demo", "--colour"],
         ["models", "all"],
     ],

@@ -1,0 +1,129 @@
+"""Clues are labels: checked against the scene graph, and that every phrase ends where a token does."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.clues import (
+    _COLUMN,
+    CHOOSING,
+    MEANING,
+    SEEING,
+    STATIC,
+    TIMES,
+    WIDTH,
+    Clues,
+    ReadOuts,
+    meant,
+    options,
+    phrases,
+    seen,
+    when,
+)
+from training.packing import Coder
+from training.questions import KINDS, LESSONS, all_questions, draw
+from training.tokenizer import load_tokenizer
+from training.world import Item, make_video
+
+
+@pytest.fixture(scope="module")
+def coder(tmp_path_factory: pytest.TempPathFactory) -> Coder:
+    return Coder(load_tokenizer(Path(tmp_path_factory.mktemp("run"))))
+
+
+def names(row: torch.Tensor) -> set[tuple[str, str]]:
+    return {pair for pair, n in _COLUMN.items() if row[n]}
+
+
+def test_phrases_end_at_tokens_and_name_what_they_stand_for(coder: Coder) -> None:
+    found = set()
+    for seed in range(60):
+        video = make_video(seed)
+        rng = random.Random(seed)
+        stock = all_questions(video, lessons=True)
+        for kind in (*KINDS, *LESSONS, "option"):
+            q = draw(video, kind, rng, stock)
+            if q is None:
+                continue
+            ids = coder.ids(coder.asked(q))
+            assert len(q.plain) > 0 or q.kind not in ("letter", "option")
+            for end, things in phrases(q):
+                token = coder.token_at(coder.asked(q), 1 + end)
+                assert coder.tok.decode([ids[token]]).strip() == q.text[:end].split()[-1]
+                found.add(q.kind)
+                for thing in things:
+                    if isinstance(thing, Item):
+                        labels = names(meant(video, (thing,), list(range(video.frames))))
+                        assert (thing.kind, thing.name) in labels
+                        assert ("scene", video.scene_of(thing)) in labels
+    assert found >= {*KINDS, *LESSONS} - {"option"}
+
+
+def test_rows_tell_what_they_show_and_what_was_before() -> None:
+    moved = changed = 0
+    for seed in range(60):
+        video = make_video(seed, (16, 24))
+        rows = seen(video).view(video.frames, 21, STATIC)
+        for frame in range(video.frames):
+            scene = next(s for s in video.scenes if s.start <= frame < s.end)
+            whole = names(rows[frame, 20])  # the one row of stride 8
+            assert ("scene", scene.kind) in whole
+            assert {v for g, v in whole if g == "shape"} == {i.name for i in video.visible(frame) if i.kind == "shape"}
+            for item in video.visible(frame):
+                if item.kind != "shape" or len(video.visible(frame)) > 1:
+                    continue
+                before = frame < (item.start + item.end) // 2
+                assert (("colour2", item.colour2) in whole) == (item.colour2 is not None and not before)
+                changed += item.colour2 is not None and not before
+                if item.direction and frame == item.start:
+                    assert not {g for g, _ in whole} & {"direction", "place2"}
+                if item.direction and frame == item.end - 1:
+                    assert ("direction", item.direction) in whole
+                    moved += 1
+    assert moved > 5
+    assert changed > 5
+
+
+def test_a_thing_that_is_not_there_is_only_absent() -> None:
+    assert names(meant(make_video(0), (), [3])) == {("absent", "yes")}
+
+
+def test_times_are_a_thermometer() -> None:
+    table = when(torch.arange(1200)).int()
+    assert table.shape == (1200, len(TIMES))
+    assert (table.diff(dim=0) >= 0).all()
+    assert (table.diff(dim=1) <= 0).all()
+    assert table[2].sum() == 0
+    assert table[-1].all()
+
+
+def test_options_end_at_tokens_and_one_is_right(coder: Coder) -> None:
+    asked = [(draw(make_video(seed), "letter", random.Random(seed))) for seed in range(30)]
+    assert sum(q is not None for q in asked) > 15
+    for q in asked:
+        if q is None:
+            continue
+        found = [(coder.token_at(coder.asked(q), 1 + end), right) for end, right in options(q)]
+        ids = coder.ids(coder.asked(q))
+        words = [coder.tok.decode([ids[token]]).strip() for token, _ in found]
+        assert words == [option.split()[-1] for option in q.options]
+        assert [o for o, (_, right) in zip(q.options, found, strict=True) if right] == [q.plain]
+
+
+def test_read_outs_look_at_their_own_tokens_only() -> None:
+    torch.manual_seed(0)
+    outs = ReadOuts(16)
+    rows = torch.zeros(2, 5, dtype=torch.bool)
+    rows[0, 3] = rows[1, 4] = True
+    labels = torch.randint(0, 2, (3, WIDTH), dtype=torch.uint8)
+    right = torch.tensor([[1]], dtype=torch.uint8)
+    clues = Clues(rows, labels[:2], torch.tensor([4]), labels[2:], torch.tensor([2]), right)
+    states = {layer: torch.randn(2, 8, 16, requires_grad=True) for layer in (SEEING, MEANING, CHOOSING)}
+    sum(outs.loss(clues, states, prefix=5)).backward()
+    grads = [states[layer].grad for layer in (SEEING, MEANING, CHOOSING)]
+    touched = [g.abs().sum(-1).gt(0).nonzero().tolist() for g in grads if g is not None]
+    assert touched == [[[0, 3], [1, 4]], [[1, 6]], [[0, 7]]]
