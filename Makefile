@@ -1,15 +1,21 @@
 # Everything sets up .venv first, and only when something it is made from has changed.
-.PHONY: setup demo serve witness test test-fast soak accuracy accuracy-short lint format
+.PHONY: setup demo clip serve witness test test-fast soak accuracy accuracy-short lint format
 export HF_HUB_OFFLINE ?= 1
 VENV := .venv/bin
 
 setup:
 	@scripts/setup.sh
 
-# make demo [VIDEO=file.mp4] [QUESTION="..."] [MODEL=folder] [OUT=folder]
+# make demo [VIDEO=file.mp4] [QUESTION="..." or QUESTIONS=file.jsonl] [MODEL=folder] [OUT=folder]
 demo: setup
 	@$(VENV)/metok demo $(if $(VIDEO),--video "$(VIDEO)") $(if $(QUESTION),--question "$(QUESTION)") \
-		$(if $(MODEL),--model "$(MODEL)") $(if $(OUT),--out "$(OUT)")
+		$(if $(QUESTIONS),--questions "$(QUESTIONS)") $(if $(MODEL),--model "$(MODEL)") $(if $(OUT),--out "$(OUT)")
+
+# make clip [N=0 to 999]: one more video of the demo model's world, with questions and their answers
+N ?= 1
+clip: setup
+	@$(VENV)/python -m training.make_set --split demo --first "$(N)" --videos 1 --questions 12 --scale 4 --out out/clip
+	@echo 'Now: make demo QUESTIONS=out/clip/questions.jsonl'
 
 # make serve MODEL=folder [ARGS="..."]: vLLM's server with METok, on this machine's CPU
 serve: setup

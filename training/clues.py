@@ -38,6 +38,8 @@ _GROUPS: dict[str, tuple[str, ...]] = {
 }
 _COLUMN = {(g, v): n for n, (g, v) in enumerate((g, v) for g, values in _GROUPS.items() for v in values)}
 STATIC = len(_COLUMN)
+_NAMES = [n for (group, _), n in _COLUMN.items() if group in ("shape", "digit", "word")]
+_LOOK_BACK = [n for (group, _), n in _COLUMN.items() if group in ("colour2", "place2", "direction")]
 _LEAST, _MOST, _STEPS = 4.0, 1100.0, 48
 TIMES = torch.tensor(_LEAST * (_MOST / _LEAST) ** (np.arange(_STEPS) / (_STEPS - 1)), dtype=torch.float32)
 """Positions in the prompt that the time columns tell apart: a thermometer on a logarithmic scale."""
@@ -150,21 +152,28 @@ class ReadOuts(nn.Module):
     def loss(self, clues: Clues, states: Mapping[int, Tensor], prefix: int) -> list[Tensor]:
         """Mean over tokens of each read-out's losses, summed over its columns.
 
-        ``states`` are ``[B, P + N * L, H]`` after the three layers, ``prefix`` is P.
+        ``states`` are ``[B, P + N * L, H]`` after the three layers, ``prefix`` is P. Visual tokens that show something weigh as
+        much together as all others do, and what needs a look back weighs more: both are rare, and would not be learnt.
         """
         scale = torch.ones(WIDTH, device=clues.rows.device)
         scale[STATIC:] = 0.25  # neighbouring times say nearly the same
+        scale[_LOOK_BACK] = 4.0
 
         def bce(layer: nn.Linear, tokens: Tensor, want: Tensor, scale: Tensor | float) -> Tensor:
             logits = layer(_unit(tokens)).float()
             each = nn.functional.binary_cross_entropy_with_logits(logits, want.float(), reduction="none")
-            return (each * scale).sum() / max(1, len(want))
+            return (each * scale).sum(-1)
 
+        def mean(each: Tensor) -> Tensor:
+            return each.sum() / max(1, len(each))
+
+        busy = clues.seen[:, _NAMES].bool().any(-1)
         asked = {layer: x[:, prefix:].flatten(0, 1) for layer, x in states.items()}
+        seen = bce(self.seen, states[SEEING][:, :prefix][clues.rows], clues.seen, scale)
         return [
-            bce(self.seen, states[SEEING][:, :prefix][clues.rows], clues.seen, scale),
-            bce(self.meant, asked[MEANING][clues.phrases], clues.meant, scale),
-            bce(self.right, asked[CHOOSING][clues.options], clues.right, 4.0),
+            mean(seen[busy]) + mean(seen[~busy]),
+            mean(bce(self.meant, asked[MEANING][clues.phrases], clues.meant, scale)),
+            mean(bce(self.right, asked[CHOOSING][clues.options], clues.right, 4.0)),
         ]
 
 

@@ -74,6 +74,9 @@ def main() -> None:
     ap.add_argument("--scale", type=int, default=1, help="enlarge for watching")
     ap.add_argument("--out", type=Path, required=True)
     args = ap.parse_args()
+    there = len(SPLITS[args.split])
+    if args.first < 0 or args.videos < 1 or args.first + args.videos > there:
+        ap.error(f"split {args.split} has the videos 0 to {there - 1}")
     frames = (args.frames[0], args.frames[1])
     print(write_set(args.split, args.first, args.videos, args.questions, args.out, args.scale, frames))
 

@@ -29,6 +29,7 @@ SHORT = tuple(k for k in ASKERS if k != "open")
 LONG = ("letter", "open")
 LESSONS = tuple(LESSONS_BY_KIND)
 _ROWS = {2: (0, 16), 4: (16, 20), 8: (20, 21)}  # of a frame's 21 pooled rows
+LIVELY_TRAINING = 0.9  # moves and changes are the rarest things to see
 SEPARATOR, HEADER = -1, -2  # in a prefix plan, beside row numbers
 
 
@@ -249,7 +250,7 @@ class Pool:
         """Add ``count`` new videos, dropping the oldest beyond the pool's size."""
         for _ in range(count):
             rng = random.Random(self.next)
-            video = make_video(seed_of("train", self.next), frames, max_scenes)
+            video = make_video(seed_of("train", self.next), frames, max_scenes, LIVELY_TRAINING)
             crf = rng.randint(18, 28) if rng.random() < self.codec else None
             self.videos.append(encode(self.tower, video, crf, noise=self.next, lessons=True))
             self.next += 1

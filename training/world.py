@@ -20,6 +20,7 @@ SCENES = ("beach", "forest", "city", "desert", "snow", "night", "sea", "cave")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 SIZE = 64  # pixels, both sides
 MIN_FRAMES, MAX_FRAMES = 16, 64
+LIVELY = 0.66
 _DIRECTIONS = {("left", "right"): "right", ("right", "left"): "left", ("top", "bottom"): "down"}
 _DIRECTIONS[("bottom", "top")] = "up"
 
@@ -130,7 +131,9 @@ def _cut(rng: random.Random, frames: int, pieces: int, least: int) -> list[int]:
     return [least + b - a for a, b in zip([0, *cuts], [*cuts, spare], strict=True)]
 
 
-def make_video(seed: int, frames: tuple[int, int] = (MIN_FRAMES, MAX_FRAMES), max_scenes: int = 6) -> Video:
+def make_video(
+    seed: int, frames: tuple[int, int] = (MIN_FRAMES, MAX_FRAMES), max_scenes: int = 6, lively: float = LIVELY
+) -> Video:
     """The video that ``seed`` names; same arguments, same video.
 
     Args:
@@ -138,6 +141,7 @@ def make_video(seed: int, frames: tuple[int, int] = (MIN_FRAMES, MAX_FRAMES), ma
         frames: least and greatest number of frames. Training's curriculum starts below 16; validation and
             test always use the default.
         max_scenes: most scenes (2 at least are made, 1 where ``max_scenes`` is 1 or the video is too short).
+        lively: share of the shapes, of those that can, that move or change colour; validation and test always use the default.
     """
     rng = random.Random(seed)
     total = rng.randint(*frames)
@@ -148,10 +152,10 @@ def make_video(seed: int, frames: tuple[int, int] = (MIN_FRAMES, MAX_FRAMES), ma
     for kind, length in zip(kinds, _cut(rng, total, count, min(5, total // count)), strict=True):
         scenes.append(Scene(kind, start, start + length, rng.getrandbits(30)))
         start += length
-    return Video(seed, total, tuple(scenes), *_populate(rng, scenes))
+    return Video(seed, total, tuple(scenes), *_populate(rng, scenes, lively))
 
 
-def _populate(rng: random.Random, scenes: list[Scene]) -> tuple[tuple[Item, ...], str]:
+def _populate(rng: random.Random, scenes: list[Scene], lively: float) -> tuple[tuple[Item, ...], str]:
     """Items of all scenes, and the counted shape.
 
     Every shape name but the counted one appears once at most; the counted one has a new colour every time.
@@ -176,7 +180,7 @@ def _populate(rng: random.Random, scenes: list[Scene]) -> tuple[tuple[Item, ...]
             if kind == "shape" and not names:
                 continue
             stock = {"shape": names, "digit": digits, "word": words}[kind]
-            item = _place(rng, kind, stock[-1], number, scene, placed, colours, stock[-1] == counted)
+            item = _place(rng, kind, stock[-1], number, scene, placed, colours, stock[-1] == counted, lively)
             if item is not None:
                 stock.pop()
                 placed.append(item)
@@ -194,6 +198,7 @@ def _place(
     placed: list[Item],
     colours: list[str],
     counted: bool,
+    lively: float,
 ) -> Item | None:
     """One item at a free time and place, or None after a few tries; ``colours`` are the counted shape's."""
     room = scene.end - scene.start
@@ -213,9 +218,9 @@ def _place(
         if kind == "shape":
             colour = colours[-1] if counted else rng.choice(COLOURS)
             change = rng.random()
-            if length >= 4 and not counted and change < 0.33:
+            if length >= 4 and not counted and change < lively / 2:
                 xy2 = _moved(rng, xy)
-            elif length >= 4 and not counted and change < 0.66:
+            elif length >= 4 and not counted and change < lively:
                 colour2 = rng.choice([c for c in COLOURS if c != colour])
         jitter = (rng.uniform(-1, 1), rng.uniform(-1, 1))
         item = Item(kind, name, number, start, end, xy, xy2, colour, colour2, rng.uniform(7.5, 8.5), jitter)
