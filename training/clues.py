@@ -39,7 +39,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
 _COLUMN = {(g, v): n for n, (g, v) in enumerate((g, v) for g, values in _GROUPS.items() for v in values)}
 STATIC = len(_COLUMN)
 _NAMES = [n for (group, _), n in _COLUMN.items() if group in ("shape", "digit", "word")]
-_LOOK_BACK = [n for (group, _), n in _COLUMN.items() if group in ("colour2", "place2", "direction")]
+_LOOK_BACK = [n for (group, _), n in _COLUMN.items() if group in ("colour2", "place2", "direction", "count")]
 _LEAST, _MOST, _STEPS = 4.0, 1100.0, 48
 TIMES = torch.tensor(_LEAST * (_MOST / _LEAST) ** (np.arange(_STEPS) / (_STEPS - 1)), dtype=torch.float32)
 """Positions in the prompt that the time columns tell apart: a thermometer on a logarithmic scale."""

@@ -14,6 +14,7 @@ from itertools import combinations, pairwise
 from training.world import COLOURS, DIGITS, PLACES, SCENES, SHAPES, WORDS, Item, Scene, Video, place_of
 
 LETTERS = "ABCD"
+MOST_TOLD, MOST_LISTED = 2, 4  # things of a scene, and scenes, that a sentence tells of
 Things = tuple[tuple[str, tuple["Item | Scene", ...]], ...]
 
 
@@ -214,12 +215,12 @@ def ask_open(v: Video) -> Asked:
         yield _about_one("open", f"Describe the {i.name} in a sentence.", answer, i.name, i)
     for number, scene in enumerate(v.scenes):
         hits = [i for i in v.items if i.scene == number]
-        if hits and all(b.start - a.start >= 2 for a, b in pairwise(hits)):
+        if 0 < len(hits) <= MOST_TOLD and all(b.start - a.start >= 2 for a, b in pairwise(hits)):
             things = " and then ".join(_phrase(i) for i in hits)
             answer = f"In the {scene.kind} one could see {things}."
             text, shown = f"Describe the {scene.kind} in a sentence.", ((scene.kind, (*hits,)),)
             yield Question("open", text, answer, about=_span(*hits), things=shown)
-    if len(v.scenes) >= 3:
+    if 3 <= len(v.scenes) <= MOST_LISTED:
         names = ", then the ".join(s.kind for s in v.scenes)
         whole = ((0, v.frames),)
         yield Question("open", "List the scenes in order.", f"The video showed the {names}.", about=whole)
