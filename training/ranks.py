@@ -18,6 +18,13 @@ def start() -> None:
         dist.init_process_group("gloo")
 
 
+def stop() -> None:
+    """Part in order: a process that just ends can bring the others down."""
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def average(tensors: Iterable[Tensor]) -> None:
     """Replace float32 tensors by their mean over the processes, in one exchange."""
     if WORLD == 1:

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from training.questions import KINDS, questions
 from training.seeds import seed_of
-from training.world import make_video
+from training.world import COLOURS, SCENES, SHAPES, WORDS, make_video
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 IMAGE, VIDEO = "<image>", "<video>"
@@ -31,6 +31,8 @@ def corpus(videos: int = 800) -> Iterator[str]:
             yield f"assistant\n{q.answer}"
             yield f"{q.answer} {q.answer.capitalize()}"
     yield from ("system assistant user",) * 50
+    for word in (*COLOURS, *SHAPES, *SCENES, *WORDS):  # each alone, as an answer begins, and behind another word
+        yield from (word, f"a {word}") * 20
 
 
 def train_tokenizer(texts: Iterator[str] | None = None, vocab: int = VOCAB) -> Tokenizer:

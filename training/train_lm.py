@@ -346,6 +346,7 @@ def main() -> None:
             saved = time.time()
     if not ranks.RANK:
         run.save() if stop else report(run)
+    ranks.stop()
 
 
 def report(run: Run) -> None:

@@ -21,6 +21,7 @@ first = torch.tensor([10.0 + ranks.RANK])
 ranks.share([first])
 seen = [ranks.RANK, mine[0].tolist(), mine[1].tolist(), first.tolist()]
 Path(sys.argv[1], f"{ranks.RANK}.json").write_text(json.dumps(seen))
+ranks.stop()
 """
 
 
