@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
-import torch
 
+from tests.demo.stock_vllm import run_stock
 from tests.oracle import OracleResult, OracleSettings, assert_same, run
 from tests.oracle.samples import Sample, picture, scene_video
 
@@ -39,18 +36,7 @@ def test_stock_vllm_answers_as_transformers_does(sample: Callable[..., Sample]):
     pytest.importorskip("vllm")
     tiny = sample(seed=1, layers=4)
     prompts = [tiny.prompt_ids(), tiny.prompt_ids(images=1), tiny.prompt_ids(videos=0)]
-    variables = {
-        "VLLM_PLUGINS": "",
-        "VLLM_USE_V2_MODEL_RUNNER": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    if not torch.cuda.is_available():
-        variables["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-c", PROGRAM, str(tiny.path), json.dumps(prompts)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, check=False)
+    done = run_stock(PROGRAM, str(tiny.path), json.dumps(prompts))
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert len(lines) == 3, done.stderr[-3000:]
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 from metok_vllm.demo.model_choice import SAMPLE, TRAINED
 from metok_vllm.demo.questions import load_questions
 from metok_vllm.demo.video import load_video
+from tests.demo.stock_vllm import run_stock
 
 MOST_BYTES = 15 * 2**20
 PROGRAM = """
@@ -66,18 +64,7 @@ def test_transformers_and_stock_vllm_answer_the_sample(tmp_path: Any) -> None:
         out = model.generate(**inputs, max_new_tokens=48, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         texts.append(processor.decode(out, skip_special_tokens=True))
     np.save(tmp_path / "frames.npy", frames)
-    variables = {
-        "VLLM_PLUGINS": "",
-        "VLLM_USE_V2_MODEL_RUNNER": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
-    }
-    if not torch.cuda.is_available():
-        variables["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-c", PROGRAM, str(TRAINED), str(tmp_path / "frames.npy"), json.dumps(prompts)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, check=False)
+    done = run_stock(PROGRAM, str(TRAINED), str(tmp_path / "frames.npy"), json.dumps(prompts))
     served = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert served == texts, done.stderr[-3000:]
     right = [text == question.answer for text, question in zip(texts, questions, strict=True)]
