@@ -3,7 +3,8 @@
 An answer teaches one word of a whole video. Three read-outs, thrown away after training, teach more: after a few layers
 every visual token must tell what it shows and how that came about, some layers later the last token of every phrase that
 stands for something in the video ("the red star") must tell all about that thing, and later still the last token of every
-option whether it is the right one. Nothing here knows of METok, and nothing of it is in the exported model.
+option whether it is the right one. In a sentence that tells of one thing after another, every token must tell all about the
+thing that comes next, or that none does. Nothing here knows of METok, and nothing of it is in the exported model.
 """
 
 from __future__ import annotations
@@ -108,6 +109,20 @@ def phrases(question: Question) -> list[tuple[int, tuple[Item | Scene, ...]]]:
     return out
 
 
+def sequel(question: Question) -> list[tuple[int, int, tuple[Item | Scene, ...]]]:
+    """What comes next while the answer tells of one thing after another: (first, last, things).
+
+    ``first`` and ``last`` are ends of words in ``question.answer``: of the tokens from the first to before the last, each is about
+    ``things``. The word that ends the last phrase is about nothing more.
+    """
+    out, now = [], None
+    for phrase, things in question.told:
+        begin = question.answer.index(phrase, now or 0)
+        first, now = now or begin - 1, begin + len(phrase)
+        out.append((first, now, things))
+    return [*out, (now, now + 1, ())] if now else out
+
+
 def options(question: Question) -> list[tuple[int, bool]]:
     """(end in ``question.prompt``, whether it is right) of every option."""
     out, end = [], len(question.text)
@@ -124,7 +139,7 @@ class Clues:
     Attributes:
         rows: bool ``[B, P]``: visual tokens.
         seen: uint8 ``[M, WIDTH]``: their labels, in order.
-        phrases: int64 ``[K]``: the tokens that end a phrase, in the flat ``[B * N * L]``.
+        phrases: int64 ``[K]``: the tokens that end a phrase, and those that tell of a thing, in the flat ``[B * N * L]``.
         meant: uint8 ``[K, WIDTH]``: their labels.
         options: int64 ``[O]``: the tokens that end an option, in the flat ``[B * N * L]``.
         right: uint8 ``[O, 1]``: their labels.

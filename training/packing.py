@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.clues import WIDTH, Clues, meant, options, phrases, seen, when
+from training.clues import WIDTH, Clues, meant, options, phrases, seen, sequel, when
 from training.draw import draw_video
 from training.lm import LM, Packed
 from training.questions import ASKERS, Question, draw
@@ -212,6 +212,12 @@ def _clues(
             for end, things in phrases(q) if starts else ():
                 at.append(first + coder.token_at(text, 1 + end))
                 labels.append(meant(video.video, things, list(starts.values())))
+            answer, past = f"{q.answer}{END}", len(coder.ids(text))
+            for begin, end, things in sequel(q) if starts else ():
+                told = meant(video.video, things, list(starts.values()))
+                for token in range(coder.token_at(answer, begin), coder.token_at(answer, end)):
+                    at.append(first + past + token)
+                    labels.append(told)
             for end, is_right in options(q):
                 options_at.append(first + coder.token_at(text, 1 + end))
                 right.append([is_right])

@@ -32,6 +32,8 @@ class Question:
         things: phrases of ``text`` and what they stand for (nothing, where it is not in the video); only training's
             clues use them (:mod:`training.clues`).
         plain: for ``letter`` and ``option``, the answer without options, else empty.
+        told: phrases of ``answer`` in order and what they stand for, where it tells of one thing after another; for the
+            clues again.
     """
 
     kind: str
@@ -42,6 +44,7 @@ class Question:
     of: str = field(default="")
     things: Things = ()
     plain: str = ""
+    told: Things = ()
 
     @property
     def prompt(self) -> str:
@@ -216,14 +219,14 @@ def ask_open(v: Video) -> Asked:
     for number, scene in enumerate(v.scenes):
         hits = [i for i in v.items if i.scene == number]
         if 0 < len(hits) <= MOST_TOLD and all(b.start - a.start >= 2 for a, b in pairwise(hits)):
-            things = " and then ".join(_phrase(i) for i in hits)
-            answer = f"In the {scene.kind} one could see {things}."
+            told = tuple((_phrase(i), (i,)) for i in hits)
+            answer = f"In the {scene.kind} one could see {' and then '.join(phrase for phrase, _ in told)}."
             text, shown = f"Describe the {scene.kind} in a sentence.", ((scene.kind, (*hits,)),)
-            yield Question("open", text, answer, about=_span(*hits), things=shown)
+            yield Question("open", text, answer, about=_span(*hits), things=shown, told=told)
     if 3 <= len(v.scenes) <= MOST_LISTED:
         names = ", then the ".join(s.kind for s in v.scenes)
-        whole = ((0, v.frames),)
-        yield Question("open", "List the scenes in order.", f"The video showed the {names}.", about=whole)
+        whole, told = ((0, v.frames),), tuple((s.kind, (s,)) for s in v.scenes)
+        yield Question("open", "List the scenes in order.", f"The video showed the {names}.", about=whole, told=told)
 
 
 ASKERS: dict[str, Callable[[Video], Asked]] = {
