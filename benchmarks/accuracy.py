@@ -48,7 +48,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     ap.add_argument("--short", action="store_true", help="8 videos and the main methods; writes under out/")
     ap.add_argument("--set", type=Path, help="JSON lines of your own; default: generated videos of --split")
     ap.add_argument("--split", choices=("test", "valid"), default="test", help="of the generated videos (test)")
-    ap.add_argument("--videos", type=positive, help="generated videos (60)")
+    ap.add_argument("--videos", type=positive, help="generated videos (100)")
     ap.add_argument("--limit", type=positive, help="only the first so many questions")
     ap.add_argument("--model", type=Path, default=TRAINED, help="folder of a LLaVA-OneVision checkpoint")
     ap.add_argument("--frames", type=positive, default=64, help="most frames sampled from a video (64)")
@@ -68,7 +68,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.plain and not args.url:
         ap.error("--plain goes with --url")
     short = args.short
-    args.videos = args.videos or (8 if short else 60)
+    args.videos = args.videos or (8 if short else 100)
     args.served = args.served if args.served is not None else (12 if short else 120)
     args.out = args.out or (ROOT / "out" / "accuracy-short.json" if short else RESULTS / "accuracy.json")
     if short and args.methods is None:
