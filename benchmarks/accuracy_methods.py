@@ -79,6 +79,7 @@ def _baselines(grid: int, layers: int) -> list[Method]:
     points: tuple[tuple[Point, str], ...] = (
         ("entering", "the tokens that enter with METok paper"),
         ("average", "METok paper's mean tokens per layer"),
+        ("kv", "METok paper's mean KV per layer while decoding"),
     )
     for point, words in points:
         budget = PaperBudget(grid, layers, point)

@@ -32,6 +32,16 @@ def without_events(frames: int, grid: int) -> MetokSettings:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Stage 1's decisions about T frames."""
+
+    tier: Tensor  # int64 [T], the frame's place in `strides`
+    counts: tiers.TierQuota
+    event_ids: Tensor  # int64 [T]
+    key: Tensor  # bool [events]
+
+
+@dataclass(frozen=True)
 class Stage1:
     """Events, alignment, tiers and pooling (method.md section 1).
 
@@ -54,6 +64,21 @@ class Stage1:
         return self.aligner != "none" or self.ablation == "alignment"
 
     def enter(self, video: Video, asked: Asked) -> Entering:
+        choice = self.choose(video, asked)
+        pooled = pool_video(
+            video.features,
+            choice.tier,
+            self.settings.strides,
+            choice.counts,
+            "bilinear",
+            video.newline,
+            choice.event_ids,
+        )
+        n = len(pooled.tokens)
+        return Entering(pooled.tokens, torch.arange(n), n, len(video), pooled.token_event, choice.key)
+
+    def choose(self, video: Video, asked: Asked) -> Choice:
+        """What every frame is pooled with, and why."""
         grid, settings = video.features.shape[1], self.settings
         if self.ablation == "events":
             settings = without_events(len(video), grid)
@@ -65,9 +90,7 @@ class Stage1:
         r, scores = self._align(video, asked, event_ids, counts.events)
         key = alignment.key_events(scores, settings.key_events)
         tier = tiers.assign(event_ids, r, key, settings.key_frames, counts)
-        pooled = pool_video(video.features, tier, settings.strides, counts, "bilinear", video.newline, event_ids)
-        n = len(pooled.tokens)
-        return Entering(pooled.tokens, torch.arange(n), n, len(video), pooled.token_event, key)
+        return Choice(tier, counts, event_ids, key)
 
     def _align(self, video: Video, asked: Asked, event_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
         if self.ablation == "alignment":

@@ -23,7 +23,7 @@ Rows = Literal["text", "last"]
 """Whose attention scores the visual tokens: all text rows after the video, or the prompt's last row."""
 Positions = Literal["kept", "compact"]
 """Whether tokens keep the positions they had among all of the video's, or are numbered anew without gaps."""
-Point = Literal["entering", "average"]
+Point = Literal["entering", "average", "kv"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ class DropFrom:
 class PaperBudget:
     """The visual tokens of METok's `paper` preset for a video of so many frames: what baselines are matched to.
 
-    `entering` the language model (exact), or on `average` over its layers in prefill (exact for events of equal length).
+    `entering` the language model (exact), on `average` over its layers in prefill (exact for events of equal length), or whose
+    `kv` its layers hold on average while decoding (exact).
     """
 
     grid: int
@@ -127,6 +128,9 @@ class PaperBudget:
         if self.point == "entering":
             return video_tokens(quota(frames, s.events, s.key_events, s.key_frames), each, True)
         first, second, third = prune_layers(self.layers)
+        if self.point == "kv":  # decode_retention 0: all that entered, in the layers before the first that drops
+            entering = PaperBudget(self.grid, self.layers, "entering")(frames)
+            return max(1, round(first * entering / self.layers))
         n = expected_visual_tokens(
             frames, s.events, s.key_events, s.key_frames, each, True, s.keep_ratio_micro, stock=0
         )
