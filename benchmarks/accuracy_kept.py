@@ -39,8 +39,8 @@ from training.questions import Question, questions
 from training.seeds import seed_of
 from training.tower import label_cells
 from training.video_file import write_mp4
-from training.world import MAX_FRAMES, MIN_FRAMES, Item as Thing
-from training.world import Video, make_video
+from training.world import MAX_FRAMES, MIN_FRAMES, Video, make_video
+from training.world import Item as Thing
 
 COMPARED = (
     "metok stage 1", "frames = entering", "random = entering", "evs = entering", "vidcom2 = entering",

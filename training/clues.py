@@ -112,7 +112,7 @@ def phrases(question: Question) -> list[tuple[int, tuple[Item | Scene, ...]]]:
 def sequel(question: Question) -> list[tuple[int, int, tuple[Item | Scene, ...]]]:
     """What comes next while the answer tells of one thing after another: (first, last, things).
 
-    ``first`` and ``last`` are ends of words in ``question.answer``: of the tokens from the first to before the last, each is about
+    ``first`` and ``last`` are ends of words in ``question.answer``; each token from ``first`` to before ``last`` is about
     ``things``. The word that ends the last phrase is about nothing more.
     """
     out, now = [], None

@@ -228,6 +228,16 @@ def test_paper_enters_with_its_budget(checkpoint, answer) -> None:
     assert matched.entering == pytest.approx(outcome.entering, abs=8)
 
 
+def test_kv_budget_is_what_paper_holds(checkpoint, video, answer) -> None:
+    """The point at which baselines hold as much as METok `paper` while decoding, to half a token a layer."""
+    settings = parse_settings(None)
+    _, trace = answer(Stage1(checkpoint, settings), Stages23(settings))
+    held = [len(Stages23(settings).held(layer, trace, 8)) for layer in range(8)]
+    budget = PaperBudget(checkpoint.grid, 8, "kv")
+    assert sum(held) / 8 == pytest.approx(budget(FRAMES), abs=0.5)
+    assert len(RandomTokens(budget).enter(video, checkpoint.ask(item(QUESTIONS[0]))).rows) == budget(FRAMES)
+
+
 def test_fewer_frames_are_an_even_sample(video) -> None:
     assert FewerFrames(4).frames(video) == [0, 5, 11, 17]
     assert FewerFrames(64).frames(video) == list(range(FRAMES))
