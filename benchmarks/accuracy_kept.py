@@ -45,6 +45,7 @@ from training.world import Item as Thing
 COMPARED = (
     "metok stage 1", "frames = entering", "random = entering", "evs = entering", "vidcom2 = entering",
     "frames = average", "random = average", "evs = average", "evs tokens = average", "vidcom2 = average",
+    "frames = kv", "random = kv", "evs = kv", "evs tokens = kv", "vidcom2 = kv",
 )  # fmt: skip
 Cells = NDArray[np.bool_]
 
