@@ -22,12 +22,13 @@ from training.clues import (
     options,
     phrases,
     seen,
+    sequel,
     when,
 )
-from training.packing import Coder
+from training.packing import Coder, Encoded, collate, stock_plan
 from training.questions import KINDS, LESSONS, all_questions, draw
-from training.tokenizer import load_tokenizer
-from training.world import Item, make_video
+from training.tokenizer import END, load_tokenizer
+from training.world import DIGITS, SCENES, SHAPES, WORDS, Item, make_video
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,53 @@ def test_phrases_end_at_tokens_and_name_what_they_stand_for(coder: Coder) -> Non
                         assert (thing.kind, thing.name) in labels
                         assert ("scene", video.scene_of(thing)) in labels
     assert found >= {*KINDS, *LESSONS} - {"option"}
+
+
+def test_every_word_of_a_telling_sentence_is_about_what_comes_next(coder: Coder) -> None:
+    """Told of in order, each to the word before its last, and after the last that nothing follows; no word left out between."""
+    seen_lengths = set()
+    for seed in range(80):
+        for q in all_questions(make_video(seed))["open"]:
+            spans, text = sequel(q), f"{q.answer}{END}"
+            seen_lengths.add(len(spans))
+            assert len(spans) == len(q.told) + bool(q.told)
+            ids, next_token = coder.ids(text), None
+            for (begin, end, things), (phrase, meant_things) in zip(
+                spans, [*q.told, (".", ())], strict=len(q.told) > 0
+            ):
+                first, last = coder.token_at(text, begin), coder.token_at(text, end)
+                assert things == meant_things
+                assert first < last
+                assert next_token in (None, first)
+                next_token = last
+                assert coder.tok.decode([ids[last]]).strip() == phrase.split()[-1]
+    assert seen_lengths >= {0, 2, 3, 4}
+
+
+def test_batches_label_what_comes_next(coder: Coder) -> None:
+    """In a packed batch, the labelled token is the one before the word that it must lead to."""
+    checked = 0
+    for seed in range(40):
+        video = make_video(seed)
+        asked = [q for q in all_questions(video, lessons=True)["open"] if q.told][:2]
+        if len(asked) < 2:
+            continue
+        rows = torch.zeros(video.frames * 21, 8, dtype=torch.bfloat16)
+        encoded = Encoded(video, rows, {}, seen(video))
+        batch = collate(coder, [encoded], [stock_plan(video.frames)], [asked])
+        assert batch.clues is not None
+        for at, labels in zip(batch.clues.phrases.tolist(), batch.clues.meant, strict=True):
+            target = int(batch.targets[0, at])
+            if target < 0:
+                continue  # a phrase of the question
+            word = coder.tok.decode([target]).strip()
+            told = names(labels)
+            if ("absent", "yes") in told:
+                assert word == "."
+            elif word in SHAPES + DIGITS + WORDS + SCENES:
+                assert word in {value for _, value in told}
+            checked += 1
+    assert checked > 100
 
 
 def test_rows_tell_what_they_show_and_what_was_before() -> None:
