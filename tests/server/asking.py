@@ -71,7 +71,13 @@ def oracle_on_prompt(
 
 
 def result(answer: Any) -> OracleResult:
+    """What the engine says, for the oracle. Where alternatives were asked for, every token must be the engine's own best."""
     choice = answer.choices[0]
+    for step, entry in enumerate(choice.logprobs.content):
+        best = max((each.logprob for each in entry.top_logprobs), default=entry.logprob)
+        assert entry.logprob >= best, (
+            f"step {step} gave {entry.token!r} at {entry.logprob:.4f}, not the engine's own best at {best:.4f}: sampled, not greedy"
+        )
     logprobs = [{token: entry.logprob} for token, entry in zip(choice.token_ids, choice.logprobs.content, strict=True)]
     return OracleResult(list(answer.prompt_token_ids), list(choice.token_ids), logprobs)
 

@@ -48,7 +48,7 @@ def check(server: Server, sample: Sample, workers: int) -> None:
     """Several videos at once, each answered as the oracle answers it, and every worker is heard of."""
     videos = [mp4(scene_video(seed, 9 + 3 * seed)) for seed in range(len(ASKED))]
     with ThreadPoolExecutor(len(ASKED)) as pool:
-        answers = list(pool.map(lambda i: ask(server, videos[i], ASKED[i]), range(len(ASKED))))
+        answers = list(pool.map(lambda i: ask(server, videos[i], ASKED[i], top_logprobs=3), range(len(ASKED))))
     for video, metok, answer in zip(videos, ASKED, answers, strict=True):
         assert_same(oracle(sample, video, metok), result(answer), 1e-3)
         if isinstance(metok, dict) and "report" in metok:
