@@ -76,7 +76,7 @@ def result(answer: Any) -> OracleResult:
     for step, entry in enumerate(choice.logprobs.content):
         best = max((each.logprob for each in entry.top_logprobs), default=entry.logprob)
         assert entry.logprob >= best, (
-            f"step {step} gave {entry.token!r} at {entry.logprob:.4f}, not the engine's own best at {best:.4f}: sampled, not greedy"
+            f"step {step} gave {entry.token!r} at {entry.logprob:.4f}, not the engine's best at {best:.4f}: sampled, not greedy"
         )
     logprobs = [{token: entry.logprob} for token, entry in zip(choice.token_ids, choice.logprobs.content, strict=True)]
     return OracleResult(list(answer.prompt_token_ids), list(choice.token_ids), logprobs)
