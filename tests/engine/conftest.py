@@ -1,0 +1,20 @@
+"""Engines of these tests run in the test's process, with every address checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.engine.addresses import guarded
+
+
+@pytest.fixture(scope="session", autouse=True)
+def addresses() -> Iterator[None]:
+    from vllm import _custom_ops as ops
+
+    write, attend = guarded(ops.cpu_attn_reshape_and_cache, ops.cpu_attention_with_kv_cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "cpu_attn_reshape_and_cache", write)
+        patch.setattr(ops, "cpu_attention_with_kv_cache", attend)
+        yield
