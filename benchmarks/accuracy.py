@@ -30,7 +30,7 @@ from benchmarks.accuracy_report import Answers, show, summarise, write_csv, writ
 from benchmarks.accuracy_run import ROOT, agreement, conditions, describe_model, describe_set, run_local, run_server
 from benchmarks.accuracy_server import ServerError, ServerRunner, Settings, started
 from benchmarks.accuracy_set import generate
-from benchmarks.accuracy_video import Checkpoint
+from benchmarks.accuracy_video import Checkpoint, require_model
 from metok_vllm.demo.errors import DemoError
 from metok_vllm.demo.model_choice import TRAINED
 
@@ -111,10 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, console: Console, command: str) -> int:
     """The benchmark itself."""
     began = time.monotonic()
-    if not args.url and not (args.model / "config.json").is_file():
-        raise UsageError(
-            f"There is no model in {args.model}; name the folder of one with --model (training/README.md makes one)."
-        )
+    if not args.url:
+        require_model(args.model)
     path = args.set or generate(args.split, args.videos, ROOT / "out" / f"accuracy-{args.split}-{args.videos}")
     items = load_items(path, args.limit)
     result: dict[str, Any] = {

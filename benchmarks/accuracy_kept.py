@@ -11,11 +11,9 @@ Writes `results/accuracy-kept.json`.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +22,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.accuracy_data import Item
-from benchmarks.accuracy_methods import chosen, methods
+from benchmarks.accuracy import positive
+from benchmarks.accuracy_data import Item, UsageError
+from benchmarks.accuracy_methods import Method, chosen, methods
 from benchmarks.accuracy_metok import Stage1
 from benchmarks.accuracy_plan import Entering, Reducer
+from benchmarks.accuracy_report import write_json
 from benchmarks.accuracy_run import ROOT, conditions
 from benchmarks.accuracy_set import MIXED
-from benchmarks.accuracy_video import STOCK_STRIDE, Asked, Checkpoint
+from benchmarks.accuracy_video import STOCK_STRIDE, Asked, Checkpoint, require_model
 from benchmarks.accuracy_video import Video as Encoded
 from benchmarks.baselines.frames import FewerFrames
 from metok_vllm.demo.model_choice import TRAINED
@@ -52,17 +52,15 @@ Cells = NDArray[np.bool_]
 
 @dataclass
 class Shown:
-    """Of a method: for every thing asked about, whether it is shown, and in how many frames."""
+    """What a method shows."""
 
-    whole: list[bool]
-    blurred: list[bool]
-    frames: list[int]  # with a token of a single cell of the thing
-    tokens: list[int]  # that enter, separators included; one entry a question
+    frames: list[int]  # for every thing asked about: frames with a token of a single cell of the thing
+    tokens: list[int]  # for every question: what enters, separators included
 
 
 def cells_of(video: Video, thing: Thing) -> Cells:
     """Where stock's tokens show a thing: bool [T, tokens of a frame]."""
-    only = Video(video.seed, video.frames, video.scenes, (thing,), video.counted)
+    only = replace(video, items=(thing,))
     tables = [label_cells(only, frame, lambda *_: [0], 1)[STOCK_STRIDE] for frame in range(video.frames)]
     return np.concatenate(tables, axis=1).T > 0
 
@@ -87,8 +85,8 @@ def whole_tokens(reducer: Reducer, video: Encoded, asked: Asked, entering: Enter
     return out
 
 
-def measure(checkpoint: Checkpoint, index: int, folder: Path, shown: dict[str, Shown]) -> None:
-    """Add one validation video and its questions to `shown`."""
+def measure(checkpoint: Checkpoint, compared: list[Method], index: int, folder: Path, shown: dict[str, Shown]) -> None:
+    """Add one validation video and its questions to `shown`, an entry a method."""
     graph = make_video(seed_of("valid", index), (MIN_FRAMES, MAX_FRAMES))
     path = folder / f"{index}.mp4"
     write_mp4(draw_video(graph), path)
@@ -98,44 +96,45 @@ def measure(checkpoint: Checkpoint, index: int, folder: Path, shown: dict[str, S
             Item(0, path, question.text, question.options, question.answer, question.kind, graph.seed)
         )
         things = [cells_of(graph, thing) for thing in asked_about(question)]
-        for method in chosen(methods(checkpoint), list(COMPARED)):
+        for method in compared:
             entering = method.reducer.enter(video, asked)
             whole = whole_tokens(method.reducer, video, asked, entering)
-            row = shown.setdefault(method.name, Shown([], [], [], []))
-            row.tokens.append(len(entering.rows))
-            for cells in things:
-                frames = int((whole & cells).any(1).sum())
-                row.whole.append(frames > 0)
-                # METok pools whole frames: one that is pooled coarsely still shows everything, blurred.
-                row.blurred.append(frames == 0 and isinstance(method.reducer, Stage1))
-                row.frames.append(frames)
+            shown[method.name].tokens.append(len(entering.rows))
+            shown[method.name].frames += [int((whole & cells).any(1).sum()) for cells in things]
 
 
-def lines(shown: dict[str, Shown]) -> Iterator[dict[str, float | str]]:
-    """A row a method."""
-    for name, row in shown.items():
-        yield {
-            "method": name,
-            "tokens": float(np.mean(row.tokens)),
-            "things": len(row.whole),
-            "whole": float(np.mean(row.whole)),
-            "blurred_only": float(np.mean(row.blurred)),
-            "frames_whole": float(np.mean(row.frames)),
-        }
+def line(method: Method, row: Shown) -> dict[str, float | str]:
+    """A method's row of the table."""
+    whole = float(np.mean(np.array(row.frames) > 0))
+    return {
+        "method": method.name,
+        "tokens": float(np.mean(row.tokens)),
+        "things": len(row.frames),
+        "whole": whole,
+        # METok pools whole frames: one that is pooled coarsely still shows everything, blurred.
+        "blurred_only": 1 - whole if isinstance(method.reducer, Stage1) else 0.0,
+        "frames_whole": float(np.mean(row.frames)),
+    }
 
 
 def main() -> None:
     """Measure, print, write."""
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--videos", type=int, default=40)
+    ap.add_argument("--videos", type=positive, default=40)
     ap.add_argument("--model", type=Path, default=TRAINED)
     ap.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "accuracy-kept.json")
     args = ap.parse_args()
-    checkpoint, shown = Checkpoint(args.model), dict[str, Shown]()
+    try:
+        require_model(args.model)
+        checkpoint = Checkpoint(args.model)
+    except UsageError as error:
+        ap.error(str(error))
+    compared = chosen(methods(checkpoint), list(COMPARED))
+    shown = {method.name: Shown([], []) for method in compared}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         for index in range(args.videos):
-            measure(checkpoint, index, Path(folder), shown)
-    found = list(lines(shown))
+            measure(checkpoint, compared, index, Path(folder), shown)
+    found = [line(method, shown[method.name]) for method in compared]
     table = Table(
         "method", "tokens", "whole %", "blurred only %", "frames whole", title=f"{args.videos} validation videos"
     )
@@ -143,7 +142,7 @@ def main() -> None:
         share = [f"{100 * float(row[k]):.1f}" for k in ("whole", "blurred_only")]
         table.add_row(str(row["method"]), f"{row['tokens']:.0f}", *share, f"{row['frames_whole']:.2f}")
     Console(width=120).print(table)
-    args.out.write_text(json.dumps({"videos": args.videos, "methods": found, **conditions()}, indent=1) + "\n")
+    write_json({"videos": args.videos, "methods": found, **conditions()}, args.out)
 
 
 if __name__ == "__main__":

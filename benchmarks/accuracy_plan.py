@@ -125,11 +125,11 @@ class PaperBudget:
         """Tokens, separators included."""
         s = MetokSettings()
         each = tokens_per_frame(self.grid, self.grid, s.strides, "bilinear")
+        entering = video_tokens(quota(frames, s.events, s.key_events, s.key_frames), each, True)
         if self.point == "entering":
-            return video_tokens(quota(frames, s.events, s.key_events, s.key_frames), each, True)
+            return entering
         first, second, third = prune_layers(self.layers)
         if self.point == "kv":  # decode_retention 0: all that entered, in the layers before the first that drops
-            entering = PaperBudget(self.grid, self.layers, "entering")(frames)
             return max(1, round(first * entering / self.layers))
         n = expected_visual_tokens(
             frames, s.events, s.key_events, s.key_frames, each, True, s.keep_ratio_micro, stock=0

@@ -65,6 +65,14 @@ class Asked:
     seed: int  # of whatever is random about this question
 
 
+def require_model(folder: Path) -> None:
+    """Raise `UsageError` unless `folder` holds a model."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"There is no model in {folder}; name the folder of one with --model (training/README.md makes one)."
+        )
+
+
 class Checkpoint:
     """A model's folder, loaded in float32 on the CPU.
 

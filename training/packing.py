@@ -207,14 +207,15 @@ def _clues(
         for position, row in enumerate(plans[n]):
             if row >= 0:
                 starts.setdefault(row // 21, position)
+        begins = list(starts.values())
         for m, q in enumerate(questions):
             first, text = (n * len(questions) + m) * length, coder.asked(q)
-            for end, things in phrases(q) if starts else ():
+            for end, things in phrases(q) if begins else ():
                 at.append(first + coder.token_at(text, 1 + end))
-                labels.append(meant(video.video, things, list(starts.values())))
+                labels.append(meant(video.video, things, begins))
             answer, past = f"{q.answer}{END}", len(coder.ids(text))
-            for begin, end, things in sequel(q) if starts else ():
-                told = meant(video.video, things, list(starts.values()))
+            for begin, end, things in sequel(q) if begins else ():
+                told = meant(video.video, things, begins)
                 for token in range(coder.token_at(answer, begin), coder.token_at(answer, end)):
                     at.append(first + past + token)
                     labels.append(told)
