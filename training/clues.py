@@ -36,11 +36,13 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "before": SCENES,
     "count": ("1", "2", "3", "4"),
     "absent": ("yes",),
+    "nth": tuple("123456"),  # thing of its scene
+    "scene's nth": tuple("123456"),  # scene of the video
 }
 _COLUMN = {(g, v): n for n, (g, v) in enumerate((g, v) for g, values in _GROUPS.items() for v in values)}
 STATIC = len(_COLUMN)
 _NAMES = [n for (group, _), n in _COLUMN.items() if group in ("shape", "digit", "word")]
-_LOOK_BACK = [n for (group, _), n in _COLUMN.items() if group in ("colour2", "place2", "direction", "count")]
+_LOOK_BACK = [n for (group, _), n in _COLUMN.items() if group in ("colour2", "place2", "direction", "count", "nth")]
 _LEAST, _MOST, _STEPS = 4.0, 1100.0, 48
 TIMES = torch.tensor(_LEAST * (_MOST / _LEAST) ** (np.arange(_STEPS) / (_STEPS - 1)), dtype=torch.float32)
 """Positions in the prompt that the time columns tell apart: a thermometer on a logarithmic scale."""
@@ -49,7 +51,8 @@ WIDTH = STATIC + _STEPS
 
 def _item_columns(video: Video, item: Item, frame: int | None) -> list[int]:
     """What is known of ``item`` on ``frame``; all of it where ``frame`` is None."""
-    known = {"scene": video.scene_of(item)}
+    neighbours = [other for other in video.items if other.scene == item.scene]
+    known = {"scene": video.scene_of(item), "scene's nth": str(1 + item.scene), "nth": str(1 + neighbours.index(item))}
     if item.kind != "shape":
         known[item.kind] = item.name
         return [_COLUMN[pair] for pair in known.items()]
@@ -74,7 +77,7 @@ def seen(video: Video) -> Tensor:
         for frame in range(scene.start, scene.end):
             tables = label_cells(video, frame, lambda item, at: _item_columns(video, item, at), STATIC)
             rows = np.concatenate([tables[s] for s in STRIDES])
-            rows[:, _COLUMN["scene", scene.kind]] = 1
+            rows[:, [_COLUMN["scene", scene.kind], _COLUMN["scene's nth", str(1 + number)]]] = 1
             if number:
                 rows[:, _COLUMN["before", kinds[number - 1]]] = 1
             out.append(rows)
@@ -93,8 +96,10 @@ def meant(video: Video, things: tuple[Item | Scene, ...], starts: list[int]) -> 
         out[_COLUMN["absent", "yes"]] = 1
         return out
     for thing in things:
-        columns = [_COLUMN["scene", thing.kind]] if isinstance(thing, Scene) else _item_columns(video, thing, None)
-        out[columns] = 1
+        if isinstance(thing, Scene):
+            out[[_COLUMN["scene", thing.kind], _COLUMN["scene's nth", str(1 + video.scenes.index(thing))]]] = 1
+        else:
+            out[_item_columns(video, thing, None)] = 1
     out[STATIC:] = when(torch.tensor(starts[min(t.start for t in things)]))
     return out
 

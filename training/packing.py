@@ -275,7 +275,8 @@ def pick(
     """``count`` questions; a question may come twice where the video has too few.
 
     Kinds are drawn evenly. In training, ``match`` tells how well each kind is answered by now: the worse, the more often it is
-    drawn, and options are first asked of kinds that can be answered without.
+    drawn. Options are then first asked of kinds that can be answered without, and half of the sentences that do not tell of one
+    thing after another are drawn anew: those that do resist most.
     """
     out: list[Question] = []
     match = match or {}
@@ -283,6 +284,8 @@ def pick(
     known = [kind for kind, share in match.items() if share > 0.8] if match.get("letter", 1.0) < 0.8 else []
     while len(out) < count:
         q = draw(video.video, rng.choices(kinds, weights)[0], rng, video.stock, known)
+        if match and q is not None and q.kind == "open" and not q.told and rng.random() < 0.5:
+            continue
         if q is not None:
             out.append(q)
     return out

@@ -207,18 +207,33 @@ def test_an_hour_of_tiny_frames_is_answered_right_and_soon(server: Server, sampl
 
 
 def test_a_storm_of_cancelled_requests_leaves_nothing(server: Server, sample: Sample) -> None:
-    """100 requests dropped at random moments: queued, decoding the file, in prefill, while tokens stream."""
+    """100 requests, most dropped: at random moments from 20 ms on (queued, decoding the file, in prefill), or at a
+    random event of their stream. No time in seconds falls into the same part of a request on every machine, so those
+    that are to be dropped while tokens come wait for the tokens.
+    """
     videos = [mp4(scene_video(seed, 8 + 5 * seed)) for seed in range(4)]
     rng = random.Random(7)
     settings: list[Any] = [None, {"decode_retention": 1}, {"decode_retention": 0}, "off"]
-    jobs = [
-        (body(rng.choice(videos), max_tokens=rng.choice([2, 64]), stream=True, ignore_eos=True,
-              mm_processor_kwargs={"metok": rng.choice(settings)}), rng.choice([0.02, 0.1, 0.5, 1.0, 2.0]) * rng.random())
-        for _ in range(100)
-    ]  # fmt: skip
+
+    def request(tokens: int) -> dict[str, Any]:
+        changes = {"max_tokens": tokens, "stream": True, "ignore_eos": True}
+        return body(rng.choice(videos), **changes, mm_processor_kwargs={"metok": rng.choice(settings)})
+
+    # The request, the seconds after which it is dropped, and the event at which it is.
+    jobs: list[tuple[dict[str, Any], float | None, int | None]] = [
+        *(
+            (request(rng.choice([2, 64])), rng.choice([0.02, 0.1, 0.5, 1.0, 2.0]) * rng.random(), None)
+            for _ in range(60)
+        ),
+        *((request(64), None, rng.randrange(2, 20)) for _ in range(25)),
+        *((request(2), None, None) for _ in range(15)),
+    ]
+    rng.shuffle(jobs)
     gate = asyncio.Semaphore(16)
 
-    async def one(client: httpx.AsyncClient, request: dict[str, Any], patience: float) -> tuple[int, bool]:
+    async def one(
+        client: httpx.AsyncClient, request: dict[str, Any], patience: float | None, last: int | None
+    ) -> tuple[int, bool]:
         """Events that came, and whether the request was dropped; patience begins when it is sent."""
         events = 0
         async with gate:
@@ -229,6 +244,8 @@ def test_a_storm_of_cancelled_requests_leaves_nothing(server: Server, sample: Sa
                 ):
                     async for line in response.aiter_lines():
                         events += line.startswith("data: ")
+                        if events == last:
+                            return events, True
                 return events, False
             except TimeoutError:
                 return events, True
@@ -241,8 +258,12 @@ def test_a_storm_of_cancelled_requests_leaves_nothing(server: Server, sample: Sa
     assert sum(dropped and events == 0 for events, dropped in seen) >= 10, (
         "too few were dropped before their first token"
     )
-    assert sum(dropped and events > 1 for events, dropped in seen) >= 5, "too few were dropped while tokens came"
-    assert any(not dropped for _, dropped in seen), "none was answered meanwhile"
+    # Tokens that a busy server sends together are one event, so a few of the 25 may end before theirs.
+    assert sum(dropped and events > 1 for events, dropped in seen) >= 15, "too few were dropped while tokens came"
+    kept = [
+        events for (_, patience, last), (events, _) in zip(jobs, seen, strict=True) if patience is None and last is None
+    ]
+    assert min(kept) >= 2, "a request that was not dropped got no answer"  # its text, and [DONE]
     fresh = mp4(scene_video(40, 15))
     assert_same(oracle(sample, fresh), result(ask(server, fresh)), 1e-3)
     assert_drained(server)

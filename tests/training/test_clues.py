@@ -25,7 +25,7 @@ from training.clues import (
     sequel,
     when,
 )
-from training.packing import Coder, Encoded, collate, stock_plan
+from training.packing import Coder, Encoded, collate, pick, stock_plan
 from training.questions import KINDS, LESSONS, all_questions, draw
 from training.tokenizer import END, load_tokenizer
 from training.world import DIGITS, SCENES, SHAPES, WORDS, Item, make_video
@@ -120,6 +120,11 @@ def test_rows_tell_what_they_show_and_what_was_before() -> None:
             scene = next(s for s in video.scenes if s.start <= frame < s.end)
             whole = names(rows[frame, 20])  # the one row of stride 8
             assert ("scene", scene.kind) in whole
+            assert {v for g, v in whole if g == "scene's nth"} == {
+                str(1 + [s.kind for s in video.scenes].index(scene.kind))
+            }
+            earlier = [sum(scene.start <= j.start < i.start for j in video.items) for i in video.visible(frame)]
+            assert {v for g, v in whole if g == "nth"} == {str(1 + n) for n in earlier}
             assert {v for g, v in whole if g == "shape"} == {i.name for i in video.visible(frame) if i.kind == "shape"}
             for item in video.visible(frame):
                 if item.kind != "shape" or len(video.visible(frame)) > 1:
@@ -134,6 +139,28 @@ def test_rows_tell_what_they_show_and_what_was_before() -> None:
                     moved += 1
     assert moved > 5
     assert changed > 5
+
+
+def test_a_scene_and_its_things_are_known_by_their_place_in_line() -> None:
+    video = next(v for v in map(make_video, range(100)) if len(v.scenes) > 2 and sum(i.scene == 1 for i in v.items) > 2)
+    starts = list(range(video.frames))
+    middle = names(meant(video, (video.scenes[1],), starts))
+    assert middle == {("scene", video.scenes[1].kind), ("scene's nth", "2")}
+    second = [i for i in video.items if i.scene == 1][1]
+    assert {("nth", "2"), ("scene's nth", "2")} < names(meant(video, (second,), starts))
+    assert not {("nth", n) for n in "13456"} & names(meant(video, (second,), starts))
+
+
+def test_sentences_that_tell_of_several_things_are_asked_more_in_training_only() -> None:
+    shares = []
+    for match in (None, {"open": 0.5}):
+        rng, asked = random.Random(1), []
+        for seed in range(30):
+            video = make_video(seed)
+            asked += pick(Encoded(video, torch.zeros(0), all_questions(video)), 20, ("open",), rng, match)
+        shares.append(sum(bool(q.told) for q in asked) / len(asked))
+    assert 0.2 < shares[0] < 0.6
+    assert 0.1 < shares[1] - shares[0] < 0.3
 
 
 def test_a_thing_that_is_not_there_is_only_absent() -> None:
