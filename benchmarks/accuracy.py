@@ -24,9 +24,9 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.accuracy_data import Item, UsageError, load_items
-from benchmarks.accuracy_methods import SERVED, SHORT, STOCK, chosen, methods
+from benchmarks.accuracy_methods import PAIRS, SERVED, SHORT, STOCK, chosen, methods
 from benchmarks.accuracy_plot import draw
-from benchmarks.accuracy_report import Answers, show, summarise, write_csv, write_json
+from benchmarks.accuracy_report import Answers, paired, show, show_pairs, summarise, write_csv, write_json
 from benchmarks.accuracy_run import ROOT, agreement, conditions, describe_model, describe_set, run_local, run_server
 from benchmarks.accuracy_server import ServerError, ServerRunner, Settings, started
 from benchmarks.accuracy_set import generate
@@ -154,8 +154,10 @@ def compare_methods(
     answers, lengths = run_local(checkpoint, items, chosen(known, args.methods), args.frames, console.print)
     result["model"] = describe_model(checkpoint, args.model)
     result["set"] = describe_set(path, items, lengths, args.frames)
-    result["local"] = {"methods": summarise(items, answers)}
+    result["local"] = {"methods": summarise(items, answers), "pairs": paired(items, answers, PAIRS)}
     show(console, "Local runner", result["local"]["methods"])
+    if result["local"]["pairs"]:
+        show_pairs(console, result["local"]["pairs"])
     if not args.served:
         return
     chosen_items = np.linspace(0, len(items) - 1, min(args.served, len(items)), dtype=int)  # over all videos and kinds

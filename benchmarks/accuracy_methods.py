@@ -28,6 +28,16 @@ SERVED: dict[str, dict[str, Any] | Literal["off"]] = {
 }
 """What the server run asks for: the value of `mm_processor_kwargs["metok"]`."""
 SHORT = (STOCK, PAPER, BALANCED, "frames = average", "random = average", "evs = average", "metok stage 1")
+PAIRS = (
+    (BALANCED, "evs = average"),
+    (BALANCED, "vidcom2 = average"),
+    (PAPER, "evs tokens = kv"),
+    (PAPER, "vidcom2 = kv"),
+    (BALANCED, "events off"),
+    (BALANCED, "attention random"),
+    (BALANCED, "layers 2-6-10"),
+)
+"""Methods that are also compared with each other, beside each with stock."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import csv
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from benchmarks.accuracy_local import Outcome
 from benchmarks.accuracy_methods import BALANCED, PAPER, STOCK
 from benchmarks.accuracy_stats import Bootstrap, Verdicts, compare, is_right
 
+WITHOUT_SENTENCES = "not open"
 GROUPS = {"letter": "one letter", "short": "a few words", "open": "sentences"}
 MEANS = ("entering", "after_l1", "after_l2", "retained", "per_layer", "kv_bytes", "seconds")
 
@@ -51,9 +52,7 @@ def verdicts(items: Sequence[Item], answers: Answers) -> Verdicts:
 
 def summarise(items: Sequence[Item], methods: Mapping[str, Answers]) -> dict[str, Any]:
     """Each method's means and, for each slice, its share of right answers and the paired difference to the stock run."""
-    numbers = {path: i for i, path in enumerate(dict.fromkeys(item.video for item in items))}
-    boot = Bootstrap([numbers[item.video] for item in items])
-    parts = slices(items)
+    boot, parts = _bootstrap(items), slices(items)
     right = {name: verdicts(items, answers) for name, answers in methods.items()}
     table: dict[str, Any] = {}
     for name, answers in methods.items():
@@ -67,6 +66,34 @@ def summarise(items: Sequence[Item], methods: Mapping[str, Answers]) -> dict[str
             "verdicts": "".join("01"[int(v)] for v in right[name]),
         }
     return table
+
+
+def paired(
+    items: Sequence[Item], methods: Mapping[str, Answers], pairs: Sequence[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    """The difference of the methods of each pair that both ran, over all questions, without sentences, and on each group."""
+    boot, parts = _bootstrap(items), slices(items)
+    parts = {name: mask for name, mask in parts.items() if not name.startswith("kind: ")}
+    parts |= {WITHOUT_SENTENCES: parts["all"] & ~parts["open"]} if "open" in parts else {}
+    right = {name: verdicts(items, methods[name]) for name in {n for pair in pairs for n in pair} & set(methods)}
+    return [
+        {
+            "method": one,
+            "other": other,
+            "differences": {
+                name: asdict(boot.difference(right[one], right[other], mask))
+                for name, mask in parts.items()
+                if mask.any()
+            },
+        }
+        for one, other in pairs
+        if one in right and other in right
+    ]
+
+
+def _bootstrap(items: Sequence[Item]) -> Bootstrap:
+    numbers = {path: i for i, path in enumerate(dict.fromkeys(item.video for item in items))}
+    return Bootstrap([numbers[item.video] for item in items])
 
 
 def mean(outcomes: Sequence[Outcome], key: str) -> float | None:
@@ -147,6 +174,18 @@ FOR_KINDS: tuple[str, ...] = (
     "metok stages 1+2",
 )
 FOR_KINDS += (PAPER, BALANCED)
+
+
+def show_pairs(console: Console, pairs: Sequence[Mapping[str, Any]]) -> None:
+    """Print what :func:`paired` found."""
+    titles = {"all": "all", WITHOUT_SENTENCES: "without sentences", **GROUPS}
+    table = Table(title="Methods against each other, points, paired by question [95 %]")
+    for name in ("method", "against", *titles.values()):
+        table.add_column(name, no_wrap=True)
+    for pair in pairs:
+        rows = pair["differences"]
+        table.add_row(pair["method"], pair["other"], *(points(rows[part]) if part in rows else "" for part in titles))
+    console.print(table)
 
 
 def _line(m: Mapping[str, Any], groups: Sequence[str]) -> list[str]:

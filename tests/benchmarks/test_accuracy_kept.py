@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.accuracy_data import Item
 from benchmarks.accuracy_kept import asked_about, cells_of, whole_tokens
-from benchmarks.accuracy_methods import chosen, methods
+from benchmarks.accuracy_methods import PAIRS, chosen, methods
 from benchmarks.accuracy_video import Checkpoint
 from metok_vllm.demo.model_choice import TRAINED
 from training.draw import draw_video
@@ -63,3 +63,7 @@ def test_questions_are_about_their_things(graph: Video) -> None:
     assert all(asked_about(q)[0].name in q.text for q in stock["colour"] + stock["move"])
     assert [asked_about(q) for q in stock["open"] if q.text.startswith("List")] in ([], [[]])
     assert {len(asked_about(q)) for q in stock["order"]} <= {2}
+
+
+def test_what_is_compared_with_each_other_is_among_the_methods(checkpoint: Checkpoint) -> None:
+    assert {name for pair in PAIRS for name in pair} <= {m.name for m in methods(checkpoint)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,18 @@ from benchmarks import accuracy
 from benchmarks.accuracy_data import Item
 from benchmarks.accuracy_local import Outcome
 from benchmarks.accuracy_plot import draw
-from benchmarks.accuracy_report import Answers, mean, percent, points, show, summarise, write_csv, write_json
+from benchmarks.accuracy_report import (
+    Answers,
+    mean,
+    paired,
+    percent,
+    points,
+    show,
+    show_pairs,
+    summarise,
+    write_csv,
+    write_json,
+)
 from benchmarks.accuracy_run import agreement, describe_set
 
 SENTENCE = "In the city a red star appeared at the top left."
@@ -71,6 +83,24 @@ def test_groups_and_kinds_are_reported_apart() -> None:
     assert "to_stock" not in table["stock"]["accuracy"]["all"]
     assert paper["verdicts"] == "110" * 4
     assert (paper["entering"], paper["kv_bytes"], paper["per_layer"]) == (150, 15000, 150)
+
+
+def test_methods_are_compared_with_each_other_where_both_ran() -> None:
+    asked, methods = made_up()
+    pairs = paired(
+        asked, methods, [("metok paper", "frames 8"), ("metok paper", "vidcom2"), ("frames 8", "metok paper")]
+    )
+    assert [(p["method"], p["other"]) for p in pairs] == [("metok paper", "frames 8"), ("frames 8", "metok paper")]
+    # Paper: every letter and colour, no sentence. Frames: the odd questions, two of four in every group.
+    expected = {"all": (4, 2), "letter": (2, 0), "short": (2, 0), "open": (0, 2), "not open": (4, 0)}
+    rows = pairs[0]["differences"]
+    assert {part: (row["won"], row["lost"]) for part, row in rows.items()} == expected
+    assert rows["not open"]["difference"] == 0.5
+    assert pairs[1]["differences"]["all"]["difference"] == pytest.approx(-2 / 12)
+    console = Console(width=200, record=True, file=io.StringIO())
+    show_pairs(console, pairs)
+    line = next(line for line in console.export_text().splitlines() if "metok paper" in line)
+    assert points(rows["not open"]) in line.replace("  ", " ")
 
 
 def test_an_unknown_number_makes_no_mean() -> None:
