@@ -36,7 +36,7 @@ def is_running(pid: int) -> bool:
 
 def gone(pid: int) -> bool:
     """Whether a process is gone, or goes within a few seconds."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not is_running(pid)

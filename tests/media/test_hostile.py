@@ -195,7 +195,7 @@ def test_huge_frames_are_refused_before_their_memory_is_taken() -> None:
     webm[at : at + 4] = struct.pack("<HH", 16383, 16383)
     start = time.monotonic()
     decode(bytes(webm))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 10
 
 
 def mp4_that_claims(*, samples: int = 0, edits: int = 0, fragment: int = 0, table: int = 4) -> bytes:
@@ -235,7 +235,7 @@ def test_headers_that_claim_millions_of_frames_take_neither_time_nor_memory(clai
     before = resident_mib()
     start = time.monotonic()
     assert isinstance(decode(mp4_that_claims(**claims)), str)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 10
     assert resident_mib() - before < 100
 
 

