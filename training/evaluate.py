@@ -27,7 +27,7 @@ from training.seeds import SPLITS, seed_of
 from training.tokenizer import load_tokenizer
 from training.train_lm import load_tower, scores
 from training.video_file import through_codec
-from training.world import Video, make_video
+from training.world import Scene, Video, make_video
 
 CRF = 23
 
@@ -41,9 +41,18 @@ def interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
+def form(q: Question) -> str:
+    """What a letter stands for, or a sentence tells of."""
+    if q.kind == "letter":
+        return q.of
+    if not q.told:
+        return "one thing"
+    return f"{len(q.told)} scenes" if isinstance(q.told[0][1][0], Scene) else f"scene of {len(q.told)}"
+
+
 @torch.no_grad()
 def run(args: argparse.Namespace) -> tuple[dict[str, list[bool]], list[tuple[Video, Question, bool]]]:
-    """Hits per kind (letters also by the kind underneath), and every question with its video and verdict."""
+    """Hits per kind (letters and sentences also by :func:`form`), and every question with its video and verdict."""
     tower = load_tower(args.tower)
     model, _ = load_model(args.lm, tower)
     tower, model = tower.to(torch.bfloat16), model.to(torch.bfloat16)
@@ -60,8 +69,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, list[bool]], list[tuple[Vid
             _, verdicts, _ = scores(model, coder, collate(coder, [encoded], [layout], [asked]))
             for q, hit in zip(asked, verdicts[0], strict=True):
                 hits[q.kind].append(hit)
-                if q.kind == "letter":
-                    hits[f"letter/{q.of}"].append(hit)
+                if q.kind in ("letter", "open"):
+                    hits[f"{q.kind}/{form(q)}"].append(hit)
                 log.append((video, q, hit))
     return hits, log
 
@@ -112,7 +121,7 @@ def main() -> None:
             "high": round(high, 4),
             "n": len(verdicts),
         }
-        print(f"{kind:16s} {100 * share:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]  n = {len(verdicts)}")
+        print(f"{kind:24s} {100 * share:5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]  n = {len(verdicts)}")
     if args.against:
         differ = against(args.against, log, args.count)
         print(f"transformers disagrees on {differ} of {min(args.count, len(log))}")

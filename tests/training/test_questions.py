@@ -5,11 +5,22 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
+from training.evaluate import form
 from training.make_set import write_set
-from training.questions import ASKERS, KINDS, Question, all_questions, draw, format_prompt, questions
+from training.questions import (
+    ASKERS,
+    KINDS,
+    Question,
+    all_questions,
+    draw,
+    format_prompt,
+    questions,
+    with_options,
+)
 from training.relevance import Focus, focus_of
 from training.world import COLOURS, SHAPES, Item, Video, make_video, place_of
 
@@ -190,3 +201,12 @@ def test_make_set_writes_what_the_benchmark_reads(tmp_path: object) -> None:
     assert {r["video"] for r in rows} == {"valid_00005.mp4", "valid_00006.mp4"}
     assert all((out / r["video"]).stat().st_size > 500 for r in rows)
     assert all(r["options"] if r["kind"] == "letter" else not r["options"] for r in rows)
+
+
+def test_evaluation_reports_what_a_sentence_tells_of() -> None:
+    forms = Counter(form(q) for seed in range(60) for q in all_questions(make_video(seed))["open"])
+    assert set(forms) == {"one thing", "scene of 1", "scene of 2", "3 scenes", "4 scenes"}
+    two = [q for seed in range(60) for q in all_questions(make_video(seed))["open"] if form(q) == "scene of 2"]
+    assert all(" and then " in q.answer for q in two)
+    lettered = with_options(Question("colour", "What colour was the star?", "red"), make_video(0), random.Random(0))
+    assert form(replace(lettered, of="colour")) == "colour"
