@@ -1,9 +1,9 @@
 """The questions of the accuracy benchmark: JSON lines, checked line by line before anything runs.
 
 A line is an object with `video` (path, relative to the file), `question`, `answer`, and optionally `options` (list of
-texts, maybe empty), `kind` (a name to report by) and `seed` (of a generated video). Other keys are ignored.
-`training/make_set.py` writes such files; a set like Video-MME's is one line a question with its four options and the letter as
-its answer.
+texts, maybe empty), `kind` (a name to report by), `of` (a part of a kind to report by too) and `seed` (of a generated
+video). Other keys are ignored. `training/make_set.py` writes such files; a set like Video-MME's is one line a question with
+its four options and the letter as its answer.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Item:
     answer: str
     kind: str
     seed: int | None = None
+    of: str = ""  # what the question is of its kind, empty where the kind says all
 
     @property
     def prompt(self) -> str:
@@ -102,10 +103,15 @@ def _item(line: str, number: int, where: str, folder: Path) -> Item:
     kind = row.get("kind", "question")
     if not isinstance(kind, str) or not kind:
         raise UsageError(f"{where}: 'kind' must be a text that is not empty.")
+    of = row.get("of", "")
+    if not isinstance(of, str):
+        raise UsageError(f"{where}: 'of' must be a text.")
     video = folder / row["video"]
     if not video.is_file():
         raise UsageError(f"{where}: there is no video {row['video']} beside the file.")
-    return Item(number, video, row["question"], tuple(options), answer, kind, _seed(row, where))
+    return Item(
+        number, video, row["question"], tuple(options), answer, kind, _seed(row, where), "" if of == kind else of
+    )
 
 
 def _seed(row: dict[str, Any], where: str) -> int | None:

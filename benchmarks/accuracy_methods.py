@@ -36,6 +36,7 @@ PAIRS = (
     (BALANCED, "events off"),
     (BALANCED, "attention random"),
     (BALANCED, "layers 2-6-10"),
+    (BALANCED, "key events 5"),
 )
 """Methods that are also compared with each other, beside each with stock."""
 

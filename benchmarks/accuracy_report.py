@@ -35,12 +35,15 @@ class Answers:
 
 
 def slices(items: Sequence[Item]) -> dict[str, Verdicts]:
-    """What is reported apart: all questions, the three groups, every kind ("kind: ..."); masks, bool [questions]."""
+    """What is reported apart: all questions, the three groups, every kind ("kind: ...") and
+    what it is made of ("kind: .../..."); masks, bool [questions]."""
     found: dict[str, Verdicts] = {"all": np.ones(len(items), dtype=bool)}
     for group in GROUPS:
         found[group] = np.array([item.group == group for item in items])
     for kind in sorted({item.kind for item in items}):
         found[f"kind: {kind}"] = np.array([item.kind == kind for item in items])
+        for of in sorted({item.of for item in items if item.kind == kind and item.of}):
+            found[f"kind: {kind}/{of}"] = np.array([item.kind == kind and item.of == of for item in items])
     return {name: mask for name, mask in found.items() if mask.any()}
 
 

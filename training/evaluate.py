@@ -22,12 +22,12 @@ import torch
 from training.draw import draw_video
 from training.export import load_model
 from training.packing import LONG, SHORT, Coder, collate, encode, pick, plan
-from training.questions import Question
+from training.questions import Question, form
 from training.seeds import SPLITS, seed_of
 from training.tokenizer import load_tokenizer
 from training.train_lm import load_tower, scores
 from training.video_file import through_codec
-from training.world import Scene, Video, make_video
+from training.world import Video, make_video
 
 CRF = 23
 
@@ -39,15 +39,6 @@ def interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
     p, n = right / total, total
     middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
-
-
-def form(q: Question) -> str:
-    """What a letter stands for, or a sentence tells of."""
-    if q.kind == "letter":
-        return q.of
-    if not q.told:
-        return "one thing"
-    return f"{len(q.told)} scenes" if isinstance(q.told[0][1][0], Scene) else f"scene of {len(q.told)}"
 
 
 @torch.no_grad()

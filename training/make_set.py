@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from training.draw import draw_video
-from training.questions import KINDS, Question, questions
+from training.questions import KINDS, Question, form, questions
 from training.seeds import SPLITS, seed_of
 from training.video_file import write_mp4
 from training.world import MAX_FRAMES, MIN_FRAMES, Video, make_video
@@ -46,8 +46,8 @@ def write_set(
 
 
 def row_of(name: str, video: Video, q: Question) -> dict[str, Any]:
-    """A line of a set. ``prompt`` is the question with its options as the model was trained to read them, ``about`` the
-    frames that must be seen to answer.
+    """A line of a set. ``prompt`` is the question with its options as the model was trained to read them, ``of`` what a
+    letter stands for or a sentence tells of, ``about`` the frames that must be seen to answer.
     """
     return {
         "video": name,
@@ -56,7 +56,7 @@ def row_of(name: str, video: Video, q: Question) -> dict[str, Any]:
         "options": list(q.options),
         "answer": q.answer,
         "kind": q.kind,
-        "of": q.of,
+        "of": form(q),
         "about": [list(span) for span in q.about],
         "seed": video.seed,
         "frames": video.frames,

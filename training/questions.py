@@ -52,6 +52,15 @@ class Question:
         return format_prompt(self.text, self.options)
 
 
+def form(q: Question) -> str:
+    """What a letter stands for, or what a sentence tells of; for other kinds the kind."""
+    if q.kind != "open":
+        return q.of or q.kind
+    if not q.told:
+        return "one thing"
+    return f"{len(q.told)} scenes" if isinstance(q.told[0][1][0], Scene) else f"scene of {len(q.told)}"
+
+
 def format_prompt(text: str, options: tuple[str, ...] | list[str]) -> str:
     """Question and options as the model was trained to read them: one option a line, ``A. red``."""
     lines = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))

@@ -37,6 +37,11 @@ def test_a_line_as_make_set_writes_it_and_one_like_video_mme(tmp_path: Path) -> 
     assert [item.number for item in load_items(path, limit=1)] == [0]
 
 
+def test_a_part_of_a_kind_is_kept_where_it_says_more_than_the_kind(tmp_path: Path) -> None:
+    rows = [GOOD, GOOD | {"of": "colour"}, GOOD | {"kind": "open", "of": "4 scenes"}]
+    assert [item.of for item in load_items(write(tmp_path, *rows))] == ["", "", "4 scenes"]
+
+
 def test_a_sentence_is_open(tmp_path: Path) -> None:
     answer = "In the city a white star moved right."
     assert [item.group for item in load_items(write(tmp_path, GOOD | {"answer": answer}))] == ["open"]
@@ -59,6 +64,7 @@ def test_a_sentence_is_open(tmp_path: Path) -> None:
         (GOOD | {"options": ["red", "blue"], "answer": "C"}, "'answer' must be one of A, B"),
         (GOOD | {"video": "b.mp4"}, "there is no video b.mp4"),
         (GOOD | {"kind": ""}, "'kind' must be a text"),
+        (GOOD | {"of": 1}, "'of' must be a text"),
         (GOOD | {"seed": "7"}, "'seed' must be a whole number"),
         (GOOD | {"seed": -1}, "belongs to no split"),
         (GOOD | {"seed": SPLITS["train"][5]}, "was trained on"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,23 @@ def test_groups_and_kinds_are_reported_apart() -> None:
     assert "to_stock" not in table["stock"]["accuracy"]["all"]
     assert paper["verdicts"] == "110" * 4
     assert (paper["entering"], paper["kv_bytes"], paper["per_layer"]) == (150, 15000, 150)
+
+
+def test_parts_of_a_kind_are_reported_apart_beside_it() -> None:
+    asked, methods = made_up()
+    parts = {2: "4 scenes", 5: "one thing", 8: "4 scenes"}
+    asked = [replace(item, of=parts.get(item.number, "")) for item in asked]
+    answers = [outcome(i.answer if i.number != 8 else "?", 1) for i in asked]
+    table = summarise(asked, {"stock": methods["stock"], "metok paper": Answers("METok", "", "", answers)})
+    rows = table["metok paper"]["accuracy"]
+    shares = {name: (row["n"], row["accuracy"]) for name, row in rows.items() if name.startswith("kind: open")}
+    assert shares == {"kind: open": (4, 0.75), "kind: open/4 scenes": (2, 0.5), "kind: open/one thing": (1, 1.0)}
+    assert rows["kind: open/4 scenes"]["to_stock"]["lost"] == 1
+    console = Console(width=200, record=True, file=io.StringIO())
+    show(console, "x", table)
+    assert "open/4 scenes" in console.export_text()
+    only = {p["method"]: set(p["differences"]) for p in paired(asked, methods, [("stock", "metok paper")])}
+    assert only == {"stock": {"all", "letter", "short", "open", "not open"}}
 
 
 def test_methods_are_compared_with_each_other_where_both_ran() -> None:

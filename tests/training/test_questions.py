@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 
-from training.evaluate import form
 from training.make_set import write_set
 from training.questions import (
     ASKERS,
@@ -17,6 +16,7 @@ from training.questions import (
     Question,
     all_questions,
     draw,
+    form,
     format_prompt,
     questions,
     with_options,
