@@ -1,5 +1,5 @@
 # Everything sets up .venv first, and only when something it is made from has changed.
-.PHONY: setup demo clip serve witness test test-fast soak accuracy accuracy-short lint format
+.PHONY: setup demo clip serve witness witness-engine test test-fast soak accuracy accuracy-short lint format
 export HF_HUB_OFFLINE ?= 1
 VENV := .venv/bin
 
@@ -35,8 +35,9 @@ accuracy accuracy-short: setup
 		$(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 # make witness [ARGS="..."]: METok on a real language model that reads captions; fetches the model, goes on if it was stopped
-witness: setup
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/python benchmarks/witness.py $(ARGS)
+# make witness-engine [ARGS="..."]: the same model inside vLLM, each answer against the oracle
+witness witness-engine: setup
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/python benchmarks/$(subst -,_,$@).py $(ARGS)
 
 lint: setup
 	@$(VENV)/ruff check . && $(VENV)/ruff format --check . && $(VENV)/mypy

@@ -109,7 +109,7 @@ def build_checkpoint(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
 
-    tokenizer = _tokenizer()
+    tokenizer = make_tokenizer()
     text = _text_config(tokenizer, layers, hidden, heads, kv_heads, intermediate, dtype)
     vision = {
         "model_type": "siglip_vision_model",
@@ -141,14 +141,14 @@ def build_checkpoint(
         model.lm_head.weight[specials] = 0
 
     tensors = {
-        _published_name(name): tensor.to(getattr(torch, dtype)).contiguous()
+        published_name(name): tensor.to(getattr(torch, dtype)).contiguous()
         for name, tensor in model.state_dict().items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     ends = {key: text[key] for key in ("bos_token_id", "pad_token_id", "eos_token_id")}
     (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
-    _save_processor(folder, tokenizer, image_size, patch_size)
+    save_processor(folder, tokenizer, image_size, patch_size)
     if aligner is not None:
         _build_aligner(folder / ALIGNER_FOLDER, aligner, generator, dtype)
     return folder
@@ -205,7 +205,7 @@ def _train_bpe(vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """The language model's tokenizer: adds no token around a text; special ones come last, as in Qwen2."""
     bpe = _train_bpe(_VOCAB_SIZE - len(_SPECIAL_TOKENS))
     bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS])
@@ -221,7 +221,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _save_processor(folder: Path, tokenizer: PreTrainedTokenizerFast, image_size: int, patch_size: int) -> None:
+def save_processor(folder: Path, tokenizer: PreTrainedTokenizerFast, image_size: int, patch_size: int) -> None:
     """Write tokenizer, chat template and processor configs, in the files that published checkpoints have."""
     pixels: dict[str, Any] = {
         "size": {"height": image_size, "width": image_size},
@@ -244,7 +244,7 @@ def _save_processor(folder: Path, tokenizer: PreTrainedTokenizerFast, image_size
     video_processor.save_pretrained(folder)
 
 
-def _published_name(name: str) -> str:
+def published_name(name: str) -> str:
     """The tensor name in published checkpoints of the parameter that transformers 5 calls `name`."""
     name = name.removeprefix("model.")
     if name.startswith("language_model."):
