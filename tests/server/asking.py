@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from metok_vllm.serve.figures import KEPT_SECONDS
 from tests.oracle import OracleResult, OracleSettings
 from tests.oracle import run as run_oracle
 from tests.oracle.samples import Sample
 from tests.server.clips import data_url, seen
 from tests.server.live import Server
 
+T = TypeVar("T")
 QUESTION = "What happens after the band leaves the stage, and who is there?"
 OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--block-size", "32")
 
@@ -91,3 +95,18 @@ def assert_drained(server: Server) -> None:
     usage = [line for line in server.get("/metrics")[1].decode().splitlines() if "kv_cache_usage_perc{" in line]
     assert usage
     assert all(float(line.split()[-1]) == 0 for line in usage)
+
+
+def measured_after_now(read: Callable[[], tuple[T, float]]) -> T:
+    """What `read` gives once it was measured after this call began; `read` returns a value and its age in seconds.
+
+    A busy engine answers between two of its steps, and who asks meanwhile rightly gets the figures before.
+    """
+    begun = time.monotonic()
+    while True:
+        time.sleep(KEPT_SECONDS + 0.1)
+        waited = time.monotonic() - begun
+        value, age = read()
+        if age < waited:
+            return value
+        assert waited < 120, f"the engine's figures have not changed for {age:.0f} s"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ import httpx
 import pytest
 
 from metok_vllm.config import MetokSettings
-from metok_vllm.serve.figures import KEPT_SECONDS
 from tests.oracle.samples import Sample, scene_video
-from tests.server.asking import OPTIONS, QUESTION, ask
+from tests.server.asking import OPTIONS, QUESTION, ask, measured_after_now
 from tests.server.browser import NO_BROWSER, Browser, browsing, find_browser
 from tests.server.clips import data_url, mp4
 from tests.server.live import Server, serving
@@ -32,10 +31,13 @@ def get(server: Server, path: str, key: str | None = None) -> httpx.Response:
 
 
 def fresh_status(server: Server, key: str | None = None) -> Any:
-    time.sleep(KEPT_SECONDS + 0.1)
-    answer = get(server, "/v1/metok/status", key)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+    def read() -> tuple[Any, float]:
+        answer = get(server, "/v1/metok/status", key)
+        assert answer.status_code == 200, answer.text
+        age = answer.json()["engine_figures_age_seconds"]
+        return answer.json(), math.inf if age is None else age
+
+    return measured_after_now(read)
 
 
 def ask_as(server: Server, request_id: str, key: str | None = None, model: str = "tiny", frames: int = 20) -> Any:
@@ -222,8 +224,12 @@ def test_every_api_server_process_gives_the_same_totals(guarded: Server) -> None
             f"{guarded.url}/v1/chat/completions", json=bad, headers={"Authorization": f"Bearer {KEY}"}, timeout=60
         )
         assert refused.status_code == 400
-    time.sleep(KEPT_SECONDS + 0.1)
-    scrapes = [read_metrics(get(guarded, "/metrics").text) for _ in range(12)]
+
+    def read() -> tuple[list[dict[str, float]], float]:
+        scrapes = [read_metrics(get(guarded, "/metrics").text) for _ in range(12)]
+        return scrapes, max(one["metok_figures_age_seconds"] for one in scrapes)
+
+    scrapes = measured_after_now(read)
     assert {one["metok_refused_requests_total{reason=setting}"] for one in scrapes} == {6}
     assert len({one["metok_pruned_requests_total"] for one in scrapes}) == 1
     assert len({one["metok_visual_tokens_total{stage=encoded}"] for one in scrapes}) == 1
