@@ -1,5 +1,5 @@
 # Everything sets up .venv first, and only when something it is made from has changed.
-.PHONY: setup demo clip serve witness witness-engine test test-fast soak accuracy accuracy-short lint format
+.PHONY: setup demo clip serve witness witness-engine test soak accuracy accuracy-short lint
 export HF_HUB_OFFLINE ?= 1
 VENV := .venv/bin
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from benchmarks.accuracy_data import Item, UsageError, load_items
 from benchmarks.accuracy_methods import PAIRS, SERVED, SHORT, STOCK, chosen, methods
 from benchmarks.accuracy_plot import draw
-from benchmarks.accuracy_report import Answers, paired, show, show_pairs, summarise, write_csv, write_json
+from benchmarks.accuracy_report import Answers, paired, read_up_to, show, show_pairs, summarise, write_csv, write_json
 from benchmarks.accuracy_run import ROOT, agreement, conditions, describe_model, describe_set, run_local, run_server
 from benchmarks.accuracy_server import ServerError, ServerRunner, Settings, started
 from benchmarks.accuracy_set import generate
@@ -35,6 +35,8 @@ from metok_vllm.demo.errors import DemoError
 from metok_vllm.demo.model_choice import TRAINED
 
 AGREE = 0.9
+CHANGES_THE_RUN = ("set", "split", "videos", "limit", "model", "frames", "methods", "served", "url", "probe")
+"""Options with which a result is not the one that the repository holds, and does not take its place."""
 RESULTS = ROOT / "benchmarks" / "results"
 WIDTH = 200
 """Columns of the tables, at least; narrower terminals wrap them."""
@@ -53,6 +55,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     ap.add_argument("--model", type=Path, default=TRAINED, help="folder of a LLaVA-OneVision checkpoint")
     ap.add_argument("--frames", type=positive, default=64, help="most frames sampled from a video (64)")
     ap.add_argument("--methods", type=lambda text: text.split(","), help="only these of the local methods, by name")
+    ap.add_argument(
+        "--probe", action="store_true", help="only the probe: up to which layer does the model read its video?"
+    )
     ap.add_argument("--list", action="store_true", help="list the local methods and stop")
     ap.add_argument("--served", type=int, help="questions that also go through a real server (120, short 12; 0: none)")
     ap.add_argument("--url", help="ask this server instead of running anything here")
@@ -62,16 +67,23 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     ap.add_argument(
         "--metok", type=settings, action="append", default=[], metavar="JSON", help="with --url: one more point"
     )
-    ap.add_argument("--out", type=Path, help="JSON to write (benchmarks/results/accuracy.json)")
+    ap.add_argument(
+        "--out", type=Path, help="JSON to write (out/accuracy.json; as it is: benchmarks/results/accuracy.json)"
+    )
     ap.add_argument("--plot", type=Path, metavar="JSON", help="draw the plots of a result again and stop")
     args = ap.parse_args(argv)
     if args.plain and not args.url:
         ap.error("--plain goes with --url")
-    short = args.short
+    if args.probe and (args.url or args.methods):
+        ap.error("--probe goes with neither --url nor --methods: it runs methods of its own here")
+    short, as_it_is = args.short, all(getattr(args, name) == ap.get_default(name) for name in CHANGES_THE_RUN)
     args.videos = args.videos or (8 if short else 100)
     args.served = args.served if args.served is not None else (12 if short else 120)
-    args.out = args.out or (ROOT / "out" / "accuracy-short.json" if short else RESULTS / "accuracy.json")
-    if short and args.methods is None:
+    default = RESULTS / "accuracy.json" if as_it_is else ROOT / "out" / "accuracy.json"
+    args.out = args.out or (ROOT / "out" / "accuracy-short.json" if short else default)
+    if args.probe:
+        args.served = 0
+    elif short and args.methods is None:
         args.methods = list(SHORT)
     return args
 
@@ -151,13 +163,16 @@ def compare_methods(
         for method in known:
             console.print(f"{method.name}: {method.what}", highlight=False)
         raise SystemExit(0)
-    answers, lengths = run_local(checkpoint, items, chosen(known, args.methods), args.frames, console.print)
+    names = [method.name for method in known if method.family == "probe"] if args.probe else args.methods
+    answers, lengths = run_local(checkpoint, items, chosen(known, names), args.frames, console.print)
     result["model"] = describe_model(checkpoint, args.model)
     result["set"] = describe_set(path, items, lengths, args.frames)
     result["local"] = {"methods": summarise(items, answers), "pairs": paired(items, answers, PAIRS)}
     show(console, "Local runner", result["local"]["methods"])
     if result["local"]["pairs"]:
         show_pairs(console, result["local"]["pairs"])
+    if probed := read_up_to(result["local"]["methods"], len(checkpoint.decoder.layers)):
+        console.print(probed, highlight=False)
     if not args.served:
         return
     chosen_items = np.linspace(0, len(items) - 1, min(args.served, len(items)), dtype=int)  # over all videos and kinds

@@ -103,7 +103,7 @@ def _baselines(grid: int, layers: int) -> list[Method]:
             then = AttentionPruning(1, budget=budget)
             add(f"fastv 1 = {point}", f"FastV after layer 1, {words}", UniformPooling(), then)
     add("fastv 2 half", "FastV as published: half after layer 2", UniformPooling(), AttentionPruning(2, share=0.5))
-    average = PaperBudget(grid, layers, "average")
+    average, words = PaperBudget(grid, layers, "average"), dict(points)["average"]
     add("fastv 2 = average", f"FastV after layer 2, {words}", UniformPooling(), AttentionPruning(2, budget=average))
     return found
 

@@ -21,6 +21,7 @@ from benchmarks.accuracy_stats import Bootstrap, Verdicts, compare, is_right
 
 WITHOUT_SENTENCES = "not open"
 GROUPS = {"letter": "one letter", "short": "a few words", "open": "sentences"}
+WITHIN = 0.01
 MEANS = ("entering", "after_l1", "after_l2", "retained", "per_layer", "kv_bytes", "seconds")
 
 
@@ -177,6 +178,23 @@ FOR_KINDS: tuple[str, ...] = (
     "metok stages 1+2",
 )
 FOR_KINDS += (PAPER, BALANCED)
+
+
+def read_up_to(methods: Mapping[str, Any], layers: int) -> str | None:
+    """What the probe says about pruning layers, in a sentence; None where it did not run."""
+    shares = [
+        methods[f"drop from {k}"]["accuracy"]["all"]["accuracy"] for k in range(layers) if f"drop from {k}" in methods
+    ]
+    if len(shares) < layers:
+        return None
+    stock = methods[STOCK]["accuracy"]["all"]["accuracy"]
+    missed = [k for k, share in enumerate(shares) if share < stock - WITHIN]
+    first = missed[-1] + 1 if missed else 0
+    return (
+        f"Probe: from layer {first} of {layers} on no visual token is needed (within a point of stock's "
+        f"{100 * stock:.1f} %). The third of prune_layers must not lie before it; the first two cost the more, the less was "
+        "read before them."
+    )
 
 
 def show_pairs(console: Console, pairs: Sequence[Mapping[str, Any]]) -> None:

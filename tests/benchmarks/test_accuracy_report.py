@@ -22,6 +22,7 @@ from benchmarks.accuracy_report import (
     paired,
     percent,
     points,
+    read_up_to,
     show,
     show_pairs,
     summarise,
@@ -176,3 +177,30 @@ def test_the_runners_are_compared_question_by_question() -> None:
     assert not accuracy.agreed({"server": {"agreement": table}})  # counts of paper differ
     assert accuracy.agreed({"server": {"agreement": {"stock": table["stock"]}}})
     assert accuracy.agreed({})
+
+
+def test_the_probe_tells_from_where_on_no_visual_token_is_needed() -> None:
+    def of(*shares: float) -> dict[str, Any]:
+        named = {"stock": 0.9} | {f"drop from {k}": share for k, share in enumerate(shares)}
+        return {name: {"accuracy": {"all": {"accuracy": share}}} for name, share in named.items()}
+
+    assert "from layer 2 of 4 on" in (read_up_to(of(0.2, 0.88, 0.895, 0.9), 4) or "")
+    assert "from layer 4 of 4 on" in (read_up_to(of(0.2, 0.9, 0.9, 0.88), 4) or "")  # the last layer reads, too
+    assert "from layer 0 of 2 on" in (read_up_to(of(0.9, 0.9), 2) or "")
+    assert read_up_to(of(0.2, 0.9), 3) is None  # a part of the probe says nothing
+
+
+def test_only_the_benchmark_as_it_is_takes_the_place_of_the_repository_s_result() -> None:
+    held = accuracy.RESULTS / "accuracy.json"
+    assert accuracy.arguments([]).out == held
+    for changed in (["--limit", "3"], ["--probe"], ["--videos", "9"], ["--methods", "stock"], ["--served", "0"]):
+        assert accuracy.arguments(changed).out == accuracy.ROOT / "out" / "accuracy.json"
+    assert accuracy.arguments(["--split", "valid", "--out", "x.json"]).out == Path("x.json")
+    assert accuracy.arguments(["--probe"]).served == 0
+
+
+def test_the_probe_goes_with_no_methods_of_the_user_s(capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in (["--probe", "--url", "http://x"], ["--probe", "--methods", "stock"]):
+        with pytest.raises(SystemExit):
+            accuracy.arguments(wrong)
+        assert "--probe goes with neither" in capsys.readouterr().err
