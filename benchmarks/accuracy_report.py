@@ -192,8 +192,8 @@ def read_up_to(methods: Mapping[str, Any], layers: int) -> str | None:
     first = missed[-1] + 1 if missed else 0
     return (
         f"Probe: from layer {first} of {layers} on no visual token is needed (within a point of stock's "
-        f"{100 * stock:.1f} %). The third of prune_layers must not lie before it; the first two cost the more, the less was "
-        "read before them."
+        f"{100 * stock:.1f} %). The third of prune_layers must not lie before it; what is read behind the first two "
+        "is read from fewer tokens."
     )
 
 
