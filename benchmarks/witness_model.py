@@ -10,6 +10,8 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,23 +50,44 @@ def fetch(cache: Path) -> Path:
     return cache / FOLDER
 
 
-def load(cache: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The model (`LlamaForCausalLM` with plain weights of `dtype`) and its tokenizer."""
+@contextmanager
+def _importable(cache: Path) -> Iterator[None]:
+    """The packages can be imported inside, and are gone afterwards.
+
+    transformers asks at many places whether `accelerate` is there, but imported what it needs of it when it was itself imported:
+    with `accelerate` left behind, `save_pretrained` would fail.
+    """
     from transformers.utils import import_utils
 
-    folder = fetch(cache)
-    if str(cache) not in sys.path:
-        sys.path.append(str(cache))
+    # What an earlier import of transformers did not find is there now, and then no longer.
+    asked = (import_utils.is_accelerate_available, import_utils.is_gguf_available)
+    before = set(sys.modules)
+    sys.path.append(str(cache))
+    importlib.invalidate_caches()
+    for answer in asked:
+        answer.cache_clear()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(cache))
+        for name in set(sys.modules) - before:
+            if name.split(".")[0] in ("accelerate", "gguf"):
+                del sys.modules[name]
         importlib.invalidate_caches()
-        # What an earlier import of transformers did not find is there now.
-        for asked in (import_utils.is_accelerate_available, import_utils.is_gguf_available):
-            asked.cache_clear()
+        for answer in asked:
+            answer.cache_clear()
+
+
+def load(cache: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model (`LlamaForCausalLM` with plain weights of `dtype`) and its tokenizer."""
+    folder = fetch(cache)
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
-    packed = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
+    with _importable(cache):
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
+        packed = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
     # A model that came from a GGUF refuses to change its type, even unpacked; a plain one of the same weights does not.
     config = packed.config.to_dict()
     config.pop("quantization_config", None)

@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from transformers.utils import is_accelerate_available
 
 from tests.oracle.run import Prefill, decode
 from tests.oracle.settings import OracleSettings
@@ -20,7 +21,9 @@ STEPS = 9
 @pytest.mark.skipif(not (PACKAGES / "packages.json").exists(), reason="`make witness` has not fetched the model here")
 def test_real_model_against_the_oracle_and_its_own_forward(load: Callable[[str], ModuleType]):
     run, world, methods, models = (load(f"witness_{name}") for name in ("run", "world", "methods", "model"))
+    there = is_accelerate_available()
     model, tokenizer = models.load(PACKAGES, torch.float32)
+    assert is_accelerate_available() == there  # what it was read with is gone: transformers was imported without
     witness = run.Witness(models.Decoder(model), world.Prompt(tokenizer))
     decoder, prompt, video = witness.decoder, witness.prompt, world.make_video(0, 99)
     with torch.no_grad():
