@@ -54,7 +54,7 @@ def fetch(cache: Path) -> Path:
 def _importable(cache: Path) -> Iterator[None]:
     """The packages can be imported inside, and are gone afterwards.
 
-    transformers asks at many places whether `accelerate` is there, but imported what it needs of it when it was itself imported:
+    transformers asks at many places whether `accelerate` is there, but imports what it needs of it when it is itself imported:
     with `accelerate` left behind, `save_pretrained` would fail.
     """
     from transformers.utils import import_utils
