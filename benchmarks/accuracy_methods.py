@@ -16,7 +16,7 @@ from benchmarks.baselines.pooling import UniformPooling
 from benchmarks.baselines.random_tokens import RandomTokens
 from benchmarks.baselines.vidcom2 import VidCom2
 from metok_vllm.compression.selection import prune_layers
-from metok_vllm.config import parse_settings
+from metok_vllm.contract.settings import parse_settings
 
 Family = Literal["stock", "baseline", "METok", "ablation", "probe"]
 STOCK = "stock"

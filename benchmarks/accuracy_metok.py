@@ -14,7 +14,7 @@ from metok_vllm.compression import alignment, events, tiers
 from metok_vllm.compression.pooling import pool_video, tokens_per_frame
 from metok_vllm.compression.retention import retain
 from metok_vllm.compression.selection import Stage, keep_counts, prune_layers, select_per_event
-from metok_vllm.config import MetokSettings
+from metok_vllm.contract.settings import MetokSettings
 
 
 def without_events(frames: int, grid: int) -> MetokSettings:

@@ -17,7 +17,7 @@ from metok_vllm.compression.accounting import expected_visual_tokens
 from metok_vllm.compression.pooling import tokens_per_frame
 from metok_vllm.compression.selection import prune_layers
 from metok_vllm.compression.tiers import quota, video_tokens
-from metok_vllm.config import MetokSettings
+from metok_vllm.contract.settings import MetokSettings
 
 Rows = Literal["text", "last"]
 """Whose attention scores the visual tokens: all text rows after the video, or the prompt's last row."""

@@ -93,7 +93,7 @@ def attach(spans: Spans, model: Any, first_prune_layer: int) -> None:
     for index, layer in enumerate(model.language_model.model.layers):
         spans.hook(layer, "shallow_layers" if index < first_prune_layer else "deep_layers")
     if hasattr(model, "decoder_stack"):
-        from metok_vllm.engine.step import PrunedStep
+        from metok_vllm.worker.step import PrunedStep
 
         for name in SCORING_FUNCTIONS:
             setattr(PrunedStep, name, spans.around(getattr(PrunedStep, name), "scoring"))

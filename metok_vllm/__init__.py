@@ -25,7 +25,7 @@ def enable(**settings: Any) -> dict[str, Any]:
     Raises:
         ValueError: an unknown setting or an impossible value, in one sentence.
     """
-    from metok_vllm.config import parse_settings
+    from metok_vllm.contract.settings import parse_settings
     from metok_vllm.models.registry import select_architecture
 
     parse_settings(settings, "enable")

@@ -16,7 +16,7 @@ def register() -> None:
         SystemExit: METok is asked for and cannot be had.
     """
     from metok_vllm.log import metok_logger
-    from metok_vllm.serve_args import apply_plugin_option
+    from metok_vllm.frontend.command_line import apply_plugin_option
 
     asked = apply_plugin_option()
     try:
@@ -41,8 +41,8 @@ def _register_models() -> None:
 def _register_lazily() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from metok_vllm.engine.checks import MetokConfig
-    from metok_vllm.engine.kv_cache import register_kv_cache_spec
+    from metok_vllm.frontend.startup import MetokConfig
+    from metok_vllm.scheduler.kv_manager import register_kv_cache_spec
     from metok_vllm.media.connector import register_connector
     from metok_vllm.media.loader import register_loader
     from metok_vllm.models.registry import SUPPORTED

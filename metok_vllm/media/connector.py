@@ -5,7 +5,7 @@ decompression bomb, and where the server that a URL names cannot be reached. And
 `num_frames` without a word, and decodes all of these before anything is counted.
 
 Registered by the name "metok"; vLLM takes it where the environment variable ``VLLM_MEDIA_CONNECTOR`` says so, which
-`serve_args` sets for a server with METok.
+`frontend/command_line.py` sets for a server with METok.
 """
 
 from __future__ import annotations

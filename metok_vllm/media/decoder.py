@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from av.video.frame import VideoFrame
 
-from .plan import PacketTable, Run, plan_runs, sample_indices
+from .sampling import PacketTable, Run, plan_runs, sample_indices
 from .settings import VideoError, VideoSettings
 from .source import Clock, PacketReader, SeekMissed, VideoFile, frame_rate, open_source, read_packet_table
 

@@ -19,7 +19,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 from vllm.multimodal.video_decoders import VideoSourceMetadata
 
-from metok_vllm.engine.metrics_refused import count_refused
+from metok_vllm.contract.refusals import count_refused
 from metok_vllm.log import metok_logger
 
 from .settings import VideoError, VideoSettings

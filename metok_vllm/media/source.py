@@ -18,7 +18,7 @@ from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
 
 from .mp4_guard import check_mp4, looks_like_mp4
-from .plan import PacketTable
+from .sampling import PacketTable
 from .settings import VideoError, VideoSettings
 
 # Containers that libav may try. Playlists (hls, dash, concat) make it open files and URLs: they are left out.

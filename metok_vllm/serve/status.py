@@ -20,8 +20,8 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from metok_vllm.compression.selection import prune_layers
-from metok_vllm.engine.metrics_refused import FRONT_END
-from metok_vllm.engine.server import server_settings
+from metok_vllm.contract.refusals import FRONT_END
+from metok_vllm.contract.server_choices import server_settings
 from metok_vllm.serve.figures import Latest
 from metok_vllm.serve.metrics import refused_in
 

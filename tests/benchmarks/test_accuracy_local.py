@@ -24,7 +24,7 @@ from benchmarks.baselines.frames import FewerFrames
 from benchmarks.baselines.pooling import UniformPooling
 from benchmarks.baselines.random_tokens import RandomTokens
 from benchmarks.baselines.vidcom2 import VidCom2, allot, redundancy
-from metok_vllm.config import parse_settings
+from metok_vllm.contract.settings import parse_settings
 from metok_vllm.demo.checkpoint import build_checkpoint
 from tests.oracle import OracleSettings, run
 from tests.oracle.samples import scene_video

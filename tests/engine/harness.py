@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import metok_vllm
-from metok_vllm.engine.kv_cache import PrunedManager
+from metok_vllm.scheduler.kv_manager import PrunedManager
 from tests.oracle import OracleResult, OracleSettings
 from tests.oracle import run as run_oracle
 from tests.oracle.samples import QUESTION, Sample

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metok_vllm.engine import ops
+from metok_vllm.worker import ops
 from tests.engine.harness import Case, Engine, engine
 from tests.engine.host_reads import reads_by_metok
 from tests.oracle import assert_same

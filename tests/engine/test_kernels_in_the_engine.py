@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from metok_vllm.engine import ops
+from metok_vllm.worker import ops
 from tests.engine.harness import Case, engine
 from tests.oracle import assert_same
 from tests.oracle.samples import load_sample, scene_video

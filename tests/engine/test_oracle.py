@@ -97,7 +97,7 @@ def test_a_preset_stated_by_the_request(running: Engine) -> None:
 
 def test_blocks_are_what_the_text_needs(running: Engine) -> None:
     """Deep groups hold blocks for text alone; the shallow group for every token that stage 1 left."""
-    from metok_vllm.engine.kv_cache import PrunedManager
+    from metok_vllm.scheduler.kv_manager import PrunedManager
 
     case = Case((scene_video(5, 40),), metok={"decode_retention": 0}, max_tokens=4)
     request_id = running.add(case)

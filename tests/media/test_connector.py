@@ -29,7 +29,7 @@ from metok_vllm.media.connector import (
 )
 from metok_vllm.media.loader import VideoRequestError, register_loader
 from metok_vllm.media.settings import VideoSettings
-from metok_vllm.serve_args import CONNECTOR, CONNECTOR_VARIABLE
+from metok_vllm.frontend.command_line import CONNECTOR, CONNECTOR_VARIABLE
 
 from .clips import clip, numbered
 
@@ -164,7 +164,7 @@ def test_what_is_this_servers_fault_stays_so(error: Exception) -> None:
 ASKED = """
 import os, sys
 sys.argv = json_argv
-from metok_vllm.serve_args import apply_plugin_option
+from metok_vllm.frontend.command_line import apply_plugin_option
 apply_plugin_option()
 print(os.environ.get("VLLM_MEDIA_CONNECTOR"))
 """

@@ -19,7 +19,7 @@ from PIL import Image
 from metok_vllm.media import decoder as decoder_module
 from metok_vllm.media import source as source_module
 from metok_vllm.media.decoder import DecodedVideo, decode_video
-from metok_vllm.media.plan import sample_indices
+from metok_vllm.media.sampling import sample_indices
 from metok_vllm.media.settings import VideoError, VideoSettings
 
 from .clips import clip, encode, number_of, numbered, repeated, rotated

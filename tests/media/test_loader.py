@@ -29,7 +29,7 @@ from metok_vllm.media.loader import (
     prefer_loader,
     register_loader,
 )
-from metok_vllm.media.plan import sample_indices
+from metok_vllm.media.sampling import sample_indices
 from metok_vllm.media.settings import VideoError
 
 from .clips import clip, number_of, rotated, tone

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metok_vllm.media.plan import JUMP_GAP, PacketTable, plan_runs, sample_indices
+from metok_vllm.media.sampling import JUMP_GAP, PacketTable, plan_runs, sample_indices
 
 WISHES = st.one_of(st.just(-1), st.integers(1, 600))
 RATES = st.one_of(st.just(-1.0), st.floats(0.01, 60))

@@ -16,9 +16,9 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from metok_vllm.engine.metrics import TOKEN_STAGES
-from metok_vllm.engine.metrics_refused import REASONS
-from metok_vllm.engine.timing import TIMED_STAGES
+from metok_vllm.contract.counters import TOKEN_STAGES
+from metok_vllm.contract.refusals import REASONS
+from metok_vllm.worker.timing import TIMED_STAGES
 from metok_vllm.serve.figures import KEPT_SECONDS, PATIENCE_SECONDS
 from tests.oracle.samples import Sample, scene_video
 from tests.server.asking import OPTIONS, ask, measured_after_now

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from metok_vllm.config import MetokSettings
+from metok_vllm.contract.settings import MetokSettings
 from tests.oracle.samples import Sample, scene_video
 from tests.server.asking import OPTIONS, QUESTION, ask, measured_after_now
 from tests.server.browser import NO_BROWSER, Browser, browsing, find_browser

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import metok_vllm
-from metok_vllm.config import (
+from metok_vllm.contract.settings import (
     MICRO,
     SERVER_ONLY,
     MetokSettings,

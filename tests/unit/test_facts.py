@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metok_vllm.engine.facts import RequestFacts, VideoSpan, pruned_spans
+from metok_vllm.scheduler.slot_counts import RequestFacts, VideoSpan, pruned_spans
 from tests.unit.fakes import Prompt, feature, plan
 
 

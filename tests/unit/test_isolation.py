@@ -65,7 +65,7 @@ sys.argv = ["vllm", "serve", "some/model", "--port", "8001"]
 argv, environ = list(sys.argv), dict(os.environ)
 before, names = registries(), held()
 from metok_vllm.plugin import register
-import metok_vllm.engine.checks
+import metok_vllm.frontend.startup
 for _ in range(2):
     register()
 after, renamed = registries(), held()

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from metok_vllm.engine.memory import MemoryReserve, PruningMemory
-from metok_vllm.engine.model_state import MetokModelState
+from metok_vllm.worker.memory import MemoryReserve, PruningMemory
+from metok_vllm.worker.model_state import MetokModelState
 
 Make = Callable[..., Any]
 

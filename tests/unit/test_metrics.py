@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from metok_vllm.engine import metrics_refused
-from metok_vllm.engine.metrics import EVENT_BOUNDS, KV_KINDS, TOKEN_STAGES, Histogram, PruningCounters, summed
-from metok_vllm.engine.metrics_scheduler import GROUP_KINDS, SchedulerCounters
-from metok_vllm.engine.timing import TIMED_STAGES, StageTimes
+from metok_vllm.contract import refusals as metrics_refused
+from metok_vllm.contract.counters import EVENT_BOUNDS, KV_KINDS, TOKEN_STAGES, Histogram, PruningCounters, summed
+from metok_vllm.scheduler.counters import GROUP_KINDS, SchedulerCounters
+from metok_vllm.worker.timing import TIMED_STAGES, StageTimes
 from metok_vllm.serve.figures import Latest, engine_figures, recent_requests
 from metok_vllm.serve.metrics import MetokCollector
 
@@ -279,7 +279,7 @@ def test_every_metric_is_documented() -> None:
 SEVERAL_SERVERS = """
 import asyncio, os, sys
 from prometheus_client import Counter, CollectorRegistry
-from metok_vllm.engine import metrics_refused
+from metok_vllm.contract import refusals as metrics_refused
 from metok_vllm.serve.figures import Latest
 from metok_vllm.serve.metrics import serve_metrics
 

@@ -12,11 +12,11 @@ from fastapi import FastAPI, Response
 from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry, generate_latest
 
-from metok_vllm.config import MetokSettings
-from metok_vllm.engine.metrics import PruningCounters
-from metok_vllm.engine.metrics_scheduler import SchedulerCounters
-from metok_vllm.engine.server import attach_settings
-from metok_vllm.engine.timing import StageTimes
+from metok_vllm.contract.settings import MetokSettings
+from metok_vllm.contract.counters import PruningCounters
+from metok_vllm.scheduler.counters import SchedulerCounters
+from metok_vllm.contract.server_choices import attach_settings
+from metok_vllm.worker.timing import StageTimes
 from metok_vllm.serve import metrics
 from metok_vllm.serve.routes import MetokRoutes
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from metok_vllm.engine import timing
-from metok_vllm.engine.timing import TIMED_STAGES, StageTimes
+from metok_vllm.worker import timing
+from metok_vllm.worker.timing import TIMED_STAGES, StageTimes
 
 
 def total(times: StageTimes, stage: str) -> tuple[int, float]:

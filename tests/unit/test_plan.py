@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from metok_vllm.compression.pooling import PoolMode, tokens_per_frame
 from metok_vllm.compression.selection import survivor_bounds
 from metok_vllm.compression.tiers import quota, video_tokens, with_budget
-from metok_vllm.config import RequestSettings
-from metok_vllm.engine.plan import ALIGNERS, VideoPlan, plan_video
+from metok_vllm.contract.settings import RequestSettings
+from metok_vllm.contract.video_plan import ALIGNERS, VideoPlan, plan_video
 
 GRID = (27, 27)
 

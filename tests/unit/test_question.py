@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from metok_vllm.models.question import TurnMarkers, last_user_text, turn_markers
+from metok_vllm.frontend.question import TurnMarkers, last_user_text, turn_markers
 
 Turns = list[tuple[str, str]]
 

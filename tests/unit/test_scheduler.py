@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
-from metok_vllm.engine.kv_cache import PrunedManager
-from metok_vllm.engine.scheduler import MetokScheduler
+from metok_vllm.scheduler.kv_manager import PrunedManager
+from metok_vllm.scheduler.scheduler import MetokScheduler
 from tests.unit.fakes import BLOCK, Limits, Prompt, Step, free_and_held, make_scheduler, plan, schedule
 
 EXAMPLES = 150

@@ -14,7 +14,7 @@ import yaml
 from transformers import PretrainedConfig
 
 from metok_vllm import plugin
-from metok_vllm.serve_args import CONNECTOR_VARIABLE, MIDDLEWARE, _parsed, apply_plugin_option, rewritten
+from metok_vllm.frontend.command_line import CONNECTOR_VARIABLE, MIDDLEWARE, _parsed, apply_plugin_option, rewritten
 from tests.unit.conftest import METOK
 
 BATCH = ["-i", "in.jsonl", "-o", "out.jsonl"]

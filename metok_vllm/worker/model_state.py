@@ -16,12 +16,12 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from metok_vllm.engine.batch import PrefillRow, PrunedBatch
-from metok_vllm.engine.memory import MemoryReserve
-from metok_vllm.engine.report import Reports
-from metok_vllm.engine.requests import PrunedRequests, VideoTags
-from metok_vllm.engine.slots import KINDS, PrunedGroup, SlotRanks, pruned_groups, slots_of, token_rows
-from metok_vllm.engine.step import PrunedStep
+from metok_vllm.worker.batch import PrefillRow, PrunedBatch
+from metok_vllm.worker.memory import MemoryReserve
+from metok_vllm.worker.report import Reports
+from metok_vllm.worker.requests import PrunedRequests, VideoTags
+from metok_vllm.worker.slots import KINDS, PrunedGroup, SlotRanks, pruned_groups, slots_of, token_rows
+from metok_vllm.worker.step import PrunedStep
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from metok_vllm.compression.selection import PruneLayers
-from metok_vllm.engine.attention import LayerRole
-from metok_vllm.engine.requests import PrunedRequest
-from metok_vllm.engine.timing import StageTimes
+from metok_vllm.worker.attention import LayerRole
+from metok_vllm.worker.requests import PrunedRequest
+from metok_vllm.worker.timing import StageTimes
 
 
 @dataclass(frozen=True)

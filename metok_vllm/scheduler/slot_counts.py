@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from metok_vllm.compression.retention import retained_count
-from metok_vllm.engine.plan import VideoPlan
+from metok_vllm.contract.video_plan import VideoPlan
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec

@@ -14,8 +14,8 @@ import torch
 from vllm.utils.mem_utils import format_gib
 
 from metok_vllm.compression.selection import prune_layers
-from metok_vllm.engine.deferral import bytes_per_token, deferral_limit
-from metok_vllm.engine.server import server_settings
+from metok_vllm.contract.budgets import bytes_per_token, deferral_limit
+from metok_vllm.contract.server_choices import server_settings
 from metok_vllm.log import metok_logger
 
 if TYPE_CHECKING:

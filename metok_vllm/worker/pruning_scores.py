@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
-from metok_vllm.engine import ops
-from metok_vllm.engine.batch import PrefillRow
-from metok_vllm.engine.requests import DeferredChunk
-from metok_vllm.engine.survivors import Survivors
+from metok_vllm.worker import ops
+from metok_vllm.worker.batch import PrefillRow
+from metok_vllm.worker.requests import DeferredChunk
+from metok_vllm.worker.survivors import Survivors
 
 Scores = list[list[torch.Tensor]]
 """For every prompt, for every pruned video of it: float32 [its tokens alive]."""

@@ -15,13 +15,13 @@ import torch
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 
-from metok_vllm.engine import ops
-from metok_vllm.engine.attention import MetokAttention
-from metok_vllm.engine.batch import DecoderStack, PrefillRow, PrunedBatch
-from metok_vllm.engine.kv_writes import KVWrites
-from metok_vllm.engine.requests import DeferredChunk
-from metok_vllm.engine.scoring import prompt_scores, survivor_scores
-from metok_vllm.engine.survivors import Survivors, prune_l2, prune_l3, survivors_of_l1
+from metok_vllm.worker import ops
+from metok_vllm.worker.attention import MetokAttention
+from metok_vllm.worker.batch import DecoderStack, PrefillRow, PrunedBatch
+from metok_vllm.worker.kv_writes import KVWrites
+from metok_vllm.worker.requests import DeferredChunk
+from metok_vllm.worker.pruning_scores import prompt_scores, survivor_scores
+from metok_vllm.worker.survivors import Survivors, prune_l2, prune_l3, survivors_of_l1
 
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Hidden state and residual, [rows, hidden] each, and int64 [rows] positions."""

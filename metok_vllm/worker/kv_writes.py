@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from metok_vllm.engine.attention import MetokAttention
-from metok_vllm.engine.batch import PrunedBatch
-from metok_vllm.engine.slots import slots_of
-from metok_vllm.engine.survivors import Survivors
+from metok_vllm.worker.attention import MetokAttention
+from metok_vllm.worker.batch import PrunedBatch
+from metok_vllm.worker.slots import slots_of
+from metok_vllm.worker.survivors import Survivors
 
 
 class KVWrites:

@@ -13,7 +13,7 @@ import torch
 from metok_vllm.compression.pooling import PoolMode, tokens_per_frame
 from metok_vllm.compression.selection import survivor_bounds
 from metok_vllm.compression.tiers import TierQuota, quota, video_tokens, with_budget
-from metok_vllm.config import RequestSettings
+from metok_vllm.contract.settings import RequestSettings
 
 ALIGNERS = ("dual-tower", "embedding", "none")
 """Aligners a plan can name, by their index in the tensor; "auto" has been resolved by then."""

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from metok_vllm.compression.selection import PruneLayers
-from metok_vllm.engine.kv_cache import PrunedAttentionSpec
+from metok_vllm.scheduler.kv_manager import PrunedAttentionSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.distributed import get_tensor_model_parallel_rank
 
-from metok_vllm.engine.kv_cache import PrunedAttentionSpec
+from metok_vllm.scheduler.kv_manager import PrunedAttentionSpec
 
 
 class MetokWorkerExtension:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from metok_vllm.engine.metrics import Histogram
+from metok_vllm.contract.counters import Histogram
 
 TIMED_STAGES = ("tower", "stage1", "shallow", "scoring", "deep")
 """Vision tower and projector of one video; stage 1 of one video; then of one pruned step: the layers below L1, the choice of

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from metok_vllm.engine.deferral import bytes_per_token, deferral_limit
-from metok_vllm.engine.facts import RequestFacts, pruned_spans
-from metok_vllm.engine.kv_cache import PrunedManager
-from metok_vllm.engine.memory import ending_limit
-from metok_vllm.engine.metrics_scheduler import SchedulerCounters
+from metok_vllm.contract.budgets import bytes_per_token, deferral_limit
+from metok_vllm.scheduler.slot_counts import RequestFacts, pruned_spans
+from metok_vllm.scheduler.kv_manager import PrunedManager
+from metok_vllm.worker.memory import ending_limit
+from metok_vllm.scheduler.counters import SchedulerCounters
 from metok_vllm.log import metok_logger
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
-    from metok_vllm.engine.metrics_refused import Reason
+    from metok_vllm.contract.refusals import Reason
 
 logger = metok_logger(__name__)
 

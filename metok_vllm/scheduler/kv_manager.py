@@ -17,7 +17,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from metok_vllm.engine.facts import RequestFacts
+from metok_vllm.scheduler.slot_counts import RequestFacts
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

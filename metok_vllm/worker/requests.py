@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metok_vllm.engine.facts import VideoSpan, pruned_spans
+from metok_vllm.scheduler.slot_counts import VideoSpan, pruned_spans
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData

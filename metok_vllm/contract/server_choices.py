@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from metok_vllm.config import MetokSettings
+from metok_vllm.contract.settings import MetokSettings
 
 ATTRIBUTE = "metok_settings"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from metok_vllm.engine.server import server_settings
+from metok_vllm.contract.server_choices import server_settings
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig

@@ -1,1 +1,0 @@
-"""Everything that touches vLLM: KV cache formats, scheduler, attention metadata, the pruned step."""
