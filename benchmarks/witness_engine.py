@@ -4,7 +4,7 @@ python benchmarks/witness_engine.py                 # writes results/witness-eng
 python benchmarks/witness_engine.py --videos 2      # a taste
 
 The engine takes videos, so the captions are painted (`witness_checkpoint.py`) and the model stands in a LLaVA-OneVision
-checkpoint. A frame is 3 x 3 tokens here: its caption's eight and a line end. The oracle (`tests/oracle`) runs the same
+checkpoint. A frame is 3 x 3 tokens here: its caption's eight and a line end. The oracle (`tests/support/oracle`) runs the same
 checkpoint in transformers. Ends with 1 if an answer differs.
 """
 
@@ -43,9 +43,9 @@ from witness_run import FITTED  # noqa: E402
 from witness_world import FRAMES, KINDS, Prompt, Question, make_video  # noqa: E402
 
 from metok_vllm.compression import selection  # noqa: E402
-from tests.engine.harness import Case, Engine, engine  # noqa: E402
-from tests.oracle import assert_same  # noqa: E402
-from tests.oracle.samples import Sample  # noqa: E402
+from tests.support.harness import Case, Engine, engine  # noqa: E402
+from tests.support.oracle import assert_same  # noqa: E402
+from tests.support.oracle.samples import Sample  # noqa: E402
 
 SIDE = 3
 LAYERS = 30

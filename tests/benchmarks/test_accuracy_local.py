@@ -26,8 +26,9 @@ from benchmarks.baselines.random_tokens import RandomTokens
 from benchmarks.baselines.vidcom2 import VidCom2, allot, redundancy
 from metok_vllm.contract.settings import parse_settings
 from metok_vllm.demo.checkpoint import build_checkpoint
-from tests.oracle import OracleSettings, run
-from tests.oracle.samples import scene_video
+from tests.support.oracle import OracleSettings
+from tests.support.oracle import run
+from tests.support.oracle.samples import scene_video
 
 STEPS = 10
 FRAMES = 18

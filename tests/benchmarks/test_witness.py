@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.oracle.run import Prefill, decode
-from tests.oracle.settings import OracleSettings
-from tests.oracle.stage2 import Video
+from tests.support.oracle.run import Prefill, decode
+from tests.support.oracle.settings import OracleSettings
+from tests.support.oracle.stage2 import Video
 
 LAYERS, STEPS = 10, 6
 BEFORE, AFTER = [5, 9, 3, 14], [7, 2, 11, 6, 1]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.oracle import OracleResult
+from tests.support.oracle import OracleResult
 
 
 @pytest.fixture

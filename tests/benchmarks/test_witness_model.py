@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers.utils import is_accelerate_available
 
-from tests.oracle.run import Prefill, decode
-from tests.oracle.settings import OracleSettings
-from tests.oracle.stage2 import Video
+from tests.support.oracle.run import Prefill, decode
+from tests.support.oracle.settings import OracleSettings
+from tests.support.oracle.stage2 import Video
 
 PACKAGES = Path(__file__).resolve().parents[2] / "runs/witness/packages"
 STEPS = 9

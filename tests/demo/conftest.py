@@ -1,5 +1,5 @@
 """The oracle's tiny checkpoints serve here too."""
 
-from tests.oracle.conftest import sample
+from tests.support.oracle.fixtures import sample
 
 __all__ = ["sample"]

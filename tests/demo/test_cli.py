@@ -17,9 +17,9 @@ from metok_vllm.demo.server import free_port
 from metok_vllm.media.decoder import decode_video
 from metok_vllm.media.settings import VideoSettings
 from metok_vllm.models.registry import SUPPORTED
-from tests.demo.reports import real_report
-from tests.demo.stub_server import Stub, serving
-from tests.oracle.samples import Sample
+from tests.support.demo.reports import real_report
+from tests.support.demo.stub_server import Stub, serving
+from tests.support.oracle.samples import Sample
 
 
 @pytest.fixture

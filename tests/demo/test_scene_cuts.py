@@ -26,11 +26,11 @@ import metok_vllm.demo
 from metok_vllm.compression.events import adjacent_similarity, frame_vectors, segment
 from metok_vllm.media.decoder import DecodedVideo, decode_video
 from metok_vllm.media.settings import VideoSettings
-from tests.oracle import stage1
-from tests.oracle.samples import Sample
+from tests.support.oracle import stage1
+from tests.support.oracle.samples import Sample
 
 BUNNY, BAND = "big-buck-bunny-30s.mp4", "iscc-band-60s.mp4"
-CLIPS = json.loads((Path(__file__).parent / "scene_cuts.json").read_text())["clips"]
+CLIPS = json.loads((Path(__file__).parents[1] / "support" / "demo" / "scene_cuts.json").read_text())["clips"]
 ASSETS = Path(metok_vllm.demo.__file__).parent / "assets"
 
 Gaps = set[int]

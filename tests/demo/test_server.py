@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def stub_command(port: int, mode: str) -> list[str]:
-    return [sys.executable, "-m", "tests.demo.stub_server", str(port), mode]
+    return [sys.executable, "-m", "tests.support.demo.stub_server", str(port), mode]
 
 
 def environment() -> dict[str, str]:

@@ -7,15 +7,16 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.demo.stock_vllm import run_stock
-from tests.oracle import OracleResult, OracleSettings, assert_same, run
-from tests.oracle.samples import Sample, picture, scene_video
+from tests.support.demo.stock_vllm import run_stock
+from tests.support.oracle import OracleResult, OracleSettings, assert_same
+from tests.support.oracle import run
+from tests.support.oracle.samples import Sample, picture, scene_video
 
 STEPS = 24
 PROGRAM = """
 import json, sys
 from vllm import LLM, SamplingParams
-from tests.oracle.samples import picture, scene_video
+from tests.support.oracle.samples import picture, scene_video
 
 def main(path, prompts):
     llm = LLM(path, dtype="float32", max_model_len=512, block_size=32, enforce_eager=True, max_num_seqs=4)

@@ -11,7 +11,7 @@ import torch
 from metok_vllm.demo.model_choice import SAMPLE, TRAINED
 from metok_vllm.demo.questions import load_questions
 from metok_vllm.demo.video import load_video
-from tests.demo.stock_vllm import run_stock
+from tests.support.demo.stock_vllm import run_stock
 
 MOST_BYTES = 15 * 2**20
 PROGRAM = """

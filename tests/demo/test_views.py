@@ -19,8 +19,8 @@ from metok_vllm.demo.video import SampledVideo, load_video
 from metok_vllm.demo.view import ReportView, read_report
 from metok_vllm.media.decoder import decode_video
 from metok_vllm.media.settings import VideoSettings
-from tests.demo.reports import TEXT_TOKENS, real_report
-from tests.oracle.samples import Sample
+from tests.support.demo.reports import TEXT_TOKENS, real_report
+from tests.support.oracle.samples import Sample
 
 FRAMES = 32
 ON, OFF = Answer("Yes.", "id", 379), Answer("No.", "id", 543)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.engine.addresses import guarded
+from tests.support.guards.addresses import guarded
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from vllm import _custom_ops as ops
 
-from tests.engine.addresses import check_read, check_write
+from tests.support.guards.addresses import check_read, check_write
 
 CACHE = torch.zeros(4, 2, 16, 8)  # 4 blocks of 16
 

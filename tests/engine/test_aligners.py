@@ -9,10 +9,10 @@ import torch
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from metok_vllm.demo.checkpoint import ALIGNER_WINDOW
-from tests.engine.harness import Case, engine
-from tests.oracle import assert_same
-from tests.oracle import run as run_oracle
-from tests.oracle.samples import load_sample, scene_video
+from tests.support.harness import Case, engine
+from tests.support.oracle import assert_same
+from tests.support.oracle import run as run_oracle
+from tests.support.oracle.samples import load_sample, scene_video
 
 LONG_QUESTION = (
     "Who is on the stage, and what do they play, and which of them leaves first when the light goes out there?"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.harness import Case, engine
-from tests.oracle import assert_same
-from tests.oracle.samples import load_sample, scene_video
+from tests.support.harness import Case, engine
+from tests.support.oracle import assert_same
+from tests.support.oracle.samples import load_sample, scene_video
 
 
 def test_a_compiled_model_equals_the_oracle(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from tests.engine.harness import Case, Engine, engine, observed
-from tests.oracle import OracleResult, assert_same
-from tests.oracle.samples import Sample, load_sample, scene_video
+from tests.support.harness import Case, Engine, engine, observed
+from tests.support.oracle import OracleResult, assert_same
+from tests.support.oracle.samples import Sample, load_sample, scene_video
 
 ATOL = 1e-3
 CHOICES = ["the white rabbit", "the bird", "nobody"]

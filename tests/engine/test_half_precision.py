@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.harness import Case, Engine, engine
-from tests.oracle.samples import load_sample, scene_video
+from tests.support.harness import Case, Engine, engine
+from tests.support.oracle.samples import load_sample, scene_video
 
 NEAR = {"bfloat16": 0.6, "float16": 0.15}
 """Of the log-probabilities of the chosen tokens. Wide, since a rounded score may choose another of two near equals."""

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from metok_vllm.worker import ops
-from tests.engine.harness import Case, Engine, engine
-from tests.engine.host_reads import reads_by_metok
-from tests.oracle import assert_same
-from tests.oracle.samples import load_sample, scene_video
+from tests.support.harness import Case, Engine, engine
+from tests.support.guards.host_reads import reads_by_metok
+from tests.support.oracle import assert_same
+from tests.support.oracle.samples import load_sample, scene_video
 
 ON_THE_HOST = {
     "plan.py:from_tensor tolist",  # the plan stays on the host (`keep_on_cpu`)

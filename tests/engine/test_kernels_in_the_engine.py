@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from metok_vllm.worker import ops
-from tests.engine.harness import Case, engine
-from tests.oracle import assert_same
-from tests.oracle.samples import load_sample, scene_video
+from tests.support.harness import Case, engine
+from tests.support.oracle import assert_same
+from tests.support.oracle.samples import load_sample, scene_video
 
 KERNELS = (
     "event_similarity",

@@ -17,9 +17,9 @@ from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, LlavaOnev
 
 from benchmarks.witness_checkpoint import paint, write
 from metok_vllm.demo.checkpoint import make_tokenizer
-from tests.engine.harness import Case, Engine, engine
-from tests.oracle import assert_same
-from tests.oracle.samples import Sample
+from tests.support.harness import Case, Engine, engine
+from tests.support.oracle import assert_same
+from tests.support.oracle.samples import Sample
 
 SIDE, FRAMES = 3, 24
 

@@ -7,8 +7,8 @@ import gc
 import pytest
 import torch
 
-from tests.engine.harness import Case, Engine, engine
-from tests.oracle.samples import load_sample, scene_video
+from tests.support.harness import Case, Engine, engine
+from tests.support.oracle.samples import load_sample, scene_video
 
 SETTINGS = (None, {"decode_retention": 1}, {"events": 3}, "off")
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.engine.harness import Case, Engine, engine, observed
-from tests.oracle import assert_same
-from tests.oracle.samples import Sample, load_sample, picture, scene_video
+from tests.support.harness import Case, Engine, engine, observed
+from tests.support.oracle import assert_same
+from tests.support.oracle.samples import Sample, load_sample, picture, scene_video
 
 ATOL = 1e-3
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.oracle import OracleResult, OracleSettings, assert_same
-from tests.oracle import run as run_oracle
-from tests.oracle.samples import QUESTION, load_sample, scene_video
+from tests.support.oracle import OracleResult, OracleSettings, assert_same
+from tests.support.oracle import run as run_oracle
+from tests.support.oracle.samples import QUESTION, load_sample, scene_video
 
 # The ranks are processes of their own, and vLLM's multiprocessing starts them from the main module.
 SCRIPT = """

@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
 
 from metok_vllm.demo.model_choice import TRAINED
-from tests.engine.harness import Case, Engine, engine
-from tests.oracle import assert_same
-from tests.oracle.samples import Sample
+from tests.support.harness import Case, Engine, engine
+from tests.support.oracle import assert_same
+from tests.support.oracle.samples import Sample
 from training.draw import draw_video
 from training.questions import questions
 from training.seeds import seed_of

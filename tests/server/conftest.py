@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.oracle.samples import Sample, load_sample
-from tests.server.asking import OPTIONS
-from tests.server.live import Server, serving
+from tests.support.oracle.samples import Sample, load_sample
+from tests.support.server.asking import OPTIONS
+from tests.support.server.live import Server, serving
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.oracle import OracleResult, assert_same
-from tests.oracle.samples import Sample, scene_video
-from tests.server.asking import ask, chat, oracle, oracle_on_prompt, result, user
-from tests.server.clips import data_url, mp4, seen
-from tests.server.live import Server
+from tests.support.oracle import OracleResult, assert_same
+from tests.support.oracle.samples import Sample, scene_video
+from tests.support.server.asking import ask, chat, oracle, oracle_on_prompt, result, user
+from tests.support.server.clips import data_url, mp4, seen
+from tests.support.server.live import Server
 
 QUESTIONS = ("Who comes in last?", "What stands near the window at the end, and why?")
 

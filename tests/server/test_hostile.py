@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.media.clips import encode, tone
-from tests.oracle import assert_same
-from tests.oracle.samples import Sample, scene_video
-from tests.server.asking import QUESTION, ask, assert_drained, chat, oracle, oracle_on_frames, result, user
-from tests.server.clips import data_url, jpegs, mp4, seen_jpegs
-from tests.server.live import Server
+from tests.support.clips import encode, tone
+from tests.support.oracle import assert_same
+from tests.support.oracle.samples import Sample, scene_video
+from tests.support.server.asking import QUESTION, ask, assert_drained, chat, oracle, oracle_on_frames, result, user
+from tests.support.server.clips import data_url, jpegs, mp4, seen_jpegs
+from tests.support.server.live import Server
 
 
 def body(video: bytes | str, **changes: Any) -> dict[str, Any]:

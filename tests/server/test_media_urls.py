@@ -11,11 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.oracle import assert_same
-from tests.oracle.samples import Sample, scene_video
-from tests.server.asking import QUESTION, chat, oracle, result, user
-from tests.server.clips import mp4
-from tests.server.live import Server, free_port
+from tests.support.oracle import assert_same
+from tests.support.oracle.samples import Sample, scene_video
+from tests.support.server.asking import QUESTION, chat, oracle, result, user
+from tests.support.server.clips import mp4
+from tests.support.server.live import Server, free_port
 
 ALLOWED, INSIDE = "127.0.0.2", "127.0.0.1"  # both on this machine; `conftest.server` names the first
 

@@ -20,10 +20,10 @@ from metok_vllm.contract.counters import TOKEN_STAGES
 from metok_vllm.contract.refusals import REASONS
 from metok_vllm.worker.timing import TIMED_STAGES
 from metok_vllm.serve.figures import KEPT_SECONDS, PATIENCE_SECONDS
-from tests.oracle.samples import Sample, scene_video
-from tests.server.asking import OPTIONS, ask, measured_after_now
-from tests.server.clips import mp4
-from tests.server.live import Server, serving
+from tests.support.oracle.samples import Sample, scene_video
+from tests.support.server.asking import OPTIONS, ask, measured_after_now
+from tests.support.server.clips import mp4
+from tests.support.server.live import Server, serving
 
 Samples = dict[str, float]
 

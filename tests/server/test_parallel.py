@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from tests.oracle import assert_same
-from tests.oracle.samples import Sample, scene_video
-from tests.server.asking import OPTIONS, ask, oracle, result
-from tests.server.clips import mp4
-from tests.server.live import Server, environment, free_port, serving, vllm
+from tests.support.oracle import assert_same
+from tests.support.oracle.samples import Sample, scene_video
+from tests.support.server.asking import OPTIONS, ask, oracle, result
+from tests.support.server.clips import mp4
+from tests.support.server.live import Server, environment, free_port, serving, vllm
 
 pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two engines need two cores")
 METOK = (

@@ -13,11 +13,11 @@ from typing import Any
 import openai
 import pytest
 
-from tests.oracle import assert_same
-from tests.oracle.samples import Sample, scene_video
-from tests.server.asking import OPTIONS, QUESTION, ask, assert_drained, oracle, result
-from tests.server.clips import data_url, mp4
-from tests.server.live import Server, environment, vllm
+from tests.support.oracle import assert_same
+from tests.support.oracle.samples import Sample, scene_video
+from tests.support.server.asking import OPTIONS, QUESTION, ask, assert_drained, oracle, result
+from tests.support.server.clips import data_url, mp4
+from tests.support.server.live import Server, environment, vllm
 
 
 def test_concurrent_requests_equal_the_oracle(server: Server, sample: Sample) -> None:

@@ -21,11 +21,11 @@ from typing import Any
 import openai
 import psutil
 
-from tests.oracle import assert_same
-from tests.oracle.samples import Sample, scene_video
-from tests.server.asking import ask, assert_drained, oracle, result
-from tests.server.clips import mp4
-from tests.server.live import Server
+from tests.support.oracle import assert_same
+from tests.support.oracle.samples import Sample, scene_video
+from tests.support.server.asking import ask, assert_drained, oracle, result
+from tests.support.server.clips import mp4
+from tests.support.server.live import Server
 
 REQUESTS = int(os.environ.get("METOK_SOAK_REQUESTS", "40"))
 AT_ONCE = 4

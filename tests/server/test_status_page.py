@@ -14,11 +14,11 @@ import httpx
 import pytest
 
 from metok_vllm.contract.settings import MetokSettings
-from tests.oracle.samples import Sample, scene_video
-from tests.server.asking import OPTIONS, QUESTION, ask, measured_after_now
-from tests.server.browser import NO_BROWSER, Browser, browsing, find_browser
-from tests.server.clips import data_url, mp4
-from tests.server.live import Server, serving
+from tests.support.oracle.samples import Sample, scene_video
+from tests.support.server.asking import OPTIONS, QUESTION, ask, measured_after_now
+from tests.support.server.browser import NO_BROWSER, Browser, browsing, find_browser
+from tests.support.server.clips import data_url, mp4
+from tests.support.server.live import Server, serving
 from tests.server.test_metrics import read_metrics
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">"

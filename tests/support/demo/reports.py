@@ -1,0 +1,76 @@
+"""A report as the engine makes it, without an engine: stage 1 on a real video, then the report's own code."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from metok_vllm.contract.settings import MetokSettings, RequestSettings
+from metok_vllm.worker import report as engine_report
+from metok_vllm.scheduler.slot_counts import RequestFacts, VideoSpan
+from metok_vllm.contract.video_plan import VideoPlan, plan_video
+from metok_vllm.worker.requests import TAG_CHANNELS, PrunedRequest, PruningResult, VideoTags
+from metok_vllm.contract.server_choices import attach_settings
+from metok_vllm.worker.timing import StageTimes
+from metok_vllm.models.base import MetokModel
+from tests.support.demo.stub_server import REQUEST_ID
+from tests.support.oracle import stage1
+from tests.support.oracle.samples import Sample
+
+TEXT_TOKENS = 30
+
+
+class _Model(MetokModel):
+    """METok's stage 1 on the transformers model."""
+
+    pool_mode = "bilinear"
+
+    def __init__(self, sample: Sample) -> None:
+        self.hf = sample.model
+        self.decoder_stack: Any = SimpleNamespace(times=StageTimes())
+
+    def video_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return stage1.features(self.hf, pixels)
+
+    def separator(self) -> torch.Tensor:
+        return self.hf.model.image_newline
+
+
+def real_report(sample: Sample, frames: NDArray[np.uint8], patch: pytest.MonkeyPatch, **settings: Any) -> Any:
+    """The report on a video of `frames` [T, H, W, 3], events only (aligner "none"), as the endpoint sends it."""
+    count = len(frames)
+    side = sample.model.config.vision_config.image_size // sample.model.config.vision_config.patch_size
+    stock = count * (-(-side // 2)) ** 2 + 1
+    stated = RequestSettings(report=True, **settings)
+    plan = plan_video(count, (side, side), "bilinear", True, stock, stated, "none")
+    with torch.no_grad():
+        encoded = _Model(sample).embed_video(sample.pixels(frames), plan, {}, 0)
+    return _report(sample, plan, VideoTags.unpack(encoded[:, -TAG_CHANNELS:]), patch)
+
+
+def _report(sample: Sample, plan: VideoPlan, tags: VideoTags, patch: pytest.MonkeyPatch) -> Any:
+    span = VideoSpan(10, plan.tokens, plan)
+    facts = RequestFacts(TEXT_TOKENS + plan.tokens, (span,))
+    nothing = torch.zeros(0, dtype=torch.int64)
+    request_id = f"{REQUEST_ID}-0123abcd"
+    request = PrunedRequest(request_id, facts.prompt_len, (span,), nothing, nothing.numpy(), (0,), nothing, [tags])
+    request.result = PruningResult(plan.tokens, plan.survivors1, plan.survivors2, facts.retained_bound)
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(
+            hf_config=SimpleNamespace(),
+            hf_text_config=sample.model.config.text_config,
+            get_head_size=lambda: 32,
+            dtype=torch.float32,
+        ),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+    )
+    attach_settings(config.model_config.hf_config, MetokSettings())
+    patch.setattr(engine_report, "get_tensor_model_parallel_rank", lambda: 0)
+    reports = engine_report.Reports(config)
+    reports.add(request)
+    return reports.find(REQUEST_ID)

@@ -1,0 +1,215 @@
+"""The real engine in the test's process, driven step by step, with its scheduler and worker in sight."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+import metok_vllm
+from metok_vllm.scheduler.kv_manager import PrunedManager
+from tests.support.oracle import OracleResult, OracleSettings
+from tests.support.oracle import run as run_oracle
+from tests.support.oracle.samples import QUESTION, Sample
+
+Step = Callable[["Engine"], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request: what the engine is asked and what the oracle is asked."""
+
+    videos: tuple[NDArray[np.uint8], ...] = ()
+    question: str = QUESTION
+    images: tuple[Image.Image, ...] = ()
+    between: str = ""
+    before: str = ""  # a system turn
+    metok: Any = None  # mm_processor_kwargs["metok"]
+    max_tokens: int = 24
+
+    def settings(self, server: OracleSettings) -> OracleSettings:
+        """The server's settings with this request's."""
+        if self.metok == "off":
+            return replace(server, off=True)
+        overrides = {k: v for k, v in (self.metok or {}).items() if k not in ("query", "report")}
+        if "strides" in overrides:
+            overrides["strides"] = tuple(overrides["strides"])
+        return replace(server, **overrides)
+
+
+@dataclass
+class Engine:
+    """A running `vllm.LLM` with METok on a tiny checkpoint."""
+
+    llm: Any
+    sample: Sample
+    server: OracleSettings
+    groups_seen: dict[str, list[list[int]]] = field(default_factory=dict)  # request -> blocks of each group, each step
+    internal: dict[str, str] = field(default_factory=dict)
+    _next: int = 0
+
+    # --- in sight ---
+
+    @property
+    def core(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def scheduler(self) -> Any:
+        return self.core.scheduler
+
+    @property
+    def managers(self) -> list[Any]:
+        return list(self.scheduler.kv_cache_manager.coordinator.single_type_managers)
+
+    @property
+    def runner(self) -> Any:
+        return self.core.model_executor.driver_worker.worker.model_runner
+
+    @property
+    def block_size(self) -> int:
+        return int(self.managers[0].block_size)
+
+    def check_drained(self) -> None:
+        """Nothing of any finished request is left: blocks, facts, buffers, tables."""
+        pool = self.scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "blocks are missing (one is the null block)"
+        for manager in self.managers:
+            assert not manager.req_to_blocks, "a manager still holds blocks"
+        assert self.scheduler.metok_facts == {}
+        assert self.scheduler._deferred == {}
+        # The worker hears of the last finished requests with the next step; give it one.
+        state = self.runner.model_state
+        alive = set(state.pruned.by_id) - self.scheduler.finished_req_ids
+        assert alive == set(), f"the worker still holds {alive}"
+        assert sum(r.deferred_bytes for i, r in state.pruned.by_id.items() if i in alive) == 0
+
+    # --- driving ---
+
+    def prompt_ids(self, case: Case) -> list[int]:
+        """The case's prompt, one placeholder an item."""
+        ids = self.sample.prompt_ids(
+            case.question, videos=len(case.videos), images=len(case.images), between=case.between
+        )
+        if not case.before:
+            return ids
+        system = f"<|im_start|>system\n{case.before}<|im_end|>\n"
+        return [*self.sample.processor.tokenizer(system).input_ids, *ids]
+
+    def add(self, case: Case, **sampling: Any) -> str:
+        """Queue a request; returns its id."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        data: dict[str, Any] = {}
+        if case.videos:
+            data["video"] = list(case.videos)
+        if case.images:
+            data["image"] = list(case.images)
+        prompt: dict[str, Any] = {"prompt_token_ids": self.prompt_ids(case)}
+        if data:
+            prompt["multi_modal_data"] = data
+        if case.metok is not None:
+            prompt["mm_processor_kwargs"] = {"metok": case.metok}
+        params = SamplingParams(
+            **{"temperature": 0, "max_tokens": case.max_tokens, "logprobs": 3, "ignore_eos": True, **sampling},
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        request_id = f"r{self._next}"
+        self._next += 1
+        # vLLM keeps a request under an id of its own inside the engine.
+        self.internal[request_id] = self.llm.llm_engine.add_request(
+            request_id, self.llm._preprocess_cmpl_one(prompt), params
+        )
+        return request_id
+
+    def step(self) -> dict[str, Any]:
+        """One engine step; returns outputs of the requests that it finished."""
+        finished = {}
+        for output in self.llm.llm_engine.step():
+            if output.finished:
+                finished[output.request_id] = output
+        for request_id in self.scheduler.requests:
+            held = [len(manager.req_to_blocks.get(request_id, ())) for manager in self.managers]
+            self.groups_seen.setdefault(request_id, []).append(held)
+        return finished
+
+    def run(self, cases: list[Case], each_step: Step | None = None) -> list[OracleResult]:
+        """Answer all cases at once; in the order given."""
+        ids = [self.add(case) for case in cases]
+        outputs: dict[str, Any] = {}
+        while self.llm.llm_engine.has_unfinished_requests():
+            outputs |= self.step()
+            if each_step is not None:
+                each_step(self)
+        return [observed(outputs[i]) for i in ids]
+
+    def oracle(self, case: Case, force_tokens: list[int] | None = None) -> OracleResult:
+        """The oracle's answer to one case."""
+        settings = case.settings(self.server)
+        images = self.sample.image_inputs(list(case.images)) if case.images else None
+        # The question is all that the user's turn says, so text between two videos is part of it.
+        question = " ".join(f"{case.between} {case.question}".split())
+        if isinstance(case.metok, dict):
+            question = case.metok.get("query", question)
+        return run_oracle(
+            self.sample.model,
+            self.prompt_ids(case),
+            [self.sample.pixels(video) for video in case.videos],
+            images,
+            self.sample.question_ids(question),
+            settings,
+            case.max_tokens,
+            force_tokens=force_tokens,
+        )
+
+
+def observed(output: Any) -> OracleResult:
+    """An engine's output in the oracle's form."""
+    completion = output.outputs[0]
+    return OracleResult(
+        prompt_ids=list(output.prompt_token_ids),
+        tokens=list(completion.token_ids),
+        logprobs=[{token: entry.logprob for token, entry in row.items()} for row in completion.logprobs],
+    )
+
+
+@contextmanager
+def engine(sample: Sample, server: dict[str, Any] | None = None, **llm_kwargs: Any) -> Iterator[Engine]:
+    """Start the engine on a checkpoint with METok on; shut it down at the end."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    server = server or {}
+    options = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 4096,
+        "block_size": 32,
+        "disable_log_stats": True,
+        **metok_vllm.enable(**server),
+        **llm_kwargs,
+    }
+    llm = LLM(str(sample.path), **options)
+    oracle_keys = {k: v for k, v in server.items() if k not in ("aligner_model", "max_deferred_bytes", "preset")}
+    if server.get("preset") == "balanced":
+        oracle_keys.setdefault("decode_retention", 1.0)
+    running = Engine(llm, sample, OracleSettings(**oracle_keys))
+    try:
+        yield running
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del running.llm, llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def pruned_managers(running: Engine) -> list[PrunedManager]:
+    """Managers of the groups that hold no pruned token."""
+    return [manager for manager in running.managers if isinstance(manager, PrunedManager)]

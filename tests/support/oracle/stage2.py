@@ -1,0 +1,71 @@
+"""Stages 2 and 3 by the book: which visual tokens stay, given their scores (method.md 2, 3 and 4)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tests.support.oracle import settings as rules
+from tests.support.oracle.settings import OracleSettings
+
+
+@dataclass
+class Video:
+    """The visual tokens of one video in the prompt; token `i` of the video sits at position `start + i`."""
+
+    start: int
+    event_of_token: list[int]
+    key_events: list[int]
+    alive: list[int]  # prompt positions still there, ascending
+    after: list[list[int]] = field(default_factory=list)  # prompt positions left after L1, after L2
+
+    @property
+    def stop(self) -> int:
+        """One past the video's last prompt position."""
+        return self.start + len(self.event_of_token)
+
+
+def text_rows(video: Video, is_text: list[bool]) -> list[int]:
+    """2: the prompt's text positions after the video's last token."""
+    return [p for p in range(video.stop, len(is_text)) if is_text[p]]
+
+
+def score(probabilities: Tensor, rows: list[int]) -> Tensor:
+    """2: a[keys], the mean over heads and over `rows` of `probabilities` [heads, queries, keys].
+
+    A video that no text follows has no rows: all its scores are 0.
+    """
+    if not rows:
+        return torch.zeros(probabilities.shape[-1])
+    return probabilities[:, rows].mean((0, 1))
+
+
+def keep(video: Video, scores: dict[int, float], settings: OracleSettings, stage: int) -> list[int]:
+    """2: the positions that survive L1 (`stage` 1) or L2 (`stage` 2), ascending.
+
+    `scores`: a of each position alive. Higher score = kept; equal scores keep the lower position.
+    """
+    kept: list[int] = []
+    for event in sorted(set(video.event_of_token)):
+        tokens = [p for p in video.alive if video.event_of_token[p - video.start] == event]
+        count = rules.keep_count(settings, len(tokens), event in video.key_events, stage)
+        kept += sorted(tokens, key=lambda p: (-scores[p], p))[:count]
+    return sorted(kept)
+
+
+def retain(scores: dict[int, float], settings: OracleSettings) -> list[int]:
+    """4: the positions whose KV stays in layers L1 .. L3-1. `scores`: a at L2 of all videos' survivors."""
+    count = rules.retained_count(settings, len(scores))
+    return sorted(sorted(scores, key=lambda p: (-scores[p], p))[:count])
+
+
+def margin(scores: dict[int, float], kept: list[int]) -> float:
+    """How far apart, relative to the larger, the lowest score kept and the highest score dropped are."""
+    dropped = [a for p, a in scores.items() if p not in kept]
+    if not dropped or not kept:
+        return math.inf
+    lowest, highest = min(scores[p] for p in kept), max(dropped)
+    return (lowest - highest) / max(lowest, 1e-30)

@@ -1,0 +1,5 @@
+"""The oracle's tiny checkpoints."""
+
+from tests.support.oracle.fixtures import sample
+
+__all__ = ["sample"]

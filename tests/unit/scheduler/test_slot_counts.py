@@ -1,0 +1,104 @@
+"""Which tokens of a request own a slot in the groups that hold no pruned token."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metok_vllm.scheduler.slot_counts import RequestFacts, VideoSpan, pruned_spans
+from tests.support.fakes import Prompt, feature, plan
+
+
+@st.composite
+def prompts(draw: st.DrawFn, fewest: int = 1, most: int = 4) -> Prompt:
+    """Prompts with pruned videos, possibly side by side, at the start, and with one token of text at the end."""
+    count = draw(st.integers(fewest, most))
+    retention = draw(st.sampled_from([0, 1, 333_333, 500_000, 1_000_000]))
+    plans = []
+    for _ in range(count):
+        tokens = draw(st.integers(1, 30))
+        plans.append(plan(tokens, draw(st.integers(0, tokens)), retention))
+    text = [draw(st.integers(0, 12)) for _ in range(count)] + [draw(st.integers(1, 12))]
+    return Prompt(tuple(text), tuple(plans))
+
+
+def facts_of(prompt: Prompt) -> RequestFacts:
+    return RequestFacts(prompt.length, pruned_spans(prompt.features("r")))
+
+
+def owners(prompt: Prompt, generated: int) -> list[bool]:
+    """For each token of the prompt and of `generated` further ones, whether it owns a slot above L3."""
+    owns: list[bool] = []
+    for i, text in enumerate(prompt.text):
+        owns += [True] * text
+        if i < len(prompt.videos):
+            owns += [not prompt.videos[i].pruned] * prompt.videos[i].tokens
+    return owns + [True] * generated
+
+
+@given(prompts())
+def test_slots_are_counted_token_by_token(prompt: Prompt) -> None:
+    facts, owns = facts_of(prompt), owners(prompt, 5)
+    survivors = sum(video.survivors2 for video in prompt.videos)
+    retained = -(-survivors * prompt.videos[0].retention // 1_000_000)
+    assert facts.retained_bound == retained
+    assert facts.visual == sum(video.tokens for video in prompt.videos)
+    for length in range(prompt.length + 6):
+        text = sum(owns[:length])
+        assert facts.slots(length, retains=False) == text
+        complete = length >= prompt.length
+        assert facts.slots(length, retains=True) == text + (retained if complete else 0)
+
+
+@given(prompts(), st.booleans())
+def test_slots_never_shrink(prompt: Prompt, retains: bool) -> None:
+    facts = facts_of(prompt)
+    counts = [facts.slots(length, retains) for length in range(prompt.length + 4)]
+    assert counts[0] == 0
+    assert counts == sorted(counts)
+    # The retained ones come all at once, with the last token of the prompt.
+    jumps = [after - before for before, after in itertools.pairwise(counts)]
+    assert jumps[prompt.length - 1] == 1 + (facts.retained_bound if retains else 0)
+    assert set(jumps[: prompt.length - 1]) <= {0, 1}
+    assert set(jumps[prompt.length :]) == {1}
+
+
+def test_by_hand() -> None:
+    # 3 text, 10 visual, 2 text, 4 visual, 5 text; at most 6 + 1 survive L2, half of them are retained.
+    prompt = Prompt((3, 2, 5), (plan(10, 6, 500_000), plan(4, 1, 500_000)))
+    facts = facts_of(prompt)
+    assert facts.spans == (VideoSpan(3, 10, prompt.videos[0]), VideoSpan(15, 4, prompt.videos[1]))
+    assert [span.end for span in facts.spans] == [13, 19]
+    assert [facts.slots(n, False) for n in (0, 3, 4, 13, 14, 15, 18, 19, 20, 24, 30)] == [
+        *(0, 3, 3, 3, 4, 5, 5, 5, 6, 10, 16)
+    ]
+    assert [facts.slots(n, True) for n in (13, 23, 24, 30)] == [3, 9, 14, 20]
+
+
+def test_only_pruned_videos_are_spans() -> None:
+    video, off = plan(10, 5), plan(7, pruned=0)
+    features = [feature(1, off), feature(9, plan(3), modality="image"), feature(20, video), feature(40, video)]
+    assert pruned_spans(features) == (VideoSpan(20, 10, video), VideoSpan(40, 10, video))
+    assert pruned_spans([features[0], features[1]]) == ()
+    assert pruned_spans([]) == pruned_spans(None) == ()
+
+
+@pytest.mark.parametrize("lost", ["the plan", "the item"])
+def test_a_video_without_its_plan_is_an_error(lost: str) -> None:
+    """What a cache that sends only hashes would do; serving it densely would be worse than stopping."""
+    item = feature(3, plan(10, 5))
+    item.data = None if lost == "the item" else type(item.data)({})
+    with pytest.raises(RuntimeError, match="without its plan"):
+        pruned_spans([item])
+
+
+def test_what_came_from_the_prefix_cache_may_have_lost_its_data() -> None:
+    """vLLM drops it on the way to the worker. Such a video was not pruned: pruned requests read nothing from that cache."""
+    off, video = feature(3, plan(10, pruned=0)), feature(13, plan(8, 2))
+    off.data = None
+    assert pruned_spans([off, video], computed=13) == (VideoSpan(13, 8, plan(8, 2)),)
+    with pytest.raises(RuntimeError, match="without its plan"):
+        pruned_spans([off, video], computed=12)

@@ -1,0 +1,154 @@
+"""What a worker remembers of pruned requests: what it holds, for how long, and what it costs the step."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from metok_vllm.contract.settings import MetokSettings, RequestSettings
+from metok_vllm.worker import report as report_module
+from metok_vllm.scheduler.slot_counts import VideoSpan
+from metok_vllm.contract.video_plan import VideoPlan, plan_video
+from metok_vllm.worker.report import KEPT_RECENT, KEPT_REPORTS, Reports, per_frame, question_ids
+from metok_vllm.worker.requests import PruningResult, VideoTags
+from metok_vllm.contract.server_choices import attach_settings
+from metok_vllm.frontend.processing import QUESTION_FIELD
+from tests.support.guards.host_sync import no_host_sync
+
+FRAMES = 14
+
+
+def make_plan(report: bool) -> VideoPlan:
+    return plan_video(FRAMES, (4, 4), "bilinear", True, 4 * FRAMES + 1, RequestSettings(report=report), "none")
+
+
+def make_tags(plan: VideoPlan, seed: int = 0) -> VideoTags:
+    """Tags of a video whose tokens are laid out by the plan: frames of random tiers, a separator behind each event."""
+    rng = np.random.default_rng(seed)
+    tiers = rng.permutation(np.repeat([0, 1, 2], [plan.n1, plan.n2, plan.n3]))
+    cuts = np.sort(rng.choice(np.arange(1, plan.frames), plan.events - 1, replace=False))
+    events = np.searchsorted(cuts, np.arange(plan.frames), side="right")
+    rows = []
+    for frame in range(plan.frames):
+        ends = frame + 1 == plan.frames or events[frame + 1] != events[frame]
+        count = {0: 4, 1: 1, 2: 1}[int(tiers[frame])] + ends
+        rows += [(events[frame], events[frame] % 2 == 0, frame, tiers[frame])] * count
+    event, key, frame_of, tier = (torch.tensor([int(row[i]) for row in rows]) for i in range(4))
+    return VideoTags(event, key > 0, frame_of, tier)
+
+
+def make_reports(monkeypatch: pytest.MonkeyPatch, rank: int = 0, **settings: Any) -> Reports:
+    text = SimpleNamespace(
+        num_hidden_layers=4, hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=1
+    )
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(
+            hf_config=SimpleNamespace(), hf_text_config=text, get_head_size=lambda: 32, dtype=torch.float32
+        ),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+    )
+    attach_settings(config.model_config.hf_config, MetokSettings(**settings))
+    monkeypatch.setattr(report_module, "get_tensor_model_parallel_rank", lambda: rank)
+    return Reports(config)
+
+
+def make_request(name: str, report: bool = False, seed: int = 0) -> Any:
+    plan = make_plan(report)
+    tags = make_tags(plan, seed)
+    visual = tags.frame.shape[0]
+    result = PruningResult(visual, visual // 2, visual // 4, 0)
+    spans = (VideoSpan(5, visual, plan),)
+    return SimpleNamespace(req_id=name, prompt_len=visual + 20, visual=visual, spans=spans, tags=[tags], result=result)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_timeline_is_what_the_tags_say(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    request = make_request("chatcmpl-1-abc", report=True, seed=seed)
+    reports = make_reports(monkeypatch)
+    reports.add(request)
+    tags, plan = request.tags[0], request.spans[0].plan
+    expected: list[dict[str, Any]] = [{} for _ in range(FRAMES)]
+    rows = zip(*(t.tolist() for t in (tags.event, tags.key, tags.frame, tags.tier)), strict=True)
+    for event, key, frame, tier in rows:
+        entry = {"event": event, "key_event": key, "stride": plan.strides[tier]}
+        assert {k: v for k, v in expected[frame].items() if k != "tokens"} in ({}, entry)
+        expected[frame] = {**entry, "tokens": expected[frame].get("tokens", 0) + 1}
+    found: Any = reports.find("chatcmpl-1")
+    assert found["videos"] == [{"frames": FRAMES, "events": 5, "stock_tokens": 4 * FRAMES + 1, "per_frame": expected}]
+    assert reports.find("chatcmpl-1") == found, "a second reading is the same"
+    (recent,) = reports.recent()
+    assert recent["videos"][0]["tokens"] == [entry["tokens"] for entry in expected]
+    assert recent["videos"][0]["key"] == [int(entry["key_event"]) for entry in expected]
+
+
+def test_adding_a_request_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = make_reports(monkeypatch)
+    request = make_request("r", report=True)
+    with no_host_sync():
+        reports.add(request)
+    with pytest.raises(AssertionError), no_host_sync():
+        reports.recent()
+
+
+def test_a_record_holds_a_few_numbers_a_frame() -> None:
+    plan = make_plan(False)
+    table = per_frame(make_tags(plan), FRAMES)
+    assert table.dtype == torch.int32
+    assert table.shape == (4, FRAMES)
+    assert int(table[3].sum()) == plan.tokens
+
+
+def test_only_the_latest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = make_reports(monkeypatch)
+    for i in range(KEPT_REPORTS + 30):
+        reports.add(make_request(f"r{i}-x", report=True))
+    recent = reports.recent()
+    assert [one["request_id"] for one in recent] == [f"r{KEPT_REPORTS + 29 - i}-x" for i in range(KEPT_RECENT)]
+    assert reports.find("r29") is None
+    assert reports.find("r30") is not None
+    assert reports.counters.requests == KEPT_REPORTS + 30
+
+
+def test_requests_without_a_report_are_recent_but_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = make_reports(monkeypatch)
+    reports.add(make_request("quiet-x"))
+    assert reports.find("quiet") is None
+    assert [one["request_id"] for one in reports.recent()] == ["quiet-x"]
+
+
+def test_a_prompt_computed_again_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_module, "REMEMBERED", 3)
+    reports = make_reports(monkeypatch)
+    for name in ("a", "b", "a", "c"):
+        reports.add(make_request(name))
+    once = make_request("a")
+    assert (reports.counters.requests, reports.counters.recomputed) == (3, 1)
+    assert reports.counters.visual_tokens["encoded"] == 3 * once.visual
+    for name in ("d", "e", "f"):
+        reports.add(make_request(name))
+    assert len(reports._counted) == 3
+
+
+def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = make_reports(monkeypatch, rank=1)
+    reports.add(make_request("a", report=True))
+    assert (reports.recent(), reports.find("a"), reports.counters.requests) == ([], None, 0)
+
+
+def item(ids: list[int], padding: int = 0) -> Any:
+    data = {QUESTION_FIELD: SimpleNamespace(data=torch.tensor([len(ids), *ids, *[0] * padding]))}
+    return SimpleNamespace(data=data)
+
+
+def test_questions_are_kept_only_where_the_operator_lets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = [SimpleNamespace(data=None), item([7, 8, 9], padding=2)]
+    silent, open_ = make_reports(monkeypatch), make_reports(monkeypatch, status_shows_questions=True)
+    for reports in (silent, open_):
+        reports.add(make_request("a"), features)
+    assert "question_ids" not in silent.recent()[0]
+    assert open_.recent()[0]["question_ids"] == [7, 8, 9]
+    assert question_ids([]) == []
