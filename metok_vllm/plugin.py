@@ -15,8 +15,8 @@ def register() -> None:
     Raises:
         SystemExit: METok is asked for and cannot be had.
     """
-    from metok_vllm.log import metok_logger
     from metok_vllm.frontend.command_line import apply_plugin_option
+    from metok_vllm.log import metok_logger
 
     asked = apply_plugin_option()
     try:
@@ -42,10 +42,10 @@ def _register_lazily() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from metok_vllm.frontend.startup import MetokConfig
-    from metok_vllm.scheduler.kv_manager import register_kv_cache_spec
     from metok_vllm.media.connector import register_connector
     from metok_vllm.media.loader import register_loader
     from metok_vllm.models.registry import SUPPORTED
+    from metok_vllm.scheduler.kv_manager import register_kv_cache_spec
 
     for supported in SUPPORTED:
         MODELS_CONFIG_MAP[supported.metok] = MetokConfig

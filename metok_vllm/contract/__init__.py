@@ -1,1 +1,4 @@
-"""What all processes agree on: settings, a video's plan, budgets, refusals, counters. Imports `compression` and nothing else of METok."""
+"""What all processes agree on: settings, a video's plan, budgets, refusals, counters.
+
+Imports `compression` and nothing else of METok.
+"""

@@ -1,1 +1,1 @@
-"""Runs in the API server's process: the command line, start-up checks, and what becomes of a request before the scheduler sees it."""
+"""Runs in the API server's process: command line, start-up checks, and a request until the scheduler sees it."""

@@ -25,14 +25,14 @@ from vllm.multimodal.processing import (
 )
 
 from metok_vllm.compression.pooling import PoolMode
-from metok_vllm.contract.settings import RequestSettings, resolve_request
 from metok_vllm.contract.budgets import bytes_per_token, deferral_limit
-from metok_vllm.scheduler.slot_counts import PLAN_FIELD
 from metok_vllm.contract.refusals import refusal, refusing
-from metok_vllm.contract.video_plan import VideoPlan, plan_video
 from metok_vllm.contract.server_choices import server_settings
+from metok_vllm.contract.settings import RequestSettings, resolve_request
+from metok_vllm.contract.video_plan import VideoPlan, plan_video
 from metok_vllm.frontend.aligner_inputs import AlignerProcessor, resolve_aligner
 from metok_vllm.frontend.question import TurnMarkers, last_user_text, turn_markers
+from metok_vllm.scheduler.slot_counts import PLAN_FIELD
 
 KEY = "metok"
 SCOPE = "videos_kwargs"

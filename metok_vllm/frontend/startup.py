@@ -8,14 +8,14 @@ from vllm import envs
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from metok_vllm.compression.selection import prune_layers
-from metok_vllm.contract.settings import parse_settings
-from metok_vllm.scheduler.scheduler import MetokScheduler
 from metok_vllm.contract.server_choices import attach_settings
-from metok_vllm.worker.rpc import MetokWorkerExtension
+from metok_vllm.contract.settings import parse_settings
+from metok_vllm.frontend.aligner_inputs import resolve_aligner
 from metok_vllm.log import metok_logger
 from metok_vllm.media.loader import prefer_loader
-from metok_vllm.frontend.aligner_inputs import resolve_aligner
 from metok_vllm.models.registry import SUPPORTED
+from metok_vllm.scheduler.scheduler import MetokScheduler
+from metok_vllm.worker.rpc import MetokWorkerExtension
 
 if TYPE_CHECKING:
     from vllm.config import SchedulerConfig, VllmConfig

@@ -11,15 +11,15 @@ from torch import nn
 from metok_vllm.compression import alignment, events, tiers
 from metok_vllm.compression.pooling import PoolMode
 from metok_vllm.compression.selection import prune_layers
+from metok_vllm.contract.server_choices import server_settings
+from metok_vllm.contract.video_plan import ALIGNERS, VideoPlan
+from metok_vllm.frontend.aligner_inputs import FRAMES_PER_BLOCK, DualTower, resolve_aligner
+from metok_vllm.frontend.processing import PIXELS_FIELD, QUESTION_FIELD, WINDOWS_FIELD
 from metok_vllm.worker import ops
 from metok_vllm.worker.attention import LayerRole, MetokAttention
 from metok_vllm.worker.batch import DecoderStack
-from metok_vllm.contract.video_plan import ALIGNERS, VideoPlan
 from metok_vllm.worker.requests import pack_tags
-from metok_vllm.contract.server_choices import server_settings
 from metok_vllm.worker.timing import StageTimes
-from metok_vllm.frontend.aligner_inputs import FRAMES_PER_BLOCK, DualTower, resolve_aligner
-from metok_vllm.frontend.processing import PIXELS_FIELD, QUESTION_FIELD, WINDOWS_FIELD
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

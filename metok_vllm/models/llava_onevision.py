@@ -18,10 +18,10 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
 from metok_vllm.compression.pooling import PoolMode, pool_frames
-from metok_vllm.scheduler.slot_counts import PLAN_FIELD
 from metok_vllm.contract.video_plan import VideoPlan
-from metok_vllm.models.base import MetokModel
 from metok_vllm.frontend.processing import MetokProcessing
+from metok_vllm.models.base import MetokModel
+from metok_vllm.scheduler.slot_counts import PLAN_FIELD
 
 PROFILED_FRAMES = 32
 """Frames of the video that vLLM profiles memory and sizes the encoder cache with; stock vLLM stops at 16."""

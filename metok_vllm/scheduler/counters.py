@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
-from metok_vllm.scheduler.kv_manager import PrunedManager
 from metok_vllm.contract.refusals import REFUSED_BY_SCHEDULER
+from metok_vllm.scheduler.kv_manager import PrunedManager
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from metok_vllm.contract.budgets import bytes_per_token, deferral_limit
-from metok_vllm.scheduler.slot_counts import RequestFacts, pruned_spans
-from metok_vllm.scheduler.kv_manager import PrunedManager
-from metok_vllm.worker.memory import ending_limit
-from metok_vllm.scheduler.counters import SchedulerCounters
 from metok_vllm.log import metok_logger
+from metok_vllm.scheduler.counters import SchedulerCounters
+from metok_vllm.scheduler.kv_manager import PrunedManager
+from metok_vllm.scheduler.slot_counts import RequestFacts, pruned_spans
+from metok_vllm.worker.memory import ending_limit
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

@@ -13,12 +13,12 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from metok_vllm.compression.accounting import ModelShape, VisualTokens, account
 from metok_vllm.compression.selection import prune_layers
 from metok_vllm.contract.counters import PruningCounters
-from metok_vllm.contract.video_plan import VideoPlan
-from metok_vllm.worker.requests import PrunedRequest, VideoTags
 from metok_vllm.contract.server_choices import server_settings
-from metok_vllm.worker.timing import StageTimes
-from metok_vllm.log import metok_logger
+from metok_vllm.contract.video_plan import VideoPlan
 from metok_vllm.frontend.processing import QUESTION_FIELD
+from metok_vllm.log import metok_logger
+from metok_vllm.worker.requests import PrunedRequest, VideoTags
+from metok_vllm.worker.timing import StageTimes
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig

@@ -15,8 +15,8 @@ import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from metok_vllm.worker import ops
 from metok_vllm.scheduler.kv_manager import PrunedAttentionSpec
+from metok_vllm.worker import ops
 
 KINDS = (False, True)
 """Kinds of pruned group, by `PrunedAttentionSpec.retains`; also the index of a kind's row in the tensors below."""

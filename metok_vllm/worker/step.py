@@ -19,8 +19,8 @@ from metok_vllm.worker import ops
 from metok_vllm.worker.attention import MetokAttention
 from metok_vllm.worker.batch import DecoderStack, PrefillRow, PrunedBatch
 from metok_vllm.worker.kv_writes import KVWrites
-from metok_vllm.worker.requests import DeferredChunk
 from metok_vllm.worker.pruning_scores import prompt_scores, survivor_scores
+from metok_vllm.worker.requests import DeferredChunk
 from metok_vllm.worker.survivors import Survivors, prune_l2, prune_l3, survivors_of_l1
 
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

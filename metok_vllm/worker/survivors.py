@@ -11,9 +11,9 @@ from metok_vllm.compression.events import event_lengths
 from metok_vllm.compression.ordering import true_indices
 from metok_vllm.compression.retention import retain, retained_count
 from metok_vllm.compression.selection import keep_counts
+from metok_vllm.scheduler.slot_counts import VideoSpan
 from metok_vllm.worker import ops
 from metok_vllm.worker.batch import PrefillRow
-from metok_vllm.scheduler.slot_counts import VideoSpan
 from metok_vllm.worker.requests import PruningResult, VideoTags
 
 

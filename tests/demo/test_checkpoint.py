@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, LlavaOnevisionForConditionalGeneration
 
 from metok_vllm.demo.checkpoint import ALIGNER_FOLDER, ALIGNER_WINDOW, build_checkpoint
-from tests.support.oracle import OracleSettings
-from tests.support.oracle import run, stage1
+from tests.support.oracle import OracleSettings, run, stage1
 from tests.support.oracle.samples import Sample, scene_video
 
 SMALL = {"layers": 3, "seed": 7}

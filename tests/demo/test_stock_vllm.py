@@ -8,8 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.demo.stock_vllm import run_stock
-from tests.support.oracle import OracleResult, OracleSettings, assert_same
-from tests.support.oracle import run
+from tests.support.oracle import OracleResult, OracleSettings, assert_same, run
 from tests.support.oracle.samples import Sample, picture, scene_video
 
 STEPS = 24

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from metok_vllm.worker import ops
-from tests.support.harness import Case, Engine, engine
 from tests.support.guards.host_reads import reads_by_metok
+from tests.support.harness import Case, Engine, engine
 from tests.support.oracle import assert_same
 from tests.support.oracle.samples import load_sample, scene_video
 

@@ -18,8 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from metok_vllm.contract.counters import TOKEN_STAGES
 from metok_vllm.contract.refusals import REASONS
-from metok_vllm.worker.timing import TIMED_STAGES
 from metok_vllm.serve.figures import KEPT_SECONDS, PATIENCE_SECONDS
+from metok_vllm.worker.timing import TIMED_STAGES
 from tests.support.oracle.samples import Sample, scene_video
 from tests.support.server.asking import OPTIONS, ask, measured_after_now
 from tests.support.server.clips import mp4

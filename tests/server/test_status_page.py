@@ -14,12 +14,12 @@ import httpx
 import pytest
 
 from metok_vllm.contract.settings import MetokSettings
+from tests.server.test_metrics import read_metrics
 from tests.support.oracle.samples import Sample, scene_video
 from tests.support.server.asking import OPTIONS, QUESTION, ask, measured_after_now
 from tests.support.server.browser import NO_BROWSER, Browser, browsing, find_browser
 from tests.support.server.clips import data_url, mp4
 from tests.support.server.live import Server, serving
-from tests.server.test_metrics import read_metrics
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
 KEY = "the-operators-key"

@@ -24,10 +24,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from metok_vllm.scheduler.slot_counts import PLAN_FIELD
-from metok_vllm.scheduler.kv_manager import PrunedAttentionSpec
 from metok_vllm.contract.video_plan import VideoPlan
+from metok_vllm.scheduler.kv_manager import PrunedAttentionSpec
 from metok_vllm.scheduler.scheduler import MetokScheduler
+from metok_vllm.scheduler.slot_counts import PLAN_FIELD
 
 BLOCK = 4
 SHAPE: dict[str, Any] = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}

@@ -10,14 +10,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from metok_vllm.contract.settings import MetokSettings, RequestSettings
-from metok_vllm.worker import report as engine_report
-from metok_vllm.scheduler.slot_counts import RequestFacts, VideoSpan
-from metok_vllm.contract.video_plan import VideoPlan, plan_video
-from metok_vllm.worker.requests import TAG_CHANNELS, PrunedRequest, PruningResult, VideoTags
 from metok_vllm.contract.server_choices import attach_settings
-from metok_vllm.worker.timing import StageTimes
+from metok_vllm.contract.settings import MetokSettings, RequestSettings
+from metok_vllm.contract.video_plan import VideoPlan, plan_video
 from metok_vllm.models.base import MetokModel
+from metok_vllm.scheduler.slot_counts import RequestFacts, VideoSpan
+from metok_vllm.worker import report as engine_report
+from metok_vllm.worker.requests import TAG_CHANNELS, PrunedRequest, PruningResult, VideoTags
+from metok_vllm.worker.timing import StageTimes
 from tests.support.demo.stub_server import REQUEST_ID
 from tests.support.oracle import stage1
 from tests.support.oracle.samples import Sample

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.support.oracle import OracleResult, OracleSettings, VideoTrace
-
-from tests.support.oracle import stage1
+from tests.support.oracle import OracleResult, OracleSettings, VideoTrace, stage1
 from tests.support.oracle.run import lay_out
 from tests.support.oracle.samples import Sample
 

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metok_vllm.compression.alignment import embedding_space, event_scores, events_only, key_events, paired
-
 from tests.support.compression import naive
 from tests.support.compression.generators import event_ids, property_test, scores
 

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metok_vllm.compression.events import adjacent_similarity, event_lengths, frame_vectors, segment
-
 from tests.support.compression import naive
 from tests.support.compression.generators import property_test, scores
 

@@ -11,7 +11,6 @@ import torch
 
 from metok_vllm.compression import alignment, events, ordering, pooling, retention, scoring, selection, tiers
 from metok_vllm.compression.ratios import to_micro
-
 from tests.support.guards.host_sync import HostSyncError, no_host_sync
 
 ROOT = Path(__file__).resolve().parents[3]

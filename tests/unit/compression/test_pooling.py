@@ -18,7 +18,6 @@ from metok_vllm.compression.pooling import (
     tokens_per_frame,
 )
 from metok_vllm.compression.tiers import TierQuota, assign, quota, video_tokens
-
 from tests.support.compression.generators import event_ids, property_test
 
 STRIDES = (2, 4, 8)

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from metok_vllm.compression.ratios import MICRO, to_micro
 from metok_vllm.compression.retention import retain, retained_count
-
 from tests.support.compression import naive
 from tests.support.compression.generators import property_test, scores
 

@@ -19,7 +19,6 @@ from metok_vllm.compression.selection import (
     survivor_bounds,
 )
 from metok_vllm.compression.tiers import assign, quota, video_tokens
-
 from tests.support.compression import naive
 from tests.support.compression.generators import event_ids, property_test, scores
 

@@ -18,7 +18,6 @@ from metok_vllm.compression.tiers import (
     video_tokens,
     with_budget,
 )
-
 from tests.support.compression import naive
 from tests.support.compression.generators import event_ids, property_test, scores
 

@@ -11,9 +11,9 @@ from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import metok_vllm
+from metok_vllm.contract.server_choices import server_settings
 from metok_vllm.frontend.startup import step_tokens
 from metok_vllm.scheduler.scheduler import MetokScheduler
-from metok_vllm.contract.server_choices import server_settings
 from metok_vllm.worker.rpc import MetokWorkerExtension
 from tests.unit.conftest import METOK
 

@@ -20,6 +20,7 @@ from PIL import Image
 from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 
+from metok_vllm.frontend.command_line import CONNECTOR, CONNECTOR_VARIABLE
 from metok_vllm.media.connector import (
     CONNECTOR_NAME,
     MetokMediaConnector,
@@ -29,8 +30,6 @@ from metok_vllm.media.connector import (
 )
 from metok_vllm.media.loader import VideoRequestError, register_loader
 from metok_vllm.media.settings import VideoSettings
-from metok_vllm.frontend.command_line import CONNECTOR, CONNECTOR_VARIABLE
-
 from tests.support.clips import clip, numbered
 
 register_loader()

@@ -21,7 +21,6 @@ from metok_vllm.media import source as source_module
 from metok_vllm.media.decoder import DecodedVideo, decode_video
 from metok_vllm.media.sampling import sample_indices
 from metok_vllm.media.settings import VideoError, VideoSettings
-
 from tests.support.clips import clip, encode, number_of, numbered, repeated, rotated
 
 KINDS: dict[str, dict[str, Any]] = {

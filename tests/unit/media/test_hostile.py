@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from metok_vllm.media import mp4_guard
 from metok_vllm.media.decoder import DecodedVideo, decode_video
 from metok_vllm.media.settings import VideoError, VideoSettings
-
 from tests.support.clips import box, clip, full_box, number_of, tone
 
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x01\0\0\0\x01\x08\x02\0\0\0\x90wS\xde" + bytes(30)

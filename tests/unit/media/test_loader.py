@@ -31,7 +31,6 @@ from metok_vllm.media.loader import (
 )
 from metok_vllm.media.sampling import sample_indices
 from metok_vllm.media.settings import VideoError
-
 from tests.support.clips import clip, number_of, rotated, tone
 
 register_loader()

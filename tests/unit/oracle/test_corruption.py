@@ -13,9 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.oracle import OracleResult, OracleSettings, VideoTrace, assert_same
-
-from tests.support.oracle import run, stage1, stage2
+from tests.support.oracle import OracleResult, OracleSettings, VideoTrace, assert_same, run, stage1, stage2
 from tests.support.oracle import settings as rules
 from tests.support.oracle.run import Prefill
 from tests.support.oracle.samples import Sample, scene_video

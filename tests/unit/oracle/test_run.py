@@ -10,8 +10,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from metok_vllm.demo.checkpoint import ALIGNER_FOLDER, ALIGNER_WINDOW
-from tests.support.oracle import OracleResult, OracleSettings, assert_same
-from tests.support.oracle import run
+from tests.support.oracle import OracleResult, OracleSettings, assert_same, run
 from tests.support.oracle.masked import Request, check_survivors, input_rows, masked_forward
 from tests.support.oracle.samples import QUESTION, Sample, greedy, picture, scene_video
 

@@ -8,9 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.support.oracle import OracleSettings
-
-from tests.support.oracle import stage1
+from tests.support.oracle import OracleSettings, stage1
 from tests.support.oracle.samples import Sample, scene_video
 
 

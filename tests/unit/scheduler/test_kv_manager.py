@@ -16,8 +16,8 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, Sing
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from metok_vllm.scheduler.slot_counts import RequestFacts, pruned_spans
 from metok_vllm.scheduler.kv_manager import PrunedAttentionSpec, PrunedManager, register_kv_cache_spec
+from metok_vllm.scheduler.slot_counts import RequestFacts, pruned_spans
 from tests.support.fakes import BLOCK, FULL, RETAINING, TEXT_ONLY, Prompt, free_and_held, plan
 from tests.unit.scheduler.test_slot_counts import prompts
 

@@ -19,9 +19,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from metok_vllm.contract import refusals as metrics_refused
 from metok_vllm.contract.counters import EVENT_BOUNDS, KV_KINDS, TOKEN_STAGES, Histogram, PruningCounters, summed
 from metok_vllm.scheduler.counters import GROUP_KINDS, SchedulerCounters
-from metok_vllm.worker.timing import TIMED_STAGES, StageTimes
 from metok_vllm.serve.figures import Latest, engine_figures, recent_requests
 from metok_vllm.serve.metrics import MetokCollector
+from metok_vllm.worker.timing import TIMED_STAGES, StageTimes
 
 ROOT = Path(__file__).resolve().parents[3]
 

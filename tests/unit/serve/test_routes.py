@@ -12,13 +12,13 @@ from fastapi import FastAPI, Response
 from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry, generate_latest
 
-from metok_vllm.contract.settings import MetokSettings
 from metok_vllm.contract.counters import PruningCounters
-from metok_vllm.scheduler.counters import SchedulerCounters
 from metok_vllm.contract.server_choices import attach_settings
-from metok_vllm.worker.timing import StageTimes
+from metok_vllm.contract.settings import MetokSettings
+from metok_vllm.scheduler.counters import SchedulerCounters
 from metok_vllm.serve import metrics
 from metok_vllm.serve.routes import MetokRoutes
+from metok_vllm.worker.timing import StageTimes
 
 RECENT = [{"request_id": "b", "time": 2.0, "videos": [], "question_ids": [3, 4]}, {"request_id": "a", "time": 1.0}]
 

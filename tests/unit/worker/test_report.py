@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from metok_vllm.contract.server_choices import attach_settings
 from metok_vllm.contract.settings import MetokSettings, RequestSettings
-from metok_vllm.worker import report as report_module
-from metok_vllm.scheduler.slot_counts import VideoSpan
 from metok_vllm.contract.video_plan import VideoPlan, plan_video
+from metok_vllm.frontend.processing import QUESTION_FIELD
+from metok_vllm.scheduler.slot_counts import VideoSpan
+from metok_vllm.worker import report as report_module
 from metok_vllm.worker.report import KEPT_RECENT, KEPT_REPORTS, Reports, per_frame, question_ids
 from metok_vllm.worker.requests import PruningResult, VideoTags
-from metok_vllm.contract.server_choices import attach_settings
-from metok_vllm.frontend.processing import QUESTION_FIELD
 from tests.support.guards.host_sync import no_host_sync
 
 FRAMES = 14
