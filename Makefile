@@ -37,7 +37,7 @@ accuracy accuracy-short: setup
 # make witness [ARGS="..."]: METok on a real language model that reads captions; fetches the model, goes on if it was stopped
 # make witness-engine [ARGS="..."]: the same model inside vLLM, each answer against the oracle
 witness witness-engine: setup
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/python benchmarks/$(subst -,_,$@).py $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/python -m benchmarks.$(subst -,.,$@) $(ARGS)
 
 lint: setup
 	@$(VENV)/ruff check . && $(VENV)/ruff format --check . && $(VENV)/mypy

@@ -1,10 +1,8 @@
-"""`benchmarks/kernels.py` in the interpreter: it checks everything, times nothing, and refuses to report on red."""
+"""`python -m benchmarks.kernels` in the interpreter: it checks everything, times nothing, and refuses to report on red."""
 
 from __future__ import annotations
 
 import csv
-import importlib
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,21 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.kernels.common import ROOT
+from benchmarks.kernels import cases, cli
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels of this process are compiled")
 
 
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The module `kernels`, with the process's environment and path left as they were."""
-    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    # From the repository's root Python takes the folder `kernels` for a package; whoever looked for one left it here.
-    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program sets this variable or takes it away; afterwards it is as it was."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    yield importlib.import_module("kernels")
-    for name in ("kernels", "kernel_cases"):
-        sys.modules.pop(name, None)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -35,9 +27,9 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_interpreter_rows_carry_no_times(benchmark: Any, tmp_path: Path) -> None:
+def test_interpreter_rows_carry_no_times(tmp_path: Path) -> None:
     out = tmp_path / "kernels.csv"
-    assert benchmark.main(["--small", "--interpret", "--out", str(out)]) == 0
+    assert cli.main(["--small", "--interpret", "--out", str(out)]) == 0
     first = rows(out)
     assert {row["op"] for row in first} == {
         "event_similarity", "tiered_pool", "text_to_visual_scores", "select_per_event", "gather_rows", "pruned_slots",
@@ -45,18 +37,17 @@ def test_interpreter_rows_carry_no_times(benchmark: Any, tmp_path: Path) -> None
     for row in first:
         assert row["mode"] == "interpreter"
         assert row["torch"] == torch.__version__
-        figures = benchmark.COLUMNS[benchmark.COLUMNS.index("p20_us") :]
+        figures = cli.COLUMNS[cli.COLUMNS.index("p20_us") :]
         assert [row[name] for name in figures] == [""] * len(figures)
-    assert benchmark.main(["--small", "--interpret", "--only", "gather_rows", "--out", str(out)]) == 0
+    assert cli.main(["--small", "--interpret", "--only", "gather_rows", "--out", str(out)]) == 0
     assert len(rows(out)) == len(first) + 1  # appended
 
 
 @pytest.mark.parametrize("broken", ["run", "plain"])
 def test_a_wrong_result_reports_nothing(
-    benchmark: Any, broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module = importlib.import_module("kernel_cases")
-    build = module.cases
+    build = cases.cases
 
     def with_an_error(small: bool, device: torch.device) -> Iterator[Any]:
         for case in build(small, device):
@@ -64,42 +55,39 @@ def test_a_wrong_result_reports_nothing(
                 right = getattr(case, broken)
                 yield replace(case, **{broken: lambda right=right: (right()[0] + 1e-3, *right()[1:])})
 
-    monkeypatch.setattr(module, "cases", with_an_error)
+    monkeypatch.setattr(cases, "cases", with_an_error)
     out = tmp_path / "kernels.csv"
-    assert benchmark.main(["--small", "--interpret", "--out", str(out)]) == 1
+    assert cli.main(["--small", "--interpret", "--out", str(out)]) == 1
     assert not out.exists()
     assert "nothing is reported" in capsys.readouterr().err
 
 
-def test_rows_of_a_measurement(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     """The arithmetic of a row, with a clock that says 100 us for ours and 50 us for plain torch."""
-    module = importlib.import_module("kernel_cases")
-    case = next(case for case in module.cases(True, torch.device("cpu")) if case.op == "event_similarity")
+    case = next(case for case in cases.cases(True, torch.device("cpu")) if case.op == "event_similarity")
     case = replace(case, bytes=10**6, flops=10**9)
-    monkeypatch.setattr(
-        benchmark, "time_us", lambda f, *_: (90.0, 100.0, 110.0) if f is case.run else (40.0, 50.0, 60.0)
-    )
+    monkeypatch.setattr(cli, "time_us", lambda f, *_: (90.0, 100.0, 110.0) if f is case.run else (40.0, 50.0, 60.0))
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    measured = benchmark.measure(case, 1, None, copy=20.0, matmul=100.0)
+    measured = cli.measure(case, 1, None, copy=20.0, matmul=100.0)
     assert [row["implementation"] for row in measured] == ["metok", "torch", "torch.compile"]
-    assert all(set(row) <= set(benchmark.COLUMNS) for row in measured)
+    assert all(set(row) <= set(cli.COLUMNS) for row in measured)
     mine = measured[0]
     assert (mine["gigabytes_per_s"], mine["share_of_copy"]) == ("10.0", "0.500")
     assert (mine["teraflops_per_s"], mine["share_of_matmul"]) == ("10.000", "0.1000")
-    assert benchmark.summary(case, measured).endswith("plain torch is faster: use it")
-    assert "faster" not in benchmark.summary(case, measured[:1])
+    assert cli.summary(case, measured).endswith("plain torch is faster: use it")
+    assert "faster" not in cli.summary(case, measured[:1])
 
 
-def test_no_gpu_is_said_and_nothing_written(benchmark: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_gpu_is_said_and_nothing_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "kernels.csv"
-    assert benchmark.main(["--out", str(out)]) == 2
+    assert cli.main(["--out", str(out)]) == 2
     assert not out.exists()
     assert "--small --interpret" in capsys.readouterr().err
 
 
-def test_a_file_with_other_columns_is_refused(benchmark: Any, tmp_path: Path) -> None:
+def test_a_file_with_other_columns_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "kernels.csv"
     out.write_text("date,op\n")
     with pytest.raises(SystemExit, match="has other columns"):
-        benchmark.append(out, [])
+        cli.append(out, [])
     assert out.read_text() == "date,op\n"

