@@ -28,11 +28,12 @@ from benchmarks.accuracy.generated_set import generate
 from benchmarks.accuracy.methods import PAIRS, SERVED, SHORT, STOCK, chosen, methods
 from benchmarks.accuracy.plot import draw
 from benchmarks.accuracy.report import Answers, paired, read_up_to, show, show_pairs, summarise, write_csv, write_json
-from benchmarks.accuracy.run import agreement, conditions, describe_model, describe_set, run_local, run_server
+from benchmarks.accuracy.run import agreement, describe_model, describe_set, run_local, run_server
 from benchmarks.accuracy.server import ServerError, ServerRunner, Settings, started
 from benchmarks.accuracy.video import Checkpoint, require_model
 from benchmarks.common.options import positive
 from benchmarks.common.paths import RESULTS, ROOT
+from benchmarks.common.provenance import conditions
 from metok_vllm.demo.errors import DemoError
 from metok_vllm.demo.model_choice import TRAINED
 

@@ -29,11 +29,11 @@ from benchmarks.accuracy.method import Entering, Reducer
 from benchmarks.accuracy.methods import Method, chosen, methods
 from benchmarks.accuracy.metok import Stage1
 from benchmarks.accuracy.report import write_json
-from benchmarks.accuracy.run import conditions
 from benchmarks.accuracy.video import STOCK_STRIDE, Asked, Checkpoint, require_model
 from benchmarks.accuracy.video import Video as Encoded
 from benchmarks.common.options import positive
 from benchmarks.common.paths import RESULTS
+from benchmarks.common.provenance import conditions
 from metok_vllm.demo.model_choice import TRAINED
 from training.draw import draw_video
 from training.questions import Question, questions

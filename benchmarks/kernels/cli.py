@@ -14,13 +14,13 @@ import csv
 import datetime
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.paths import RESULTS, ROOT
+from benchmarks.common.paths import RESULTS
+from benchmarks.common.provenance import commit
 
 COLUMNS = (
     "date", "commit", "mode", "device", "torch", "triton", "op", "shape", "implementation",
@@ -28,17 +28,6 @@ COLUMNS = (
     "teraflops_per_s", "share_of_matmul",
 )  # fmt: skip
 """`mode` is "gpu" or "interpreter"; a row of the interpreter carries no time, for it would mean nothing."""
-
-
-def commit() -> str:
-    """Short hash of the checkout, with "-dirty" where tracked files differ from it, or "unknown"."""
-    try:
-        git = ["git", "-C", str(ROOT)]
-        short = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return short.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
 def flatten(result: Any) -> list[Any]:

@@ -34,8 +34,8 @@ for name, value in {
 import torch  # noqa: E402  (the environment comes first)
 from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration  # noqa: E402
 
-from benchmarks.accuracy.run import commit  # noqa: E402
 from benchmarks.common.paths import RESULTS, ROOT  # noqa: E402
+from benchmarks.common.provenance import commit  # noqa: E402
 from benchmarks.common.stats import Bootstrap, compare  # noqa: E402
 from benchmarks.witness import checkpoint  # noqa: E402
 from benchmarks.witness.model import PACKAGES  # noqa: E402
