@@ -1,7 +1,8 @@
 """Where the time of a request goes: spans around the parts of a model, in the benchmark's own process only.
 
-The engine knows nothing of this. Modules get forward hooks; the three functions that are no modules are wrapped. Every border
-waits for the GPU, which costs time itself: requests timed this way are not those that TTFT is taken from.
+Modules get forward hooks, `embed_multimodal` is wrapped, and METok's choice of survivors tells by itself when it begins and
+ends: it is one of the stages that the engine takes the times of. Every border waits for the GPU, which costs time itself:
+requests timed this way are not those that TTFT is taken from.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
-PARTS = ("tower", "stage_1", "shallow_layers", "scoring", "deep_layers", "rest_of_model", "outside_model")
-"""In the order of a request's way. For stock vLLM `stage_1` is its pooling, and there is no `scoring`."""
+PARTS = ("tower", "stage1", "shallow_layers", "scoring", "deep_layers", "rest_of_model", "outside_model")
+"""In the order of a request's way. For stock vLLM `stage1` is its pooling, and there is no `scoring`."""
 
-SCORING_FUNCTIONS = ("_enter", "_prune")
-"""Of `PrunedStep`: scores, selection and the gathering of survivors, at L1, and at L2 and L3."""
+SCORING = "scoring"
+"""The part, and METok's stage of this name: scores, selection and the gathering of survivors, at L1, L2 and L3."""
 
 
 class Spans:
@@ -80,20 +82,37 @@ class Spans:
         module.register_forward_hook(after)
 
 
+class SpannedStages:
+    """Stands where the engine's `StageTimes` stood: passes every stage on to it, and puts a span around `SCORING`."""
+
+    def __init__(self, spans: Spans, times: Any) -> None:
+        self._spans = spans
+        self._times = times
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """What the engine opens around a stage of its path."""
+        with self._times.stage(name), self._spans.span(name) if name == SCORING else nullcontext():
+            yield
+
+
 def attach(spans: Spans, model: Any, first_prune_layer: int) -> None:
     """Put spans around the parts of a LLaVA-OneVision model, stock or METok; both are cut at METok's first pruning layer.
 
     Raises:
-        AttributeError: the engine no longer has a function that is timed here.
+        LookupError: METok no longer has the stage that is timed here.
     """
     spans.hook(model.vision_tower, "tower")
     spans.hook(model.multi_modal_projector, "tower")
-    model.embed_multimodal = spans.around(model.embed_multimodal, "stage_1")
+    model.embed_multimodal = spans.around(model.embed_multimodal, "stage1")
     spans.hook(model, "rest_of_model")
     for index, layer in enumerate(model.language_model.model.layers):
         spans.hook(layer, "shallow_layers" if index < first_prune_layer else "deep_layers")
     if hasattr(model, "decoder_stack"):
-        from metok_vllm.worker.step import PrunedStep
+        from metok_vllm.worker.timing import TIMED_STAGES
 
-        for name in SCORING_FUNCTIONS:
-            setattr(PrunedStep, name, spans.around(getattr(PrunedStep, name), "scoring"))
+        if SCORING not in TIMED_STAGES:
+            raise LookupError(f"METok has no stage {SCORING!r} any more: its time would be counted elsewhere")
+        # Each step asks the model for its stack. What the reports read are the times behind the new ones.
+        stack = model.decoder_stack
+        model.decoder_stack = replace(stack, times=SpannedStages(spans, stack.times))

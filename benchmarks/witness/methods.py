@@ -31,7 +31,7 @@ class Visual:
     key: Tensor  # bool [events]
 
 
-def stage_1(grid: Tensor, question: Tensor, strides: tuple[int, int, int]) -> Visual:
+def stage1(grid: Tensor, question: Tensor, strides: tuple[int, int, int]) -> Visual:
     """Events, alignment in embedding space, tiers and pooling of `grid` [T, H, W, D] for a question's rows [Q, D].
 
     Average pooling, no separators. The same functions as in the engine's reference path.

@@ -85,8 +85,8 @@ class Witness:
             for (name, (_, tokens)), hits in zip(shared.items(), plain, strict=True):
                 results[name] = {"hits": hits, "tokens": tokens, "kv": tokens}
             asked = self.decoder.embed(self.prompt.ids(question.text)).detach()
-            fine = methods.stage_1(grid, asked, methods.FINE)
-            paper = methods.stage_1(grid, asked, methods.PAPER)
+            fine = methods.stage1(grid, asked, methods.FINE)
+            paper = methods.stage1(grid, asked, methods.PAPER)
             layers = selection.prune_layers(self.layers)
             results |= self.pruned("stage-1", paper, after, answer, None)
             results |= self.pruned("metok", paper, after, answer, layers)

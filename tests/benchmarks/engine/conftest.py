@@ -13,7 +13,7 @@ def raw() -> Callable[..., dict[str, Any]]:
     """`raw(factor)`: a worker's figures as if everything took `factor` times as long, and KV too."""
 
     def make(factor: float = 1.0, scoring: float = 0.0) -> dict[str, Any]:
-        parts = {"tower": 10.0, "stage_1": 2.0, "shallow_layers": 4.0, "scoring": scoring, "deep_layers": 30.0}
+        parts = {"tower": 10.0, "stage1": 2.0, "shallow_layers": 4.0, "scoring": scoring, "deep_layers": 30.0}
         parts |= {"rest_of_model": 1.0, "outside_model": 3.0}
         parts = {name: factor * value for name, value in parts.items()}
         levels = [

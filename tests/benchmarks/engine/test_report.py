@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.common.paths import ROOT
+from benchmarks.common.paths import RESULTS
 from benchmarks.engine import cli, report, timing, workload
+from benchmarks.engine.models import write_model
 from benchmarks.engine.variants import variants
 from benchmarks.engine.worker import capacity
+from metok_vllm.worker.timing import StageTimes
 
 Raw = Callable[..., dict[str, Any]]
 
@@ -75,31 +77,63 @@ def test_nested_spans_share_the_time_out() -> None:
     assert not any(spans.take().values())
 
 
-def test_hooks_find_the_parts_of_a_model() -> None:
-    """A model of the right outline: every part is timed, under its name, cut at the first pruning layer."""
+class Outline(torch.nn.Module):
+    """A model of the right outline: stock's, or METok's where it has a `decoder_stack`."""
 
-    class Outline(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.vision_tower, self.multi_modal_projector = torch.nn.Identity(), torch.nn.Identity()
-            self.language_model = torch.nn.Module()
-            self.language_model.model = torch.nn.Module()
-            self.language_model.model.layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(4))
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision_tower, self.multi_modal_projector = torch.nn.Identity(), torch.nn.Identity()
+        self.language_model = torch.nn.Module()
+        self.language_model.model = torch.nn.Module()
+        self.language_model.model.layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(4))
 
-        def embed_multimodal(self, x: torch.Tensor) -> Any:
-            return self.multi_modal_projector(self.vision_tower(x))
+    def embed_multimodal(self, x: torch.Tensor) -> Any:
+        return self.multi_modal_projector(self.vision_tower(x))
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for layer in self.language_model.model.layers:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.language_model.model.layers:
+            x = layer(x)
+        return x
+
+
+@dataclass(frozen=True)
+class Stack:
+    """`DecoderStack`, as much of it as matters here; its module needs vLLM."""
+
+    prune_layers: tuple[int, int, int]
+    times: StageTimes
+
+
+class PrunedOutline(Outline):
+    """Opens METok's stages, as `worker/step.py` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder_stack = Stack((1, 2, 3), StageTimes())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for index, layer in enumerate(self.language_model.model.layers):
+            with self.decoder_stack.times.stage("deep" if index else "shallow"):
                 x = layer(x)
-            return x
+            if index == 0:
+                with self.decoder_stack.times.stage("scoring"):
+                    x = x + 1
+        return x
 
+
+@pytest.fixture
+def spans() -> timing.Spans:
+    """On a clock that goes on by a second each time it is read."""
     ticks = iter(range(1000))
-    spans = timing.Spans(lambda: None, clock=lambda: float(next(ticks)))
+    return timing.Spans(lambda: None, clock=lambda: float(next(ticks)))
+
+
+def test_hooks_find_the_parts_of_a_model(spans: timing.Spans) -> None:
+    """Every part is timed, under its name, cut at the first pruning layer."""
     model = Outline()
     timing.attach(spans, model, first_prune_layer=1)
     model.embed_multimodal(torch.zeros(1))
-    assert {part: ms for part, ms in spans.take().items() if ms} == {"tower": 2e3, "stage_1": 3e3}
+    assert {part: ms for part, ms in spans.take().items() if ms} == {"tower": 2e3, "stage1": 3e3}
     model(torch.zeros(1))
     assert {part: ms for part, ms in spans.take().items() if ms} == {
         "shallow_layers": 1e3,
@@ -108,12 +142,52 @@ def test_hooks_find_the_parts_of_a_model() -> None:
     }
 
 
-def test_the_engine_still_has_what_is_timed() -> None:
-    """Read from its source, since importing vLLM takes longer than all other tests here."""
-    tree = ast.parse((ROOT / "metok_vllm" / "worker" / "step.py").read_text())
-    step = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "PrunedStep")
-    names = {node.name for node in step.body if isinstance(node, ast.FunctionDef)}
-    assert set(timing.SCORING_FUNCTIONS) <= names
+def test_metoks_own_stage_is_timed_and_its_own_times_go_on(spans: timing.Spans) -> None:
+    model = PrunedOutline()
+    own = model.decoder_stack.times
+    timing.attach(spans, model, first_prune_layer=1)
+    assert torch.equal(model(torch.zeros(1)), torch.ones(1))
+    assert {part: ms for part, ms in spans.take().items() if ms} == {
+        "shallow_layers": 1e3,
+        "scoring": 1e3,
+        "deep_layers": 3e3,
+        "rest_of_model": 6e3,
+    }
+    assert model.decoder_stack.prune_layers == (1, 2, 3)
+    counted = {stage: sum(figures["counts"]) for stage, figures in own.snapshot().items()}
+    assert counted == {"tower": 0, "stage1": 0, "shallow": 1, "scoring": 1, "deep": 3}
+
+
+def test_a_stage_that_is_gone_is_not_timed_as_nothing(spans: timing.Spans, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metok_vllm.worker.timing.TIMED_STAGES", ("shallow", "deep"))
+    with pytest.raises(LookupError, match="no stage 'scoring'"):
+        timing.attach(spans, PrunedOutline(), first_prune_layer=1)
+
+
+def test_the_engine_still_has_what_is_timed(tmp_path: Path) -> None:
+    """A real engine with METok: every part of a request takes time, and no part takes all of it."""
+    model = write_model("tiny", tmp_path)
+    options = cli.arguments(["--small", "--frames", "8", "--max-tokens", "3"])
+    job = {
+        "name": "metok", "model": str(model.path), "dummy": False, "layers": model.layers, "frames": 8,
+        "image_size": model.image_size, "metok": {"preset": "paper"}, "text_tokens": 30, "max_tokens": 3, "videos": 1,
+        "repeats": 1, "engine": cli.engine_options(options, model, cuda=False, eager=True), "parts": ["breakdown"],
+    }  # fmt: skip
+    found = report.breakdown(cli.run_job(job, tmp_path, False, 300)["breakdown"])
+    assert all(found["prefill_ms"][part] > 0 for part in timing.PARTS)
+    assert 0 < found["scoring_share"] < 1
+    # While decoding nothing is encoded and nothing is dropped.
+    idle = {part for part in timing.PARTS if found["decode_step_ms"][part] == 0}
+    assert idle == {"tower", "stage1", "scoring"}
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("engine-*.json")), ids=lambda path: path.stem)
+def test_results_of_the_repository_have_the_parts_that_are_drawn(path: Path) -> None:
+    for variant in json.loads(path.read_text())["variants"].values():
+        for phase in ("prefill_ms", "decode_step_ms"):
+            parts = dict(variant["breakdown"][phase])
+            assert parts.pop("total") == pytest.approx(sum(parts.values()))
+            assert set(parts) == set(timing.PARTS)
 
 
 def test_videos_are_the_same_scenes_at_any_sampling() -> None:

@@ -111,9 +111,9 @@ def test_words_survive_stocks_stride_and_blur_beyond_it():
     grid = world.tower_grid(rows)
     torch.testing.assert_close(pool(grid, 2, "average"), rows)
     torch.testing.assert_close(pool(grid, 4, "average"), (rows[:, 0::2] + rows[:, 1::2]) / 2)
-    fine = methods.stage_1(grid, torch.randn(3, 5), methods.FINE)
+    fine = methods.stage1(grid, torch.randn(3, 5), methods.FINE)
     torch.testing.assert_close(fine.rows, rows.flatten(0, 1))
-    paper = methods.stage_1(grid, torch.randn(3, 5), methods.PAPER)
+    paper = methods.stage1(grid, torch.randn(3, 5), methods.PAPER)
     assert len(paper.rows) == 18 * 8 + 14 * 4  # at 32 frames no frame is of the third class
 
 

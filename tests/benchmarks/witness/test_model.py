@@ -41,7 +41,7 @@ def test_real_model_against_the_oracle_and_its_own_forward():
     assert methods.plain_hits(decoder, [shared], after, tokens) == [[True] * STEPS]
     with torch.no_grad():
         asked = decoder.embed(prompt.ids(question.text))
-    fine = methods.stage_1(grid, asked, methods.FINE)
+    fine = methods.stage1(grid, asked, methods.FINE)
     kept = methods.prefill(decoder, witness.before, fine, after, {})
     assert methods.hits(decoder, kept, [kept.cache], tokens) == [[True] * STEPS]
 
@@ -50,7 +50,7 @@ def test_real_model_against_the_oracle_and_its_own_forward():
         lm_head=model.lm_head,
         get_input_embeddings=model.get_input_embeddings,
     )
-    visual = methods.stage_1(grid, asked, methods.PAPER)
+    visual = methods.stage1(grid, asked, methods.PAPER)
     begin, count = len(before), len(visual.rows)
     for layers, delta in ((run.FITTED, 1.0), (methods.selection.prune_layers(30), 0.5)):
         done = methods.prefill(decoder, witness.before, visual, after, methods.metok_schedule(visual, layers))
