@@ -160,7 +160,7 @@ def measure(variant: Variant, options: argparse.Namespace, model: BenchmarkModel
     }  # fmt: skip
     raw = run_job(job, options.work, cuda, options.timeout)
     if not eager:
-        again = {**job, "engine": {**job["engine"], "enforce_eager": True}, "parts": ["breakdown"]}  # type: ignore[dict-item]
+        again = {**job, "engine": {**job["engine"], "enforce_eager": True}, "parts": ["breakdown"]}
         raw["breakdown"] = run_job(again, options.work, cuda, options.timeout)["breakdown"]
     return summarise(raw)
 

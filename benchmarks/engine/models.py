@@ -34,7 +34,7 @@ PUBLISHED = {
 
 # SigLIP so400m-patch14-384 as the published LLaVA-OneVision checkpoints have it: the 27th layer, whose output the model never
 # uses, is not there.
-TOWER = {
+TOWER: dict[str, Any] = {
     "model_type": "siglip_vision_model",
     "hidden_size": 1152,
     "intermediate_size": 4304,

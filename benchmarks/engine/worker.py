@@ -56,7 +56,8 @@ class Bench:
             register()  # works where the package is on the path but not installed
             options |= enable(**job["metok"])
         self.llm = LLM(job["model"], **options)
-        self.core: Any = self.llm.llm_engine.engine_core.engine_core
+        client: Any = self.llm.llm_engine.engine_core  # the one that holds the core itself, in this process
+        self.core: Any = client.engine_core
         self.runner: Any = self.core.model_executor.driver_worker.worker.model_runner
         if job["dummy"]:
             spread_weights(self.runner.model)
@@ -72,18 +73,20 @@ class Bench:
 
     def _prepare(self, ids: list[int]) -> None:
         """Process every distinct video once; what that takes is measured here and is in no TTFT."""
+        from vllm.inputs import TokensPrompt
+
         self.text_tokens = len(ids) - 1
         self.prepared: list[Any] = []
         self.processing: list[float] = []
         for seed in range(self.job["videos"]):
             frames = video(seed, self.job["frames"], self.job["image_size"])
-            prompt: dict[str, Any] = {"prompt_token_ids": ids, "multi_modal_data": {"video": frames}}
+            prompt = TokensPrompt(prompt_token_ids=ids, multi_modal_data={"video": frames})
             began = time.perf_counter()
             self.prepared.append(self.llm._preprocess_cmpl_one(prompt))
             self.processing.append(time.perf_counter() - began)
             if seed == 0 and self.job["metok"] is not None:
                 prompt["mm_processor_kwargs"] = {"metok": {"report": True}}
-                self.with_report = self.llm._preprocess_cmpl_one(prompt)
+                self.with_report: Any = self.llm._preprocess_cmpl_one(prompt)
         self.prompt_tokens = len(self.prepared[0]["prompt_token_ids"])
 
     def submit(self, prepared: Any, max_tokens: int) -> tuple[str, str]:
@@ -93,7 +96,7 @@ class Bench:
 
         self._number += 1
         # A hash of its own, or vLLM would find the tower's output for the same video in its caches.
-        fresh = {**prepared, "mm_hashes": {"video": [f"benchmark-{self.job['name']}-{self._number}"]}}
+        fresh: Any = {**prepared, "mm_hashes": {"video": [f"benchmark-{self.job['name']}-{self._number}"]}}
         params = SamplingParams(
             temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
         )
@@ -102,7 +105,7 @@ class Bench:
 
     def step(self, timelines: dict[str, Timeline]) -> int:
         """One engine step; notes the tokens' times and the blocks held. Returns how many requests finished."""
-        outputs = self.llm.llm_engine.step()
+        outputs: list[Any] = [*self.llm.llm_engine.step()]  # of completions: nothing here is pooled
         now = time.perf_counter()
         finished = 0
         for output in outputs:

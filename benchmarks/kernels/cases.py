@@ -128,7 +128,8 @@ def scores(heads: tuple[int, int, int], rows: int, visual: int, text: int, paged
         known = view[table[0]].flatten(0, 1)[:keys_count] if paged else packed
         grouped = q.view(rows, kv_heads, -1, dim)
         logits = torch.einsum("rhgd,khd->hgrk", grouped, known).float() * options["scale"]
-        return logits.masked_fill(hidden, float("-inf")).softmax(-1)[..., text : text + visual].mean((0, 1, 2))
+        shares: torch.Tensor = logits.masked_fill(hidden, float("-inf")).softmax(-1)[..., text : text + visual]
+        return shares.mean((0, 1, 2))
 
     moved = (keys_count + visual) * kv_heads * dim * 2 + q.numel() * 2 + visual * 4
     return Case(
@@ -144,7 +145,7 @@ def select(lengths: list[int], keep: list[int], device: torch.device) -> Case:
     values = torch.rand(sum(lengths), device=device)
     starts = [sum(lengths[:index]) for index in range(len(lengths) + 1)]
     arguments = values, _ints(starts, device), _ints(keep, device)
-    options = {"max_length": max(lengths), "capacity": sum(keep)}
+    options: dict[str, Any] = {"max_length": max(lengths), "capacity": sum(keep)}
 
     def plain() -> tuple[torch.Tensor, torch.Tensor]:
         parts = [

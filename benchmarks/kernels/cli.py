@@ -61,7 +61,8 @@ def time_us(function: Callable[[], Any], repeats: int, flush: Any) -> tuple[floa
 
     for _ in range(10):
         function()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    event: Any = torch.cuda.Event  # torch does not annotate its constructor
+    events = [(event(enable_timing=True), event(enable_timing=True)) for _ in range(repeats)]
     for start, end in events:
         flush.zero_()
         start.record()

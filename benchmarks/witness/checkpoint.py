@@ -75,7 +75,8 @@ def write(model: Any, tokenizer: Any, folder: Path, side: int) -> Path:
         tie_word_embeddings=False,
         dtype="float32",
     )
-    llava: Any = LlavaOnevisionForConditionalGeneration(config).float()
+    llava: Any = LlavaOnevisionForConditionalGeneration(config)
+    llava.float()
     with torch.no_grad():
         _language(llava, model, words)
         _tower(llava.model, words, patch)

@@ -75,7 +75,8 @@ def load(cache: Path, asked: dict[str, Question]) -> tuple[Captions, torch.Tenso
     folder = cache.parent / "checkpoint"
     checkpoint.write(model, tokenizer, folder, SIDE)
     llava: Any = LlavaOnevisionForConditionalGeneration.from_pretrained(folder, attn_implementation="eager")
-    return Captions(folder, llava.eval(), AutoProcessor.from_pretrained(folder), Prompt(tokenizer), asked), words
+    processor: Any = AutoProcessor  # transformers does not annotate its `from_pretrained`
+    return Captions(folder, llava.eval(), processor.from_pretrained(folder), Prompt(tokenizer), asked), words
 
 
 def requests(

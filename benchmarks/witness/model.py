@@ -91,7 +91,8 @@ def load(cache: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     # A model that came from a GGUF refuses to change its type, even unpacked; a plain one of the same weights does not.
     config = packed.config.to_dict()
     config.pop("quantization_config", None)
-    model = LlamaForCausalLM(LlamaConfig(**config))
+    plain: Any = LlamaForCausalLM  # transformers does not annotate its constructor
+    model = plain(LlamaConfig(**config))
     model.load_state_dict(packed.state_dict())
     return model.to(dtype).eval(), tokenizer
 
@@ -167,7 +168,8 @@ class Decoder:
         normed = self._norm(layer.input_layernorm, hidden)
 
         def heads(linear: Any) -> Tensor:
-            return linear(normed).view(len(normed), -1, attention.head_dim)
+            rows: Tensor = linear(normed).view(len(normed), -1, attention.head_dim)
+            return rows
 
         cos, sin = self.cos[positions], self.sin[positions]
         query, key = (_rotate(heads(x), cos, sin) for x in (attention.q_proj, attention.k_proj))
@@ -180,8 +182,11 @@ class Decoder:
         return hidden + layer.mlp(self._norm(layer.post_attention_layernorm, hidden)), seen
 
     def _attend(self, seen: Seen, positions: Tensor) -> Tensor:
+        query, keys, values = (x.transpose(0, 1)[None] for x in (seen.query, seen.keys, seen.values))
         attended = torch.nn.functional.scaled_dot_product_attention(
-            *(x.transpose(0, 1)[None] for x in (seen.query, seen.keys, seen.values)),
+            query,
+            keys,
+            values,
             attn_mask=seen.positions[None, :] <= positions[:, None],
             enable_gqa=True,
             scale=self.scale,
