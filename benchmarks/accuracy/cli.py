@@ -124,7 +124,7 @@ def run(args: argparse.Namespace, console: Console, command: str) -> int:
     items = load_items(path, args.limit)
     result: dict[str, Any] = {
         "command": command,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **conditions(),
     }
     if args.url:
