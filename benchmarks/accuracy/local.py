@@ -84,7 +84,7 @@ class LocalRunner:
         decoder, header = self.checkpoint.decoder, len(asked.header)
         layers = len(decoder.layers)
         drops = policy.drops_before(layers)
-        stages = {layer: stage for stage, layer in enumerate(sorted(drops), start=1)}
+        cuts = {layer: cut for cut, layer in enumerate(sorted(drops), start=1)}
         start = header + entering.span
         rows = self.checkpoint.embed(asked.suffix)
         angles = decoder.angles(torch.arange(start, start + len(rows)))
@@ -93,7 +93,7 @@ class LocalRunner:
         trace, cache = Trace(entering), []
         for layer in range(layers):
             if layer in drops:
-                mask = policy.keep(stages[layer], scores, alive, entering, asked)
+                mask = policy.keep(cuts[layer], scores, alive, entering, asked)
                 kept = mask.nonzero().flatten()
                 alive, trace.scores[layer] = alive[kept], scores[kept]
                 prefix = prefix.keep(layer, torch.cat([torch.arange(header), header + kept]))

@@ -35,7 +35,7 @@ class Entering:
     span: int  # positions that the video takes
     frames: int  # of the video before anything was left out
     events: Tensor | None = None  # int64 [n], METok's event of each
-    key: Tensor | None = None  # bool [events], METok's key events
+    is_key: Tensor | None = None  # bool [events], METok's key events
 
 
 @dataclass
@@ -65,8 +65,8 @@ class Policy(Protocol):
     def drops_before(self, layers: int) -> dict[int, bool]:
         """The layers before which tokens are dropped, and whether that takes scores."""
 
-    def keep(self, stage: int, scores: Tensor, alive: Tensor, entering: Entering, asked: Asked) -> Tensor:
-        """Mask, bool [alive], of the tokens that stay at the `stage`-th dropping layer (from 1).
+    def keep(self, cut: int, scores: Tensor, alive: Tensor, entering: Entering, asked: Asked) -> Tensor:
+        """Mask, bool [alive], of the tokens that stay at the `cut`-th dropping layer (from 1).
 
         `scores` is float32 [alive], higher where a token is looked at more; zeros where the layer takes none.
         """
@@ -84,7 +84,7 @@ class Dense:
     def drops_before(self, layers: int) -> dict[int, bool]:
         return {}
 
-    def keep(self, stage: int, scores: Tensor, alive: Tensor, entering: Entering, asked: Asked) -> Tensor:
+    def keep(self, cut: int, scores: Tensor, alive: Tensor, entering: Entering, asked: Asked) -> Tensor:
         raise AssertionError("nothing is dropped")
 
     def held(self, layer: int, trace: Trace, layers: int) -> Tensor:
@@ -102,7 +102,7 @@ class DropFrom:
     def drops_before(self, layers: int) -> dict[int, bool]:
         return {} if self.decoding_only or self.layer >= layers else {self.layer: False}
 
-    def keep(self, stage: int, scores: Tensor, alive: Tensor, entering: Entering, asked: Asked) -> Tensor:
+    def keep(self, cut: int, scores: Tensor, alive: Tensor, entering: Entering, asked: Asked) -> Tensor:
         return torch.zeros(len(alive), dtype=torch.bool)
 
     def held(self, layer: int, trace: Trace, layers: int) -> Tensor:

@@ -11,9 +11,12 @@ from torch import Tensor
 from benchmarks.accuracy.method import Entering, Rows, Trace
 from benchmarks.accuracy.video import Asked, Checkpoint, Video
 from metok_vllm.compression import alignment, events, tiers
-from metok_vllm.compression.pooling import pool_video, tokens_per_frame
+from metok_vllm.compression.alignment import Alignment
+from metok_vllm.compression.pooling import tokens_per_frame
 from metok_vllm.compression.retention import retain
-from metok_vllm.compression.selection import Stage, keep_counts, prune_layers, select_per_event
+from metok_vllm.compression.selection import prune_layers
+from metok_vllm.compression.stage1 import Align, FrameChoice, Recipe, choose_frames, compress_video
+from metok_vllm.compression.stage2 import EventCounts, survivor_mask
 from metok_vllm.contract.settings import MetokSettings
 
 
@@ -29,16 +32,6 @@ def without_events(frames: int, grid: int) -> MetokSettings:
     goal = tokens(default)
     choices = [default.model_copy(update={"events": 1, "key_events": 1, "key_frames": n}) for n in range(frames + 1)]
     return min(choices, key=lambda settings: abs(tokens(settings) - goal))
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Stage 1's decisions about T frames."""
-
-    tier: Tensor  # int64 [T], the frame's place in `strides`
-    counts: tiers.TierQuota
-    event_ids: Tensor  # int64 [T]
-    key: Tensor  # bool [events]
 
 
 @dataclass(frozen=True)
@@ -64,21 +57,17 @@ class Stage1:
         return self.aligner != "none" or self.ablation == "alignment"
 
     def enter(self, video: Video, asked: Asked) -> Entering:
-        choice = self.choose(video, asked)
-        pooled = pool_video(
-            video.features,
-            choice.tier,
-            self.settings.strides,
-            choice.counts,
-            "bilinear",
-            video.newline,
-            choice.event_ids,
-        )
-        n = len(pooled.tokens)
-        return Entering(pooled.tokens, torch.arange(n), n, len(video), pooled.token_event, choice.key)
+        recipe, align = self._recipe(video), self._aligner(video, asked)
+        compressed = compress_video(video.features, recipe, align, video.newline)
+        n = len(compressed.tokens)
+        return Entering(compressed.tokens, torch.arange(n), n, len(video), compressed.event, compressed.choice.is_key)
 
-    def choose(self, video: Video, asked: Asked) -> Choice:
+    def choose(self, video: Video, asked: Asked) -> FrameChoice:
         """What every frame is pooled with, and why."""
+        similarity = events.adjacent_similarity(video.vectors)
+        return choose_frames(video.vectors, similarity, self._recipe(video), self._aligner(video, asked))
+
+    def _recipe(self, video: Video) -> Recipe:
         grid, settings = video.features.shape[1], self.settings
         if self.ablation == "events":
             settings = without_events(len(video), grid)
@@ -86,30 +75,29 @@ class Stage1:
         counts = tiers.quota(len(video), settings.events, settings.key_events, settings.key_frames)
         if settings.token_budget is not None:
             counts = tiers.with_budget(counts, each, True, settings.token_budget)
-        event_ids = events.segment(events.adjacent_similarity(video.vectors), counts.events)
-        r, scores = self._align(video, asked, event_ids, counts.events)
-        key = alignment.key_events(scores, settings.key_events)
-        tier = tiers.assign(event_ids, r, key, settings.key_frames, counts)
-        return Choice(tier, counts, event_ids, key)
+        return Recipe(counts, settings.key_events, settings.key_frames, self.settings.strides, "bilinear")
 
-    def _align(self, video: Video, asked: Asked, event_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        if self.ablation == "alignment":
-            r = torch.rand(len(video), generator=torch.Generator().manual_seed(asked.seed))
-        elif self.aligner == "none":
-            return alignment.events_only(video.vectors, event_ids, count)
-        elif self.aligner == "embedding":
-            r = alignment.embedding_space(video.vectors, self.checkpoint.embed(asked.query))
-        else:
-            assert self.checkpoint.tower is not None
-            assert video.aligned is not None
-            assert asked.windows is not None
-            r = alignment.paired(video.aligned, self.checkpoint.tower.text(asked.windows))
-        return r, alignment.event_scores(r, event_ids, count)
+    def _aligner(self, video: Video, asked: Asked) -> Align:
+        def align(vectors: Tensor, event: Tensor, count: int) -> Alignment:
+            if self.ablation == "alignment":
+                r = torch.rand(len(video), generator=torch.Generator().manual_seed(asked.seed))
+            elif self.aligner == "none":
+                return alignment.none(vectors, event, count)
+            elif self.aligner == "embedding":
+                r = alignment.embedding(vectors, self.checkpoint.embed(asked.query))
+            else:
+                assert self.checkpoint.tower is not None
+                assert video.aligned is not None
+                assert asked.windows is not None
+                r = alignment.dual_tower(video.aligned, self.checkpoint.tower.text(asked.windows))
+            return alignment.by_question(r, event, count)
+
+        return align
 
 
 @dataclass(frozen=True)
 class Stages23:
-    """Pruning at L1, L2 and L3, and what decoding may keep (method.md sections 2 to 4).
+    """Pruning at L1, L2 and L3, and what decoding may keep (docs/method.md sections 2 to 4).
 
     With `release` off stage 3 is left out: decoding keeps whatever a layer computed. `random_scores` replaces the attention.
     """
@@ -123,17 +111,13 @@ class Stages23:
         first, second, third = prune_layers(layers, self.settings.prune_layers)
         return {layer: scored for layer, scored in ((first, True), (second, True), (third, False)) if layer < layers}
 
-    def keep(self, stage: int, scores: Tensor, alive: Tensor, entering: Entering, asked: Asked) -> Tensor:
+    def keep(self, cut: int, scores: Tensor, alive: Tensor, entering: Entering, asked: Asked) -> Tensor:
         assert entering.events is not None
-        assert entering.key is not None
+        assert entering.is_key is not None
         if self.random_scores:
-            scores = torch.rand(len(alive), generator=torch.Generator().manual_seed(asked.seed + stage))
-        owner = entering.events[alive]
-        lengths = events.event_lengths(owner, len(entering.key))
-        which: Stage = 1 if stage == 1 else 2 if stage == 2 else 3
-        return select_per_event(
-            scores, owner, keep_counts(lengths, entering.key, self.settings.keep_ratio_micro, which)
-        )
+            scores = torch.rand(len(alive), generator=torch.Generator().manual_seed(asked.seed + cut))
+        counts = EventCounts.of(entering.events, entering.is_key, self.settings.keep_ratio_micro)
+        return survivor_mask(scores, counts, 1 if cut == 1 else 2 if cut == 2 else 3)
 
     def held(self, layer: int, trace: Trace, layers: int) -> Tensor:
         first, second, third = prune_layers(layers, self.settings.prune_layers)

@@ -17,10 +17,11 @@ from benchmarks.accuracy.data import Item, UsageError
 from benchmarks.accuracy.decoder import Decoder
 from metok_vllm.compression.events import frame_vectors
 from metok_vllm.compression.pooling import pool_frames
-from metok_vllm.frontend.aligner_inputs import AlignerProcessor, DualTower, aligner_folder
+from metok_vllm.frontend.aligner_inputs import AlignerProcessor, aligner_folder
 from metok_vllm.frontend.question import last_user_text, turn_markers
 from metok_vllm.media.decoder import decode_video
 from metok_vllm.media.settings import VideoSettings
+from metok_vllm.worker.dual_tower import DualTower
 
 STOCK_STRIDE = 2
 FRAMES_PER_BLOCK = 32

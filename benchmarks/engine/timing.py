@@ -82,17 +82,17 @@ class Spans:
         module.register_forward_hook(after)
 
 
-class SpannedStages:
-    """Stands where the engine's `StageTimes` stood: passes every stage on to it, and puts a span around `SCORING`."""
+class SpannedParts:
+    """Stands where the engine's `PartTimes` stood: passes every part on to it, and puts a span around `SCORING`."""
 
     def __init__(self, spans: Spans, times: Any) -> None:
         self._spans = spans
         self._times = times
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """What the engine opens around a stage of its path."""
-        with self._times.stage(name), self._spans.span(name) if name == SCORING else nullcontext():
+    def part(self, name: str) -> Iterator[None]:
+        """What the engine opens around a part of its work."""
+        with self._times.part(name), self._spans.span(name) if name == SCORING else nullcontext():
             yield
 
 
@@ -100,7 +100,7 @@ def attach(spans: Spans, model: Any, first_prune_layer: int) -> None:
     """Put spans around the parts of a LLaVA-OneVision model, stock or METok; both are cut at METok's first pruning layer.
 
     Raises:
-        LookupError: METok no longer has the stage that is timed here.
+        LookupError: METok no longer has the part that is timed here.
     """
     spans.hook(model.vision_tower, "tower")
     spans.hook(model.multi_modal_projector, "tower")
@@ -109,10 +109,10 @@ def attach(spans: Spans, model: Any, first_prune_layer: int) -> None:
     for index, layer in enumerate(model.language_model.model.layers):
         spans.hook(layer, "shallow_layers" if index < first_prune_layer else "deep_layers")
     if hasattr(model, "decoder_stack"):
-        from metok_vllm.worker.timing import TIMED_STAGES
+        from metok_vllm.contract.counters import TIMED_PARTS
 
-        if SCORING not in TIMED_STAGES:
-            raise LookupError(f"METok has no stage {SCORING!r} any more: its time would be counted elsewhere")
+        if SCORING not in TIMED_PARTS:
+            raise LookupError(f"METok has no part {SCORING!r} any more: its time would be counted elsewhere")
         # Each step asks the model for its stack. What the reports read are the times behind the new ones.
         stack = model.decoder_stack
-        model.decoder_stack = replace(stack, times=SpannedStages(spans, stack.times))
+        model.decoder_stack = replace(stack, times=SpannedParts(spans, stack.times))

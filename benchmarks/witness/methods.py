@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.witness.model import Cache, Decoder
-from metok_vllm.compression import alignment, events, pooling, retention, scoring, selection, tiers
+from metok_vllm.compression import alignment, retention, scoring, selection, tiers
 from metok_vllm.compression.ordering import top
 from metok_vllm.compression.ratios import to_micro
+from metok_vllm.compression.stage1 import Recipe, compress_video
+from metok_vllm.compression.stage2 import EventCounts, survivor_mask
 
 EVENTS, KEY_EVENTS, KEY_FRAMES, KEEP = 5, 3, 6, to_micro(0.76)
 FINE, PAPER = (2, 2, 2), (2, 4, 8)  # pooling strides: every frame as stock has it; the method's
@@ -28,28 +30,25 @@ class Visual:
 
     rows: Tensor  # [V, D]
     event: Tensor  # int64 [V]
-    key: Tensor  # bool [events]
+    is_key: Tensor  # bool [events]
 
 
 def stage1(grid: Tensor, question: Tensor, strides: tuple[int, int, int]) -> Visual:
     """Events, alignment in embedding space, tiers and pooling of `grid` [T, H, W, D] for a question's rows [Q, D].
 
-    Average pooling, no separators. The same functions as in the engine's reference path.
+    Average pooling, no separators; the same function as in the engine.
     """
-    frames = len(grid)
-    vectors = events.frame_vectors(grid.flatten(1, 2))
-    event_of = events.segment(events.adjacent_similarity(vectors), EVENTS)
-    count = min(EVENTS, frames)
-    r = alignment.embedding_space(vectors, question)
-    key = alignment.key_events(alignment.event_scores(r, event_of, count), KEY_EVENTS)
-    quota = tiers.quota(frames, EVENTS, KEY_EVENTS, KEY_FRAMES)
-    tier = tiers.assign(event_of, r, key, KEY_FRAMES, quota)
-    pooled = pooling.pool_video(grid, tier, strides, quota, "average", None, event_of)
-    return Visual(pooled.tokens, pooled.token_event, key)
+    recipe = Recipe(tiers.quota(len(grid), EVENTS, KEY_EVENTS, KEY_FRAMES), KEY_EVENTS, KEY_FRAMES, strides, "average")
+
+    def align(vectors: Tensor, event: Tensor, events: int) -> alignment.Alignment:
+        return alignment.by_question(alignment.embedding(vectors, question), event, events)
+
+    video = compress_video(grid, recipe, align, None)
+    return Visual(video.tokens, video.event, video.choice.is_key)
 
 
-Choose = Callable[[Tensor, Tensor], Tensor]
-"""Scores and events of the visual tokens alive, [n] each, to the mask of those that stay."""
+Choose = Callable[[Tensor], Tensor]
+"""Scores of the visual tokens alive, [n], to the mask of those that stay."""
 
 
 def metok_schedule(
@@ -57,12 +56,12 @@ def metok_schedule(
 ) -> dict[int, Choose]:
     """Stage 2: what is dropped before each pruning layer. With `random`, as many tokens, but any."""
 
-    def choose(stage: selection.Stage) -> Choose:
-        def mask(scores: Tensor, event: Tensor) -> Tensor:
-            lengths = events.event_lengths(event, len(visual.key))
-            counts = selection.keep_counts(lengths, visual.key, KEEP, stage)
+    counts = EventCounts.of(visual.event, visual.is_key, KEEP)
+
+    def choose(pruning_layer: selection.PruningLayer) -> Choose:
+        def mask(scores: Tensor) -> Tensor:
             by = scores if random is None else torch.rand(len(scores), generator=random)
-            return selection.select_per_event(by, event, counts)
+            return survivor_mask(by, counts, pruning_layer)
 
         return mask
 
@@ -72,7 +71,7 @@ def metok_schedule(
 
 def one_cut(layer: int, count: int) -> dict[int, Choose]:
     """FastV-like: the `count` most attended tokens of the whole video stay from `layer` on; nothing more happens."""
-    return {layer: lambda scores, event: top(scores, count)}
+    return {layer: lambda scores: top(scores, count)}
 
 
 @dataclass
@@ -94,23 +93,23 @@ def prefill(decoder: Decoder, past: Cache, visual: Visual, after: list[int], sch
     video, length = len(visual.rows), begin + len(visual.rows) + len(after)
     hidden = torch.cat([visual.rows, decoder.embed(after)])
     positions = torch.arange(begin, length)
-    event, seen = visual.event, None
+    alive, seen = len(visual.rows), None
     out = Prefill(video=(begin, begin + video), length=length)
     for number in range(len(decoder.layers)):
         if number in schedule:
             if seen is None:
                 raise ValueError("no layer before the first one has attention to score by")
-            rows, alive = slice(len(event), None), positions[: len(event)]
-            index = len(seen.positions) - len(positions) + torch.arange(len(event))
+            rows, before = slice(alive, None), positions[:alive]
+            index = len(seen.positions) - len(positions) + torch.arange(alive)
             scores = scoring.text_to_visual_scores(
                 seen.query[rows], seen.keys, index, positions[rows], seen.positions, decoder.scale
             )
-            mask = schedule[number](scores, event)
-            out.scores[number] = (alive[mask], scores[mask])
+            mask = schedule[number](scores)
+            out.scores[number] = (before[mask], scores[mask])
             kept = torch.cat([mask, torch.ones(len(after), dtype=torch.bool)])
-            hidden, positions, event = hidden[kept], positions[kept], event[mask]
+            hidden, positions, alive = hidden[kept], positions[kept], int(mask.sum())
         hidden, seen = decoder.layer(number, hidden, positions, past)
-        out.tokens.append(len(event))
+        out.tokens.append(alive)
         out.cache.keys.append(seen.keys)
         out.cache.values.append(seen.values)
         out.cache.positions.append(seen.positions)

@@ -1,8 +1,10 @@
 """Alignment: how well each frame answers the question (method.md sections 1.3 and 1.4).
 
-The three functions `paired`, `embedding_space` and `events_only` are the three aligners; each gives `r`, one
-float32 score a frame. Nothing here waits for the GPU.
+The setting `aligner` chooses one of three: `dual_tower` and `embedding` give `r`, one float32 score a frame, from which
+`by_question` scores the events; `none` gives both. Nothing here waits for the GPU.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +14,14 @@ from .events import event_lengths
 from .ordering import top
 
 
-def paired(frame_embeddings: Tensor, text_windows: Tensor) -> Tensor:
+class Alignment(NamedTuple):
+    """How well frames and events fit the question."""
+
+    r: Tensor  # float32 [T]
+    event_scores: Tensor  # float32 [events]
+
+
+def dual_tower(frame_embeddings: Tensor, text_windows: Tensor) -> Tensor:
     """The paper's aligner: a frame's image embedding against the question's text embedding.
 
     Args:
@@ -31,7 +40,7 @@ def paired(frame_embeddings: Tensor, text_windows: Tensor) -> Tensor:
     return cosine(frame_embeddings, text_windows.to(torch.float32).amax(dim=0))
 
 
-def embedding_space(frame_vectors: Tensor, question_embeddings: Tensor) -> Tensor:
+def embedding(frame_vectors: Tensor, question_embeddings: Tensor) -> Tensor:
     """Aligner without a second model: frame vectors against the question in the LLM's embedding space.
 
     Args:
@@ -46,7 +55,7 @@ def embedding_space(frame_vectors: Tensor, question_embeddings: Tensor) -> Tenso
     return cosine(frame_vectors, question_embeddings.to(torch.float32).sum(dim=0) / tokens)
 
 
-def events_only(frame_vectors: Tensor, event_ids: Tensor, events: int) -> tuple[Tensor, Tensor]:
+def none(frame_vectors: Tensor, event_ids: Tensor, events: int) -> Alignment:
     """Aligner that ignores the question: a frame near its event's mean represents it, a long event matters.
 
     Args:
@@ -65,7 +74,7 @@ def events_only(frame_vectors: Tensor, event_ids: Tensor, events: int) -> tuple[
     running = torch.nn.functional.pad(frame_vectors.to(torch.float64).cumsum(dim=0), (0, 0, 1, 0))
     sums = running[ends] - running[ends - lengths]
     means = (sums / lengths[:, None]).to(torch.float32)
-    return cosine(frame_vectors, means[event_ids]), lengths.to(torch.float32)
+    return Alignment(cosine(frame_vectors, means[event_ids]), lengths.to(torch.float32))
 
 
 def event_scores(r: Tensor, event_ids: Tensor, events: int) -> Tensor:
@@ -73,6 +82,11 @@ def event_scores(r: Tensor, event_ids: Tensor, events: int) -> Tensor:
     scores = torch.full((events,), float("-inf"), dtype=torch.float32, device=r.device)
     comparable = torch.where(r.isnan(), float("-inf"), r).to(torch.float32)
     return scores.scatter_reduce_(0, event_ids, comparable, "amax")
+
+
+def by_question(r: Tensor, event_ids: Tensor, events: int) -> Alignment:
+    """The alignment of an aligner that scores frames alone: an event is worth its best frame."""
+    return Alignment(r, event_scores(r, event_ids, events))
 
 
 def key_events(scores: Tensor, count: int) -> Tensor:

@@ -20,6 +20,12 @@ def adjacent_similarity(vectors: Tensor) -> Tensor:
     return cosine(vectors[:-1], vectors[1:])
 
 
+def similarity(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Frame vectors, float32 [T, D], and adjacent similarities, float32 [T - 1], of `features[T, N, D]`."""
+    vectors = frame_vectors(features)
+    return vectors, adjacent_similarity(vectors)
+
+
 def segment(similarity: Tensor, events: int) -> Tensor:
     """Cut a video after its `events - 1` lowest adjacent similarities.
 

@@ -26,15 +26,15 @@ def best_first_by_group(scores: Tensor, group_ids: Tensor) -> Tensor:
     return order[torch.argsort(group_ids[order], stable=True)]
 
 
-def rank_in_group(scores: Tensor, group_ids: Tensor) -> Tensor:
-    """Rank of every element among those of its own group: 0 for the best, int64 [n].
+def place_in_group(scores: Tensor, group_ids: Tensor) -> Tensor:
+    """Place of every element among those of its own group: 0 for the best, int64 [n].
 
     `group_ids` is int64 [n]; its values need not be sorted, dense or contiguous.
     """
     order = best_first_by_group(scores, group_ids)
     groups = group_ids[order]
-    rank = torch.arange(order.shape[0], device=order.device) - torch.searchsorted(groups, groups)
-    return torch.empty_like(rank).scatter_(0, order, rank)
+    place = torch.arange(order.shape[0], device=order.device) - torch.searchsorted(groups, groups)
+    return torch.empty_like(place).scatter_(0, order, place)
 
 
 def true_indices(mask: Tensor, count: int) -> Tensor:

@@ -9,15 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .ordering import rank_in_group
+from .ordering import place_in_group
 from .ratios import MICRO, ceil_share, check_micro
 from .tiers import TierQuota, TokensPerFrame, video_tokens
 
 PruneLayers = tuple[int, int, int]
 """`L1 < L2 < L3`: pruning happens just before each of these layers runs; layers count from 0."""
 
-Stage = Literal[1, 2, 3]
-"""Which of the three pruning layers: 1 for L1, 2 for L2, 3 for L3."""
+PruningLayer = Literal[1, 2, 3]
+"""One of the three pruning layers: 1 for L1, 2 for L2, 3 for L3."""
 
 REFERENCE_DEPTH = 28
 REFERENCE_LAYERS = (3, 10, 19)
@@ -47,27 +47,27 @@ def prune_layers(num_layers: int, override: tuple[int, int, int] | None = None) 
     return first, second, third
 
 
-def _divisor(key: bool, stage: Stage) -> int | None:
-    """What an event's share `ratio * length` is divided by at a stage; None where nothing is kept."""
-    if stage not in (1, 2, 3):
-        raise ValueError(f"there are pruning stages 1, 2 and 3, not {stage!r}")
-    if stage == 3 or (stage == 2 and not key):
+def _divisor(is_key: bool, pruning_layer: PruningLayer) -> int | None:
+    """What an event's share `ratio * length` is divided by at a pruning layer; None where nothing is kept."""
+    if pruning_layer not in (1, 2, 3):
+        raise ValueError(f"there are pruning layers 1, 2 and 3, not {pruning_layer!r}")
+    if pruning_layer == 3 or (pruning_layer == 2 and not is_key):
         return None
-    return 1 if key else 2
+    return 1 if is_key else 2
 
 
-def keep_count(length: int, ratio_micro: int, key: bool, stage: Stage) -> int:
-    """Tokens that an event of `length` tokens keeps at a stage, exactly (`ratios.to_micro` gives the ratio).
+def keep_count(length: int, ratio_micro: int, is_key: bool, pruning_layer: PruningLayer) -> int:
+    """Tokens that an event of `length` tokens keeps at a pruning layer, exactly (`ratios.to_micro` gives the ratio).
 
-    Key event: `ceil(ratio * length)` at stages 1 and 2; other event: `ceil(ratio * length / 2)` at stage 1
-    and 0 at stage 2; nothing at stage 3. `length` is the event's length just before that stage.
+    Key event: `ceil(ratio * length)` at L1 and L2; other event: `ceil(ratio * length / 2)` at L1 and 0 at L2;
+    nothing at L3. `length` is the event's length just before that layer.
     """
-    divisor = _divisor(key, stage)
+    divisor = _divisor(is_key, pruning_layer)
     return 0 if divisor is None else ceil_share(length, ratio_micro, divisor)
 
 
-def keep_counts(event_lengths: Tensor, key: Tensor, ratio_micro: int, stage: Stage) -> Tensor:
-    """`keep_count` of every event: `event_lengths` int64 [e], `key` bool [e] to int64 [e]."""
+def keep_counts(event_lengths: Tensor, is_key: Tensor, ratio_micro: int, pruning_layer: PruningLayer) -> Tensor:
+    """`keep_count` of every event: `event_lengths` int64 [e], `is_key` bool [e] to int64 [e]."""
     check_micro(ratio_micro)
 
     def counts(divisor: int | None) -> Tensor:
@@ -76,7 +76,7 @@ def keep_counts(event_lengths: Tensor, key: Tensor, ratio_micro: int, stage: Sta
         denominator = MICRO * divisor
         return (ratio_micro * event_lengths + (denominator - 1)) // denominator
 
-    return torch.where(key, counts(_divisor(True, stage)), counts(_divisor(False, stage)))
+    return torch.where(is_key, counts(_divisor(True, pruning_layer)), counts(_divisor(False, pruning_layer)))
 
 
 def select_per_event(scores: Tensor, event_ids: Tensor, counts: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def select_per_event(scores: Tensor, event_ids: Tensor, counts: Tensor) -> Tenso
         bool [n]. Ties keep the lower index. NaN is chosen last, but chosen where the count asks for it: the
         number kept never depends on the scores, because slots were reserved for it. Never waits for the GPU.
     """
-    return rank_in_group(scores, event_ids) < counts[event_ids]
+    return place_in_group(scores, event_ids) < counts[event_ids]
 
 
 def survivor_bounds(

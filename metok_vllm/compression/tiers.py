@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ordering import best_first_by_group, rank_in_group
+from .ordering import best_first_by_group, place_in_group
 
 TokensPerFrame = tuple[int, int, int]
 """Tokens of one frame in tier 0, 1 and 2; see `pooling.tokens_per_frame`."""
@@ -20,21 +20,21 @@ class TierQuota:
     """How many events a video has and how many of its frames fall in each tier; plain integers."""
 
     events: int
-    n1: int  # frames in tier 0
-    n2: int  # frames in tier 1
-    n3: int  # frames in tier 2
+    tier0: int  # frames in tier 0, the finest
+    tier1: int
+    tier2: int
 
     def __post_init__(self) -> None:
-        if min(self.n1, self.n2, self.n3) < 0 or not 1 <= self.events <= self.frames:
+        if min(self.tier0, self.tier1, self.tier2) < 0 or not 1 <= self.events <= self.frames:
             raise ValueError(f"a video has frames in every event and no negative counts, unlike {self!r}")
 
     @property
     def frames(self) -> int:
-        return self.n1 + self.n2 + self.n3
+        return self.tier0 + self.tier1 + self.tier2
 
     def counts(self) -> tuple[int, int, int]:
         """Frames in tier 0, 1 and 2."""
-        return (self.n1, self.n2, self.n3)
+        return (self.tier0, self.tier1, self.tier2)
 
 
 def expected_event_sizes(frames: int, events: int) -> list[int]:
@@ -65,15 +65,15 @@ def quota(frames: int, events: int, key_events: int, key_frames: int) -> TierQuo
         raise ValueError(f"key_events and key_frames cannot be negative, not {key_events} and {key_frames}")
     sizes = expected_event_sizes(frames, events)
     in_key, in_others = sizes[:key_events], sizes[key_events:]
-    n1 = sum(min(key_frames, size) for size in in_key)
-    n2 = sum(in_key) - n1 + sum(min(key_frames, size) for size in in_others)
-    return TierQuota(events=len(sizes), n1=n1, n2=n2, n3=frames - n1 - n2)
+    tier0 = sum(min(key_frames, size) for size in in_key)
+    tier1 = sum(in_key) - tier0 + sum(min(key_frames, size) for size in in_others)
+    return TierQuota(events=len(sizes), tier0=tier0, tier1=tier1, tier2=frames - tier0 - tier1)
 
 
 def video_tokens(quota: TierQuota, tokens_per_frame: TokensPerFrame, separators: bool) -> int:
     """Tokens of a video after stage 1; `separators` says whether one follows each event (section 1.6)."""
     t1, t2, t3 = tokens_per_frame
-    return quota.n1 * t1 + quota.n2 * t2 + quota.n3 * t3 + (quota.events if separators else 0)
+    return quota.tier0 * t1 + quota.tier1 * t2 + quota.tier2 * t3 + (quota.events if separators else 0)
 
 
 def with_budget(quota: TierQuota, tokens_per_frame: TokensPerFrame, separators: bool, budget: int) -> TierQuota:
@@ -101,21 +101,21 @@ def with_budget(quota: TierQuota, tokens_per_frame: TokensPerFrame, separators: 
 
     def ways() -> Iterator[tuple[int, int, int]]:
         """(steps, minus steps from tier 0, steps from tier 1), one way for every number of the former."""
-        for first in range(quota.n1 + 1):
+        for first in range(quota.tier0 + 1):
             missing = excess - first * (t1 - t2)
             if missing <= 0:
                 yield first, -first, 0
             elif t2 > t3:
                 second = -(-missing // (t2 - t3))
-                if second <= quota.n2 + first:
+                if second <= quota.tier1 + first:
                     yield first + second, -first, second
 
     _, minus_first, second = min(ways())
     return TierQuota(
         events=quota.events,
-        n1=quota.n1 + minus_first,
-        n2=quota.n2 - minus_first - second,
-        n3=quota.n3 + second,
+        tier0=quota.tier0 + minus_first,
+        tier1=quota.tier1 - minus_first - second,
+        tier2=quota.tier2 + second,
     )
 
 
@@ -132,15 +132,15 @@ def paper_tiers(event_ids: Tensor, r: Tensor, key: Tensor, key_frames: int) -> T
         int64 [T]: 0 for a key frame of a key event, 1 for another frame of a key event and for a key frame of
         another event, 2 for the rest.
     """
-    is_key_frame = rank_in_group(r, event_ids) < key_frames
+    is_key_frame = place_in_group(r, event_ids) < key_frames
     return 2 - key[event_ids].to(torch.int64) - is_key_frame.to(torch.int64)
 
 
 def assign(event_ids: Tensor, r: Tensor, key: Tensor, key_frames: int, quota: TierQuota) -> Tensor:
     """Tier of each frame, with exactly the quota's counts (method.md section 4).
 
-    Frames are sorted by the paper's tier, then by higher `r`, then by index; the first `n1` get tier 0, the
-    next `n2` tier 1, the rest tier 2. Arguments as in `paper_tiers`, to which the result is equal where the
+    Frames are sorted by the paper's tier, then by higher `r`, then by index; the quota's first get tier
+    0, the next tier 1, the rest tier 2. Arguments as in `paper_tiers`, to which the result is equal where the
     paper's counts are the quota's. Never waits for the GPU.
 
     Returns:
@@ -154,5 +154,5 @@ def assign(event_ids: Tensor, r: Tensor, key: Tensor, key_frames: int, quota: Ti
     paper = paper_tiers(event_ids, r, key, key_frames)
     order = best_first_by_group(r, paper)
     tiers = torch.zeros_like(order)
-    tiers.index_fill_(0, order[quota.n1 :], 1)
-    return tiers.index_fill_(0, order[quota.n1 + quota.n2 :], 2)
+    tiers.index_fill_(0, order[quota.tier0 :], 1)
+    return tiers.index_fill_(0, order[quota.tier0 + quota.tier1 :], 2)

@@ -1,8 +1,8 @@
-"""How much memory the prompts being deferred may take.
+"""How many tokens and bytes deferred prompts may take.
 
-A pruned prompt that spans several steps keeps, until its last chunk, the hidden state and the residual of every token at L1,
-and the keys and queries by which L1 scores. The scheduler reserves by these numbers, the front end refuses by them, the worker
-allocates by them.
+A pruned prompt that spans several steps is deferred: until its last chunk it keeps the hidden state and the residual of every
+token at L1, and the keys and queries that L1 scores by. The front end refuses by these numbers, the scheduler reserves by
+them, the worker allocates by them.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from metok_vllm.contract.server_choices import server_settings
+from metok_vllm.contract.server_choices import server_choices
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
 
 DEFAULT_PROMPTS = 2
-"""By default as many prompts of the longest length as this may be deferred at once."""
+"""So many prompts of the longest length may be deferred at once where `max_deferred_bytes` says nothing."""
 
 
 def bytes_per_token(model_config: ModelConfig) -> int:
-    """Bytes that one deferred token takes, all tensor-parallel ranks' heads counted (an upper bound for one rank)."""
+    """Bytes of one deferred token. All tensor-parallel ranks' heads are counted: an upper bound for one rank."""
     text = model_config.hf_text_config
     head_dim = model_config.get_head_size()
     width = 2 * text.hidden_size + (text.num_attention_heads + text.num_key_value_heads) * head_dim
@@ -32,7 +32,19 @@ def bytes_per_token(model_config: ModelConfig) -> int:
 
 def deferral_limit(model_config: ModelConfig) -> int:
     """Most bytes that all deferred prompts may take together on one worker."""
-    limit = server_settings(model_config.hf_config).max_deferred_bytes
+    limit = server_choices(model_config.hf_config).settings.max_deferred_bytes
     if limit is not None:
         return limit
     return DEFAULT_PROMPTS * model_config.max_model_len * bytes_per_token(model_config)
+
+
+def ending_limit(vllm_config: VllmConfig) -> int:
+    """Most tokens, whole prompts counted, of the deferred prompts that end in one step; a single one may always end."""
+    return int(vllm_config.scheduler_config.max_num_batched_tokens)
+
+
+def step_tokens(scheduler: SchedulerConfig) -> int:
+    """Longest prompt that never has to be deferred: one step takes it however busy the server is."""
+    # Decodes of all other requests take one token each of a step.
+    whole = (scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens) - scheduler.max_num_seqs
+    return min(whole, scheduler.long_prefill_token_threshold or whole)

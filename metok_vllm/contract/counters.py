@@ -1,4 +1,4 @@
-"""What a worker counts of the requests that METok prunes: plain numbers, added up once a prompt and read by HTTP requests.
+"""What the scheduler and the worker count by, and how their numbers are added up.
 
 Every process hands out its numbers as a `snapshot`: a nest of dicts, lists and numbers of fixed shape, so that those of
 several engines can be added (`summed`). The HTTP server makes Prometheus metrics of them (`serve/metrics.py`).
@@ -7,16 +7,27 @@ several engines can be added (`summed`). The HTTP server makes Prometheus metric
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-TOKEN_STAGES = ("stock", "encoded", "after_l1", "after_l2", "retained")
+TOKEN_COUNTS = ("stock", "encoded", "after_l1", "after_l2", "retained")
 """Visual tokens of a request along its way, as in `compression.accounting.VisualTokens`."""
 
 KV_KINDS = ("stock", "metok")
 """KV bytes that a request's prompt would take without METok, and those it takes."""
 
+TIMED_PARTS = ("tower", "stage1", "shallow", "scoring", "deep")
+"""Parts of METok's work whose time is measured. Vision tower and projector of one video; stage 1 of one video; then of one
+pruned step: the layers below L1, the choice of survivors, the layers from L1 up."""
+
+SCHEDULER_UTILITY = "scheduler"
+"""The name by which vLLM's client reaches `MetokScheduler.__call__`."""
+
+REQUEST_KINDS = ("pruned", "other")
+"""Requests with a pruned video, and all others."""
+
+SECOND_BOUNDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 EVENT_BOUNDS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
 
 
@@ -38,45 +49,6 @@ class Histogram:
     def snapshot(self) -> dict[str, Any]:
         """``counts`` (not cumulative) and ``sum``."""
         return {"counts": list(self.counts), "sum": self.total}
-
-
-class PruningCounters:
-    """Totals over the requests that one worker has pruned since it started."""
-
-    def __init__(self) -> None:
-        self.requests = 0
-        self.recomputed = 0  # prompts computed once more after a preemption; counted nowhere else
-        self.videos = 0
-        self.visual_tokens = dict.fromkeys(TOKEN_STAGES, 0)
-        self.kv_bytes = dict.fromkeys(KV_KINDS, 0)
-        self.events = Histogram(EVENT_BOUNDS)
-
-    def add(self, visual_tokens: Mapping[str, int], kv_bytes: Mapping[str, int], events: Iterable[int]) -> None:
-        """Count one pruned request.
-
-        Args:
-            visual_tokens: by `TOKEN_STAGES`, all its pruned videos together.
-            kv_bytes: by `KV_KINDS`.
-            events: of each of its pruned videos.
-        """
-        self.requests += 1
-        for stage in TOKEN_STAGES:
-            self.visual_tokens[stage] += visual_tokens[stage]
-        for kind in KV_KINDS:
-            self.kv_bytes[kind] += kv_bytes[kind]
-        for count in events:
-            self.videos += 1
-            self.events.observe(count)
-
-    def snapshot(self) -> dict[str, Any]:
-        return {
-            "requests": self.requests,
-            "recomputed": self.recomputed,
-            "videos": self.videos,
-            "visual_tokens": dict(self.visual_tokens),
-            "kv_bytes": dict(self.kv_bytes),
-            "events": self.events.snapshot(),
-        }
 
 
 def summed(snapshots: Sequence[Any]) -> Any:

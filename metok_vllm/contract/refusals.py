@@ -1,4 +1,4 @@
-"""Counting the requests that METok refuses, by reason.
+"""The requests that METok refuses: counts by reason, and the sentences that more than one process says.
 
 The front end refuses most of them, in the process that serves HTTP. There may be several such processes: a Prometheus counter
 is what vLLM itself counts with there, and with several processes prometheus_client adds them up. The counter is made on first
@@ -23,6 +23,12 @@ REASONS: tuple[Reason, ...] = get_args(Reason)
 REFUSED_BY_SCHEDULER: tuple[Reason, ...] = ("prompt_logprobs", "session")
 REFUSED = "metok_refused_requests"
 REFUSED_HELP = "Requests that METok refused, by reason."
+
+NO_PROMPT_LOGPROBS = (
+    "prompt_logprobs do not exist for a prompt whose video is pruned, since its tokens do not reach the last layer; "
+    'send the request with mm_processor_kwargs={"metok": "off"}.'
+)
+NO_SESSIONS = "a session whose input goes on streaming cannot hold a pruned video."
 
 FRONT_END = CollectorRegistry()
 """Holds the counter of this process; `serve/metrics.py` reads it."""

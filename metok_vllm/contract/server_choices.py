@@ -1,27 +1,44 @@
-"""The server's settings, as every process finds them.
+"""What start-up has fixed for this server, as every process finds it.
 
-They are validated once, at start (`checks.py`), and travel with the model's config: the front end's processor sees the
-model config but not vLLM's whole configuration.
+`frontend/startup.py` validates and works it out once. It travels with the model's config, because the front end's processor
+sees the model's config but not vLLM's whole configuration.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+from metok_vllm.compression.selection import PruneLayers
 from metok_vllm.contract.settings import MetokSettings
 
-ATTRIBUTE = "metok_settings"
+ATTRIBUTE = "metok_server"
 
 
-def attach_settings(hf_config: Any, settings: MetokSettings) -> None:
-    """Store validated settings with the model's config, as plain data so that it stays serialisable."""
-    setattr(hf_config, ATTRIBUTE, settings.model_dump())
+@dataclass(frozen=True)
+class ServerChoices:
+    """The settings, and what they come to for this model and this server."""
+
+    settings: MetokSettings
+    prune_layers: PruneLayers
+    aligner: str  # what requests get that do not choose: one of `video_plan.ALIGNERS`
+    tower: str | None  # name or path of the dual tower that is loaded
+    step_tokens: int  # longest prompt that one step always takes, see `budgets.step_tokens`
 
 
-def server_settings(hf_config: Any) -> MetokSettings:
-    """The server's settings.
+def attach_choices(hf_config: Any, choices: ServerChoices) -> None:
+    """Store the choices with the model's config, as plain data so that it stays serialisable."""
+    plain = {**vars(choices), "settings": choices.settings.model_dump(), "prune_layers": list(choices.prune_layers)}
+    setattr(hf_config, ATTRIBUTE, plain)
+
+
+def server_choices(hf_config: Any) -> ServerChoices:
+    """The server's choices.
 
     Raises:
         AttributeError: the start-up check has not run for this model.
     """
-    return MetokSettings.model_validate(getattr(hf_config, ATTRIBUTE))
+    plain = dict(getattr(hf_config, ATTRIBUTE))
+    first, second, third = plain.pop("prune_layers")
+    settings = MetokSettings.model_validate(plain.pop("settings"))
+    return ServerChoices(settings=settings, prune_layers=(first, second, third), **plain)

@@ -24,8 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-MICRO = 1_000_000
-"""Shares are carried as integers in millionths, so that ``ceil(share * n)`` is exact on every device."""
+from metok_vllm.compression.ratios import MICRO
 
 SERVER_ONLY = ("prune_layers", "aligner_model", "max_deferred_bytes", "status_shows_questions")
 """Keys that no request can change: they shape what is allocated at start, or what the operator's status page shows."""

@@ -1,67 +1,105 @@
 """What every process must agree on about one video, fixed before any tensor exists.
 
-The front end works it out from the number of frames and the settings, lays down the placeholder tokens by it, and attaches it
-to the video item as one int64 tensor. The scheduler reads it to reserve KV slots, the worker to compress and prune.
+The front end works it out from the number of frames and the settings. It lays down the placeholder tokens by it, and attaches
+it to the video item as one int64 tensor. The scheduler reserves KV slots by it, the worker compresses and prunes by it.
 """
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
-from metok_vllm.compression.pooling import PoolMode, tokens_per_frame
+from metok_vllm.compression.pooling import PoolMode, Strides, tokens_per_frame
 from metok_vllm.compression.selection import survivor_bounds
 from metok_vllm.compression.tiers import TierQuota, quota, video_tokens, with_budget
 from metok_vllm.contract.settings import RequestSettings
 
 ALIGNERS = ("dual-tower", "embedding", "none")
-"""Aligners a plan can name, by their index in the tensor; "auto" has been resolved by then."""
+"""Aligners that a plan can name; "auto" has been resolved by then."""
+
+STOCK_STRIDE = 2
+"""With which LLaVA-OneVision pools every frame of a video with METok off."""
+
+_TRIPLES = ("strides", "frames_per_tier")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VideoPlan:
-    """One video's settings and exact counts. Plain integers throughout; shares in millionths."""
+    """One video's settings and exact counts; shares in millionths."""
 
-    pruned: int  # 0: METok is off for this video, and the counts below describe stock pooling
+    pruned: bool  # False: METok is off for this video, and the counts below are stock's
     frames: int
     events: int  # min(events, frames)
     key_events: int
     key_frames: int
-    stride1: int
-    stride2: int
-    stride3: int
-    n1: int
-    n2: int
-    n3: int
+    strides: Strides  # of tiers 0, 1, 2
+    frames_per_tier: tuple[int, int, int]
     tokens: int  # placeholders, separators included
     stock_tokens: int  # what the stock model would take
-    keep_ratio: int
-    retention: int
-    survivors1: int  # most visual tokens that can survive L1
-    survivors2: int  # most visual tokens that can survive L2
-    aligner: int  # index in ALIGNERS
-    report: int
+    keep_ratio_micro: int
+    retention_micro: int
+    most_after_l1: int  # visual tokens that can survive L1, an upper bound
+    most_after_l2: int  # and L2
+    aligner: str  # one of ALIGNERS
+    report: bool  # whether the client has asked for a report
+
+    @classmethod
+    def unpruned(cls, frames: int, stock_tokens: int) -> VideoPlan:
+        """The plan of a video with METok off."""
+        return cls(
+            pruned=False,
+            frames=frames,
+            events=1,
+            key_events=0,
+            key_frames=0,
+            strides=(STOCK_STRIDE, STOCK_STRIDE, STOCK_STRIDE),
+            frames_per_tier=(frames, 0, 0),
+            tokens=stock_tokens,
+            stock_tokens=stock_tokens,
+            keep_ratio_micro=0,
+            retention_micro=0,
+            most_after_l1=0,
+            most_after_l2=0,
+            aligner="none",
+            report=False,
+        )
 
     @property
     def quota(self) -> TierQuota:
-        return TierQuota(events=self.events, n1=self.n1, n2=self.n2, n3=self.n3)
-
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        return self.stride1, self.stride2, self.stride3
+        return TierQuota(self.events, *self.frames_per_tier)
 
     def to_tensor(self) -> torch.Tensor:
-        """int64 [number of fields], in the order of the fields."""
-        return torch.tensor(astuple(self), dtype=torch.int64)
+        """int64 [numbers], field after field."""
+        return torch.tensor(list(self._numbers()), dtype=torch.int64)
+
+    def _numbers(self) -> Iterator[int]:
+        for name, value in vars(self).items():
+            if name in _TRIPLES:
+                yield from value
+            else:
+                yield ALIGNERS.index(value) if name == "aligner" else int(value)
 
     @classmethod
     def from_tensor(cls, tensor: torch.Tensor) -> VideoPlan:
-        """The inverse of `to_tensor`; `tensor` lives on the host."""
+        """The inverse of `to_tensor`; `tensor` lives on the host.
+
+        Raises:
+            ValueError: it has not as many numbers as a plan.
+        """
         values = tensor.flatten().tolist()
-        if len(values) != len(fields(cls)):
-            raise ValueError(f"a video plan has {len(fields(cls))} numbers, not {len(values)}")
-        return cls(*values)
+        names = [field.name for field in fields(cls)]
+        expected = len(names) + 2 * len(_TRIPLES)
+        if len(values) != expected:
+            raise ValueError(f"a video plan has {expected} numbers, not {len(values)}")
+        numbers = iter(values)
+        plan: dict[str, Any] = {
+            name: (next(numbers), next(numbers), next(numbers)) if name in _TRIPLES else next(numbers) for name in names
+        }
+        plan |= {"pruned": bool(plan["pruned"]), "report": bool(plan["report"]), "aligner": ALIGNERS[plan["aligner"]]}
+        return cls(**plan)
 
 
 def plan_video(
@@ -73,7 +111,7 @@ def plan_video(
     settings: RequestSettings | None,
     aligner: str,
 ) -> VideoPlan:
-    """Work out the plan of one video (method.md section 4, exact counts).
+    """Work out the plan of one video (docs/method.md section 4, exact counts).
 
     Args:
         frames: frames of the video, at least 1.
@@ -88,9 +126,10 @@ def plan_video(
         ValueError: one sentence, where the settings cannot be met for this video.
     """
     if settings is None:
-        return VideoPlan(0, frames, 1, 0, 0, 2, 2, 2, frames, 0, 0, stock_tokens, stock_tokens, 0, 0, 0, 0, 0, report=0)
-    strides = settings.strides
-    per_frame = tokens_per_frame(*grid, strides, mode)
+        return VideoPlan.unpruned(frames, stock_tokens)
+    if aligner not in ALIGNERS:
+        raise ValueError(f"METok: there is no aligner {aligner!r}; there are {', '.join(ALIGNERS)}.")
+    per_frame = tokens_per_frame(*grid, settings.strides, mode)
     counts = quota(frames, settings.events, settings.key_events, settings.key_frames)
     if settings.token_budget is not None:
         try:
@@ -99,23 +138,19 @@ def plan_video(
             raise ValueError(f"METok (mm_processor_kwargs): {error}.") from None
     bounds = survivor_bounds(counts, per_frame, separators, settings.key_events, settings.keep_ratio_micro)
     return VideoPlan(
-        pruned=1,
+        pruned=True,
         frames=frames,
         events=counts.events,
         key_events=settings.key_events,
         key_frames=settings.key_frames,
-        stride1=strides[0],
-        stride2=strides[1],
-        stride3=strides[2],
-        n1=counts.n1,
-        n2=counts.n2,
-        n3=counts.n3,
+        strides=settings.strides,
+        frames_per_tier=counts.counts(),
         tokens=video_tokens(counts, per_frame, separators),
         stock_tokens=stock_tokens,
-        keep_ratio=settings.keep_ratio_micro,
-        retention=settings.decode_retention_micro,
-        survivors1=bounds[0],
-        survivors2=bounds[1],
-        aligner=ALIGNERS.index(aligner),
-        report=int(settings.report),
+        keep_ratio_micro=settings.keep_ratio_micro,
+        retention_micro=settings.decode_retention_micro,
+        most_after_l1=bounds[0],
+        most_after_l2=bounds[1],
+        aligner=aligner,
+        report=settings.report,
     )

@@ -1,7 +1,7 @@
-"""Aligners: what tells how well a frame fits the question (method.md section 1.3). Engine-free.
+"""Which aligner a server has, and the inputs of a dual tower (docs/method.md section 1.3).
 
-`dual-tower` is the paper's: a paired image and text tower (SigLIP or CLIP). Its inputs are made in the front end, its forward
-runs beside the model's own tower.
+An aligner tells how well a frame fits the question. `dual-tower` is the paper's: a paired image and text tower (SigLIP or
+CLIP). Its inputs are made here; it runs beside the model's own tower (`worker/dual_tower.py`).
 """
 
 from __future__ import annotations
@@ -11,16 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 FOLDER = "metok_aligner"
 """A dual tower in a folder of this name inside the model's own folder wins over a configured one."""
 
 TOWERS = ("siglip", "clip")
 """`model_type` of the towers that can align."""
-
-FRAMES_PER_BLOCK = 32
-"""Frames that go through a tower at once; bounds its activations for long videos."""
 
 
 def aligner_folder(model: str) -> str | None:
@@ -101,35 +97,3 @@ class AlignerProcessor:
         outputs = self.image_processor(images=list(frames), return_tensors="pt")
         pixels: torch.Tensor = outputs["pixel_values"]
         return pixels
-
-
-class DualTower(nn.Module):
-    """Worker half of a dual tower."""
-
-    def __init__(self, tower: str, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        from transformers import AutoModel
-
-        with torch.device("cpu"):
-            model = AutoModel.from_pretrained(tower, dtype=torch.float32)
-        self.model = model.to(device=device, dtype=dtype).eval()
-
-    @torch.inference_mode()
-    def frames(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pooled image embedding of every frame: `pixels[T, 3, h, w]` to [T, E]."""
-        dtype = next(self.model.parameters()).dtype
-        blocks = [
-            self._pooled(self.model.get_image_features(block.to(dtype)))
-            for block in torch.split(pixels, FRAMES_PER_BLOCK)
-        ]
-        return torch.cat(blocks)
-
-    @torch.inference_mode()
-    def text(self, windows: torch.Tensor) -> torch.Tensor:
-        """Text embedding of every window: int64 `windows[W, length]` to [W, E]."""
-        return self._pooled(self.model.get_text_features(windows))
-
-    @staticmethod
-    def _pooled(features: Any) -> torch.Tensor:
-        pooled: torch.Tensor = features if isinstance(features, torch.Tensor) else features.pooler_output
-        return pooled

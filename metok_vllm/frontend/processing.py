@@ -26,19 +26,16 @@ from vllm.multimodal.processing import (
 
 from metok_vllm.compression.pooling import PoolMode
 from metok_vllm.contract.budgets import bytes_per_token, deferral_limit
+from metok_vllm.contract.fields import PIXELS_FIELD, PLAN_FIELD, QUESTION_FIELD, WINDOWS_FIELD
 from metok_vllm.contract.refusals import refusal, refusing
-from metok_vllm.contract.server_choices import server_settings
+from metok_vllm.contract.server_choices import ServerChoices, server_choices
 from metok_vllm.contract.settings import RequestSettings, resolve_request
 from metok_vllm.contract.video_plan import VideoPlan, plan_video
-from metok_vllm.frontend.aligner_inputs import AlignerProcessor, resolve_aligner
+from metok_vllm.frontend.aligner_inputs import AlignerProcessor
 from metok_vllm.frontend.question import TurnMarkers, last_user_text, turn_markers
-from metok_vllm.scheduler.slot_counts import PLAN_FIELD
 
 KEY = "metok"
 SCOPE = "videos_kwargs"
-QUESTION_FIELD = "metok_question"  # int64 [1 + tokens]: how many tokens, then the question's ids for the LLM
-WINDOWS_FIELD = "metok_windows"  # int64 [windows, length]: the question for a dual tower
-PIXELS_FIELD = "metok_pixels"  # float32 [T, 3, h, w]: the frames for a dual tower
 
 
 class MetokProcessing(BaseMultiModalProcessor[Any]):
@@ -61,17 +58,13 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
     # --- the server ---
 
     @cached_property
-    def _server(self) -> Any:
-        return server_settings(self.info.get_hf_config())
-
-    @cached_property
-    def _aligner(self) -> tuple[str, str | None]:
-        return resolve_aligner(self.info.model_id, self._server.aligner, self._server.aligner_model)
+    def _server(self) -> ServerChoices:
+        return server_choices(self.info.get_hf_config())
 
     @cached_property
     def _aligner_processor(self) -> AlignerProcessor:
-        assert self._aligner[1] is not None
-        return AlignerProcessor(self._aligner[1])
+        assert self._server.tower is not None
+        return AlignerProcessor(self._server.tower)
 
     @cached_property
     def _markers(self) -> TurnMarkers:
@@ -95,7 +88,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
         kwargs = dict(inputs.hf_processor_mm_kwargs)
         with refusing("setting"):
-            settings = resolve_request(self._server, kwargs.pop(KEY, None))
+            settings = resolve_request(self._server.settings, kwargs.pop(KEY, None))
         if kwargs:
             # The others reshape what the tower gets: with "do_resize" off its worker fails, and the engine with it.
             others = ", ".join(map(repr, sorted(kwargs)))
@@ -126,8 +119,8 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         """All that decides what becomes of the request's videos, as plain data."""
         if settings is None:
             return {"off": True}
-        aligner = self._aligner[0] if settings.aligner == "auto" else settings.aligner
-        if aligner == "dual-tower" and self._aligner[1] is None:
+        aligner = self._server.aligner if settings.aligner == "auto" else settings.aligner
+        if aligner == "dual-tower" and self._server.tower is None:
             raise refusal("setting", "METok (mm_processor_kwargs): this server has no dual tower; use another aligner.")
         query = settings.query if settings.query is not None else self._question(prompt)
         if aligner == "none":
@@ -152,8 +145,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
                 "METok: a prompt needs text behind its last video, since that text decides what is kept of it.",
             )
         config = self.info.ctx.model_config
-        step = getattr(config.hf_config, "metok_step_tokens", None)
-        if step is not None and length > step:
+        if length > self._server.step_tokens:
             limit = deferral_limit(config)
             needed = length * bytes_per_token(config)
             if needed > limit:
@@ -197,7 +189,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         fields: dict[str, Any] = {PLAN_FIELD: torch.stack([plan.to_tensor() for plan in plans])}
         query = "" if settings is None else settings.query or ""
         # The aligner "embedding" reads the ids; so does the status page, where the operator lets it show questions.
-        needed = aligner == "embedding" or self._server.status_shows_questions
+        needed = aligner == "embedding" or self._server.settings.status_shows_questions
         ids = self.info.get_tokenizer().encode(query, add_special_tokens=False) if needed else []
         question = torch.tensor([len(ids), *ids], dtype=torch.int64)
         fields[QUESTION_FIELD] = question.expand(len(videos), -1).contiguous()

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from metok_vllm.compression import alignment, events, tiers
+from metok_vllm.compression import alignment
+from metok_vllm.compression.alignment import Alignment
 from metok_vllm.compression.pooling import PoolMode
-from metok_vllm.compression.selection import prune_layers
-from metok_vllm.contract.server_choices import server_settings
-from metok_vllm.contract.video_plan import ALIGNERS, VideoPlan
-from metok_vllm.frontend.aligner_inputs import FRAMES_PER_BLOCK, DualTower, resolve_aligner
-from metok_vllm.frontend.processing import PIXELS_FIELD, QUESTION_FIELD, WINDOWS_FIELD
+from metok_vllm.compression.stage1 import Recipe, compress_video
+from metok_vllm.contract.fields import PIXELS_FIELD, QUESTION_FIELD, WINDOWS_FIELD
+from metok_vllm.contract.server_choices import server_choices
+from metok_vllm.contract.video_plan import VideoPlan
 from metok_vllm.worker import ops
-from metok_vllm.worker.attention import LayerRole, MetokAttention
+from metok_vllm.worker.attention import LayerRole, MetokAttention, RunningStep
 from metok_vllm.worker.batch import DecoderStack
+from metok_vllm.worker.dual_tower import FRAMES_PER_BLOCK, DualTower
 from metok_vllm.worker.requests import pack_tags
-from metok_vllm.worker.timing import StageTimes
+from metok_vllm.worker.timing import PartTimes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,20 +52,18 @@ class MetokModel:
     def init_metok(self, vllm_config: VllmConfig, decoder: Any) -> None:
         """Give the decoder's attention layers their roles and load the aligner."""
         model_config = vllm_config.model_config
-        settings = server_settings(model_config.hf_config)
-        layers = prune_layers(len(decoder.layers), settings.prune_layers)
-        roles = [LayerRole(index, layers) for index in range(len(decoder.layers))]
+        choices = server_choices(model_config.hf_config)
+        prune_layers, running = choices.prune_layers, RunningStep()
         # The layer before L1 is where L1 scores; those below it stay stock.
-        for layer, role in list(zip(decoder.layers, roles, strict=True))[layers[0] - 1 :]:
-            MetokAttention.adopt(layer.self_attn.attn, role)
-        times = StageTimes(torch.get_default_device())
-        self.decoder_stack = DecoderStack(decoder.layers, decoder.norm, roles, layers, times)
-        _, tower = resolve_aligner(model_config.model, settings.aligner, settings.aligner_model)
+        for index in range(prune_layers[0] - 1, len(decoder.layers)):
+            MetokAttention.adopt(decoder.layers[index].self_attn.attn, LayerRole(index, prune_layers, running))
+        times = PartTimes(torch.get_default_device())
+        self.decoder_stack = DecoderStack(decoder.layers, decoder.norm, prune_layers, running, times)
         self.metok_aligner = None
-        if tower is not None:
+        if choices.tower is not None:
             dtype = model_config.dtype
             assert isinstance(dtype, torch.dtype)
-            self.metok_aligner = DualTower(tower, dtype, torch.get_default_device())
+            self.metok_aligner = DualTower(choices.tower, dtype, torch.get_default_device())
 
     def aligner_weights(self) -> set[str]:
         """Names of the parameters that the aligner has already loaded by itself."""
@@ -95,9 +94,9 @@ class MetokModel:
         times = self.decoder_stack.times
         if not plan.pruned:
             return self.stock_video(self._features(pixels))
-        with times.stage("tower"):
+        with times.part("tower"):
             features = self._features(pixels)
-        with times.stage("stage1"):
+        with times.part("stage1"):
             return self._compressed(features, plan, kwargs, item)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -107,27 +106,25 @@ class MetokModel:
         self, features: torch.Tensor, plan: VideoPlan, kwargs: Mapping[str, Any], item: int
     ) -> torch.Tensor:
         """Stage 1 on a video's features [T, H, W, D]; [plan.tokens, D + TAG_CHANNELS]."""
-        vectors, similarity = ops.event_similarity(features.flatten(1, 2))
-        event_ids = events.segment(similarity, plan.events)
-        aligner = ALIGNERS[plan.aligner]
-        if aligner == "none":
-            r, scores = alignment.events_only(vectors, event_ids, plan.events)
-        else:
-            r = self._alignment(aligner, vectors, kwargs, item)
-            scores = alignment.event_scores(r, event_ids, plan.events)
-        key = alignment.key_events(scores, plan.key_events)
-        tier = tiers.assign(event_ids, r, key, plan.key_frames, plan.quota)
-        separator = self.separator()
-        video = ops.pool_video(features, tier, plan.strides, plan.quota, self.pool_mode, separator, event_ids)
-        tags = pack_tags(video.token_event, key[video.token_event], video.token_frame, tier[video.token_frame])
+
+        def align(vectors: torch.Tensor, event: torch.Tensor, events: int) -> Alignment:
+            if plan.aligner == "none":
+                return alignment.none(vectors, event, events)
+            return alignment.by_question(self._fit(plan.aligner, vectors, kwargs, item), event, events)
+
+        recipe = Recipe(plan.quota, plan.key_events, plan.key_frames, plan.strides, self.pool_mode)
+        video = compress_video(features, recipe, align, self.separator(), ops.STAGE_1)
+        choice = video.choice
+        tags = pack_tags(video.event, choice.is_key[video.event], video.frame, choice.tier[video.frame])
         return torch.cat([video.tokens, tags.to(video.tokens.dtype)], dim=1)
 
-    def _alignment(self, aligner: str, vectors: torch.Tensor, kwargs: Mapping[str, Any], item: int) -> torch.Tensor:
+    def _fit(self, aligner: str, vectors: torch.Tensor, kwargs: Mapping[str, Any], item: int) -> torch.Tensor:
+        """How well each frame fits the question, float32 [T]."""
         if aligner == "dual-tower":
             assert self.metok_aligner is not None
             frames = self.metok_aligner.frames(kwargs[PIXELS_FIELD][item])
-            return alignment.paired(frames, self.metok_aligner.text(kwargs[WINDOWS_FIELD][item]))
+            return alignment.dual_tower(frames, self.metok_aligner.text(kwargs[WINDOWS_FIELD][item]))
         field = kwargs[QUESTION_FIELD][item]
         ids = field[1 : 1 + int(field[0])].to(vectors.device)
         embedding: nn.Module = self.language_model.model.embed_tokens  # type: ignore[attr-defined]
-        return alignment.embedding_space(vectors, embedding(ids))
+        return alignment.embedding(vectors, embedding(ids))

@@ -18,16 +18,16 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
 from metok_vllm.compression.pooling import PoolMode, pool_frames
+from metok_vllm.contract.fields import PLAN_FIELD
 from metok_vllm.contract.video_plan import VideoPlan
 from metok_vllm.frontend.processing import MetokProcessing
 from metok_vllm.models.base import MetokModel
-from metok_vllm.scheduler.slot_counts import PLAN_FIELD
 
 PROFILED_FRAMES = 32
 """Frames of the video that vLLM profiles memory and sizes the encoder cache with; stock vLLM stops at 16."""
 
 
-class METokLlavaOnevisionProcessingInfo(LlavaOnevisionProcessingInfo):
+class MetokLlavaOnevisionProcessingInfo(LlavaOnevisionProcessingInfo):
     """As stock, but profiles with as many frames as vLLM's front end samples by default."""
 
     def get_num_frames_with_most_features(self, seq_len: int, mm_counts: Mapping[str, int]) -> int:
@@ -35,7 +35,7 @@ class METokLlavaOnevisionProcessingInfo(LlavaOnevisionProcessingInfo):
         return max(min(fitting, PROFILED_FRAMES), 1)
 
 
-class METokLlavaOnevisionMultiModalProcessor(MetokProcessing, LlavaOnevisionMultiModalProcessor):
+class MetokLlavaOnevisionMultiModalProcessor(MetokProcessing, LlavaOnevisionMultiModalProcessor):
     """Lays down as many placeholders as stage 1 will leave."""
 
     pool_mode: PoolMode = "bilinear"
@@ -50,11 +50,11 @@ class METokLlavaOnevisionMultiModalProcessor(MetokProcessing, LlavaOnevisionMult
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    METokLlavaOnevisionMultiModalProcessor,
-    info=METokLlavaOnevisionProcessingInfo,
+    MetokLlavaOnevisionMultiModalProcessor,
+    info=MetokLlavaOnevisionProcessingInfo,
     dummy_inputs=LlavaOnevisionDummyInputsBuilder,
 )
-class METokLlavaOnevisionForConditionalGeneration(MetokModel, LlavaOnevisionForConditionalGeneration):
+class MetokLlavaOnevisionForConditionalGeneration(MetokModel, LlavaOnevisionForConditionalGeneration):
     """The stock model, its video path replaced by stage 1 and its forward by the pruned step where one is due."""
 
     pool_mode: PoolMode = "bilinear"

@@ -22,7 +22,7 @@ SUPPORTED = (
     SupportedModel(
         stock="LlavaOnevisionForConditionalGeneration",
         metok="METokLlavaOnevisionForConditionalGeneration",
-        module="metok_vllm.models.llava_onevision:METokLlavaOnevisionForConditionalGeneration",
+        module="metok_vllm.models.llava_onevision:MetokLlavaOnevisionForConditionalGeneration",
     ),
 )
 

@@ -12,21 +12,15 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
+from metok_vllm.contract.counters import REQUEST_KINDS
+from metok_vllm.contract.kv_spec import GROUP_KINDS, group_kind
 from metok_vllm.contract.refusals import REFUSED_BY_SCHEDULER
-from metok_vllm.scheduler.kv_manager import PrunedManager
+from metok_vllm.scheduler.chunking import DeferralBudget
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
     from vllm.v1.request import Request
-
-SCHEDULER_UTILITY = "scheduler"
-"""The name by which vLLM's client reaches `MetokScheduler.__call__`."""
-
-GROUP_KINDS = ("every token", "text and retained", "text")
-"""What a KV cache group holds: layers below L1, L1 .. L3-1, from L3 up."""
-
-REQUEST_KINDS = ("pruned", "other")
 
 
 class SchedulerCounters:
@@ -54,31 +48,27 @@ class SchedulerCounters:
             self.cache_hit_tokens[kind] += data.num_computed_tokens
 
     def snapshot(
-        self, managers: Iterable[SingleTypeKVCacheManager], deferred: Mapping[str, int], limit: int, pruned: Sized
+        self, managers: Iterable[SingleTypeKVCacheManager], deferral: DeferralBudget, pruned: Sized
     ) -> dict[str, Any]:
         """The totals, and what is held right now.
 
         Args:
             managers: one for each KV cache group.
-            deferred: bytes reserved for each prompt that is being deferred.
-            limit: most bytes that they may take together.
+            deferral: the prompts that are being deferred.
             pruned: the requests with a pruned video that are queued or running.
         """
-        blocks = dict.fromkeys(GROUP_KINDS, 0)
+        blocks: dict[str, int] = dict.fromkeys(GROUP_KINDS, 0)
         for manager in managers:
-            blocks[group_kind(manager)] += sum(len(held) for held in manager.req_to_blocks.values())
+            blocks[group_kind(manager.kv_cache_spec)] += sum(len(ids) for ids in manager.req_to_blocks.values())
         return {
             "refused": dict(self.refused),
             "prompt_tokens": dict(self.prompt_tokens),
             "cache_hit_tokens": dict(self.cache_hit_tokens),
             "pruned_requests": len(pruned),
             "blocks": blocks,
-            "deferral": {"requests": len(deferred), "reserved": sum(deferred.values()), "limit": limit},
+            "deferral": {
+                "requests": len(deferral.held),
+                "reserved": sum(deferral.held.values()),
+                "limit": deferral.limit,
+            },
         }
-
-
-def group_kind(manager: SingleTypeKVCacheManager) -> str:
-    """Which of `GROUP_KINDS` a KV cache group's manager serves."""
-    if not isinstance(manager, PrunedManager):
-        return GROUP_KINDS[0]
-    return GROUP_KINDS[1] if manager.retains else GROUP_KINDS[2]

@@ -1,69 +1,43 @@
-"""KV cache of the layers from L1 up: a block table that skips pruned visual tokens.
-
-`PrunedAttentionSpec` derives from `AttentionSpec`, not from `FullAttentionSpec`, or vLLM would merge the layer into the
-full-attention group (vllm/v1/core/kv_cache_utils.py, `is_kv_cache_spec_uniform`).
-"""
+"""KV blocks of the deep layers: a block table that skips pruned visual tokens."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from metok_vllm.scheduler.slot_counts import RequestFacts
+from metok_vllm.contract.kv_spec import DeepAttentionSpec
+from metok_vllm.scheduler.slot_counts import SlotCounts
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
     from vllm.v1.request import Request
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrunedAttentionSpec(AttentionSpec):
-    """KV of a layer at or above L1.
-
-    `retains`: the layer keeps retained visual tokens while decoding (`L1 .. L3-1`), so its group holds more slots
-    than the layers above L3 and cannot share their block table.
-    """
-
-    retains: bool = False
-
-    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """A text-only prompt of the longest length owns a slot for every token."""
-        return cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.page_size_bytes
-
-    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
-        return all(
-            isinstance(spec, PrunedAttentionSpec) and spec.retains == self.retains for spec in kv_cache_specs.values()
-        )
-
-
-class PrunedManager(SingleTypeKVCacheManager):
+class DeepKVManager(SingleTypeKVCacheManager):
     """Allocates blocks for the tokens that own a slot, and never publishes a block that a pruned video precedes.
 
-    `facts` is the scheduler's table of pruned requests; a request that is not in it is an ordinary one.
+    `slot_counts` is the scheduler's table of pruned requests; a request that is not in it is an ordinary one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.facts: dict[str, RequestFacts] = {}
+        self.slot_counts: dict[str, SlotCounts] = {}
 
     @property
     def retains(self) -> bool:
-        assert isinstance(self.kv_cache_spec, PrunedAttentionSpec)
+        assert isinstance(self.kv_cache_spec, DeepAttentionSpec)
         return self.kv_cache_spec.retains
 
     def _slots(self, request_id: str, num_tokens: int) -> int:
-        facts = self.facts.get(request_id)
-        return num_tokens if facts is None else facts.slots(num_tokens, self.retains)
+        counts = self.slot_counts.get(request_id)
+        return num_tokens if counts is None else counts.slots(num_tokens, self.retains)
 
     def get_num_blocks_to_allocate(
         self,
@@ -103,12 +77,12 @@ class PrunedManager(SingleTypeKVCacheManager):
         From there on a block holds the wrong tokens for its hash (text that stands behind the video), and what it holds
         depends on the question.
         """
-        facts = self.facts.get(request.request_id)
-        if facts is not None:
-            # Deep layers run once, with the last chunk of the prompt: until that step is scheduled nothing was written there.
-            if max(num_tokens, request.num_computed_tokens) < facts.prompt_len:
+        counts = self.slot_counts.get(request.request_id)
+        if counts is not None:
+            # Deep layers run once, with the prompt's last chunk. Until that step is scheduled nothing was written there.
+            if max(num_tokens, request.num_computed_tokens) < counts.prompt_len:
                 return
-            num_tokens = min(num_tokens, facts.spans[0].start)
+            num_tokens = min(num_tokens, counts.spans[0].start)
         super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
 
     @classmethod
@@ -154,4 +128,4 @@ def register_kv_cache_spec() -> None:
     vLLM registers its own specs only while the registry is empty, so they go first.
     """
     KVCacheSpecRegistry._ensure_registered()
-    KVCacheSpecRegistry.register(PrunedAttentionSpec, PrunedManager, uniform_type_base_spec=PrunedAttentionSpec)
+    KVCacheSpecRegistry.register(DeepAttentionSpec, DeepKVManager, uniform_type_base_spec=DeepAttentionSpec)

@@ -7,9 +7,8 @@ from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
-from metok_vllm.contract.counters import summed
+from metok_vllm.contract.counters import SCHEDULER_UTILITY, summed
 from metok_vllm.log import metok_logger
-from metok_vllm.scheduler.counters import SCHEDULER_UTILITY
 
 logger = metok_logger(__name__)
 

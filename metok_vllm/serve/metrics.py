@@ -18,10 +18,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from metok_vllm.contract.counters import EVENT_BOUNDS
+from metok_vllm.contract.counters import EVENT_BOUNDS, SECOND_BOUNDS
 from metok_vllm.contract.refusals import FRONT_END, REFUSED, REFUSED_HELP, refused_counter
 from metok_vllm.serve.figures import Latest
-from metok_vllm.worker.timing import SECOND_BOUNDS
 
 PATH = "/metrics"
 

@@ -15,8 +15,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from metok_vllm.contract.refusals import count_refused
-from metok_vllm.scheduler.scheduler import NO_PROMPT_LOGPROBS
+from metok_vllm.contract.refusals import NO_PROMPT_LOGPROBS, count_refused
 from metok_vllm.serve import metrics
 from metok_vllm.serve.figures import Latest, ask_workers, engine_figures, recent_requests
 from metok_vllm.serve.status import status, status_page

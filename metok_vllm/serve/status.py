@@ -19,9 +19,8 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from metok_vllm.compression.selection import prune_layers
 from metok_vllm.contract.refusals import FRONT_END
-from metok_vllm.contract.server_choices import server_settings
+from metok_vllm.contract.server_choices import server_choices
 from metok_vllm.serve.figures import Latest
 from metok_vllm.serve.metrics import refused_in
 
@@ -81,15 +80,14 @@ async def status(
 
 def _server(state: Any) -> dict[str, Any]:
     model_config = state.vllm_config.model_config
-    settings = server_settings(model_config.hf_config)
-    layers = model_config.hf_text_config.num_hidden_layers
+    choices = server_choices(model_config.hf_config)
     return {
         "models": [model.name for model in state.openai_serving_models.base_model_paths],
         "architecture": model_config.architecture,
         "version": version("metok-vllm"),
-        "layers": layers,
-        "pruned_before_layers": list(prune_layers(layers, settings.prune_layers)),
-        "settings": settings.model_dump(mode="json"),
+        "layers": model_config.hf_text_config.num_hidden_layers,
+        "pruned_before_layers": list(choices.prune_layers),
+        "settings": choices.settings.model_dump(mode="json"),
     }
 
 

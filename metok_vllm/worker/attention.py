@@ -1,9 +1,11 @@
-"""The attention layer from L1 - 1 up: its KV format, and what it does while a video prompt is being pruned."""
+"""The attention layer from L1 - 1 up: its KV format, and what it does while a pruned step runs through it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,40 +13,47 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from metok_vllm.compression.selection import PruneLayers
-from metok_vllm.scheduler.kv_manager import PrunedAttentionSpec
+from metok_vllm.contract.kv_spec import DeepAttentionSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
-
-class AttentionSink(Protocol):
-    """What a pruned step does with the rotated queries, keys and values of one layer.
-
-    `attend` replaces the layer's attention and cache update; `capture` only looks at them.
-    """
-
-    def capture(self, index: int, query: torch.Tensor, key: torch.Tensor) -> None: ...
-
-    def attend(
-        self, layer: MetokAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor: ...
+    from metok_vllm.worker.step import PrunedStep
 
 
 @dataclass
+class RunningStep:
+    """The pruned step that is running through the layers, if any. One object, shared by all layers of a model."""
+
+    step: PrunedStep | None = None
+
+    @contextmanager
+    def set_to(self, step: PrunedStep) -> Iterator[None]:
+        """The layers hand their queries, keys and values to `step` inside the ``with`` block."""
+        self.step = step
+        try:
+            yield
+        finally:
+            self.step = None
+
+
+@dataclass(frozen=True)
 class LayerRole:
-    """Where a layer stands relative to the pruning layers, and the pruned step that is running through it, if any."""
+    """Where a layer stands relative to the pruning layers."""
 
     index: int
     prune_layers: PruneLayers
-    step: AttentionSink | None = None
+    running: RunningStep = field(default_factory=RunningStep)
 
     @property
-    def owns_every_token(self) -> bool:
+    def is_shallow(self) -> bool:
+        """Below L1: every token owns a KV slot."""
         return self.index < self.prune_layers[0]
 
     @property
     def retains(self) -> bool:
+        """From L1 to below L3: retained visual tokens own a KV slot."""
         return self.prune_layers[0] <= self.index < self.prune_layers[2]
 
 
@@ -60,7 +69,7 @@ class MetokAttention(Attention):
     def adopt(cls, attention: nn.Module, role: LayerRole) -> MetokAttention:
         """Give an attention layer of our own model its role.
 
-        The model builds its layers itself, deep inside; changing the class of the built layer keeps its parameters, its
+        The model builds its layers itself, deep inside. Changing the class of the built layer keeps its parameters, its
         backend and its registration under its name, and touches no other model.
         """
         if type(attention) is not Attention:
@@ -72,11 +81,11 @@ class MetokAttention(Attention):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         spec = super().get_kv_cache_spec(vllm_config)
-        if self.metok.owns_every_token or spec is None:
+        if self.metok.is_shallow or spec is None:
             return spec
         if type(spec) is not FullAttentionSpec:
             raise ValueError(f"METok cannot prune a layer with the cache format {type(spec).__name__}.")
-        return PrunedAttentionSpec(
+        return DeepAttentionSpec(
             block_size=spec.block_size,
             num_kv_heads=spec.num_kv_heads,
             head_size=spec.head_size,
@@ -94,10 +103,10 @@ class MetokAttention(Attention):
         output_shape: torch.Size | None = None,
         output_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        step = self.metok.step
+        step = self.metok.running.step
         if step is None:
             return super().forward(query, key, value, output_shape, output_dtype)
         step.capture(self.metok.index, query, key)
-        if self.metok.owns_every_token:
+        if self.metok.is_shallow:
             return super().forward(query, key, value, output_shape, output_dtype)
         return step.attend(self, query, key, value)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from metok_vllm.compression.selection import PruneLayers
-from metok_vllm.worker.attention import LayerRole
+from metok_vllm.worker.attention import RunningStep
 from metok_vllm.worker.requests import PrunedRequest
-from metok_vllm.worker.timing import StageTimes
+from metok_vllm.worker.timing import PartTimes
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class DecoderStack:
 
     layers: Sequence[nn.Module]
     norm: nn.Module
-    roles: Sequence[LayerRole]
     prune_layers: PruneLayers
-    times: StageTimes
+    running: RunningStep  # where the layers find the step that runs through them
+    times: PartTimes
 
     @property
     def scoring_layers(self) -> tuple[int, int]:
@@ -38,34 +38,35 @@ class DecoderStack:
 
 
 @dataclass(frozen=True)
-class PrefillRow:
-    """The rows that one pruned request has in this step's batch."""
+class PromptChunk:
+    """The tokens of one pruned prompt that this step computes: one run of rows in the batch."""
 
     request: PrunedRequest
-    batch_row: int
-    start: int  # index of its first token in the batch
+    batch_index: int  # of the request in the batch
+    start: int  # row of its first token in the batch
     length: int
     computed: int  # position of that token in the prompt
 
     @property
-    def ends(self) -> bool:
+    def completes(self) -> bool:
         """Whether the prompt is complete with this step."""
         return self.computed + self.length == self.request.prompt_len
 
     @property
-    def tokens(self) -> slice:
+    def rows(self) -> slice:
+        """Its rows in the batch."""
         return slice(self.start, self.start + self.length)
 
 
 @dataclass(frozen=True)
 class PrunedBatch:
-    """What the step needs to know of the batch; built by the model state, which sees the block tables."""
+    """What the step needs to know of the batch; built by `attn_metadata.py`, which sees the block tables."""
 
-    rows: Sequence[PrefillRow]
+    chunks: Sequence[PromptChunk]
     num_tokens: int
-    others: torch.Tensor  # int64 [No], batch index of every token of the other requests
+    others: torch.Tensor  # int64 [No], row of every token of the other requests
     others_slots: Mapping[str, torch.Tensor]  # layer name -> int64 [No]
-    tables: Mapping[str, torch.Tensor]  # layer name of a layer from L1 up -> int32 [batch rows, blocks]
+    tables: Mapping[str, torch.Tensor]  # name of a deep layer -> int32 [requests, blocks]
     block_size: int
 
     @property

@@ -1,4 +1,4 @@
-"""What a pruned step writes to the paged KV cache: only rows that own a slot."""
+"""What a pruned step writes to the paged KV cache: only tokens that own a slot."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from metok_vllm.worker.survivors import Survivors
 class KVWrites:
     """Writes of one pruned step.
 
-    A prompt's text has its slots from the start. Which visual tokens are retained is known at L2 only: what layers L1 .. L2-1
-    compute of the visual tokens is held back until then.
+    A prompt's text has its slots from the start. Which visual tokens are retained is known at L2 only. What layers L1 .. L2-1
+    compute of the visual tokens waits until then.
     """
 
     def __init__(self, batch: PrunedBatch) -> None:
         self.batch = batch
-        self._held: list[tuple[MetokAttention, torch.Tensor, torch.Tensor]] = []
-        # Slots, by the block table's address, the batch row, the first rank and how many.
+        self._waiting: list[tuple[MetokAttention, torch.Tensor, torch.Tensor]] = []
+        # Slots, by the block table's address, the request's batch index, the first slot index and how many.
         self._known: dict[tuple[int, int, int, int], torch.Tensor] = {}
 
     def write(
@@ -34,7 +34,7 @@ class KVWrites:
         value: torch.Tensor,
         before_l2: bool,
     ) -> None:
-        """Write one layer's rows that own a slot.
+        """Write one layer's tokens that own a slot.
 
         Args:
             layer: from L1 up.
@@ -46,7 +46,7 @@ class KVWrites:
         offset = self.batch.num_others
         rows, slots = [], []
         for of_prompt in survivors:
-            rows.append(of_prompt.static + offset)
+            rows.append(of_prompt.text + offset)
             slots.append(self._text_slots(layer, of_prompt))
             if of_prompt.retained_rows is not None and layer.metok.retains:
                 rows.append(of_prompt.retained_rows + offset)
@@ -55,38 +55,38 @@ class KVWrites:
         index = torch.cat(rows)
         _update_cache(layer, key[index], value[index], torch.cat(slots))
         if before_l2 and any(of_prompt.retained for of_prompt in survivors):
-            self._held.append((layer, key, value))
+            self._waiting.append((layer, key, value))
 
-    def write_held(self, survivors: Sequence[Survivors], sizes: Sequence[int]) -> None:
-        """Write what was held back of the tokens that L2 has chosen; `sizes` are the prompts' before L2."""
-        if not self._held:
+    def write_waiting(self, survivors: Sequence[Survivors], sizes: Sequence[int]) -> None:
+        """Write what has waited of the tokens that L2 retains; `sizes` are the prompts' before L2."""
+        if not self._waiting:
             return
         offset, rows, retaining = self.batch.num_others, [], []
         for of_prompt, size in zip(survivors, sizes, strict=True):
-            if of_prompt.held_rows is not None:
-                rows.append(of_prompt.held_rows + offset)
+            if of_prompt.retained_rows_at_l1 is not None:
+                rows.append(of_prompt.retained_rows_at_l1 + offset)
                 retaining.append(of_prompt)
             offset += size
         index = torch.cat(rows)
-        for layer, key, value in self._held:
+        for layer, key, value in self._waiting:
             slots = torch.cat([self._retained_slots(layer, of_prompt) for of_prompt in retaining])
             _update_cache(layer, key[index], value[index], slots)
-        self._held.clear()
+        self._waiting.clear()
 
     def _text_slots(self, layer: MetokAttention, survivors: Survivors) -> torch.Tensor:
-        return self._slots(layer, survivors, 0, survivors.static.shape[0])
+        return self._slots(layer, survivors, 0, survivors.text.shape[0])
 
     def _retained_slots(self, layer: MetokAttention, survivors: Survivors) -> torch.Tensor:
-        return self._slots(layer, survivors, survivors.row.request.static.shape[0], survivors.retained)
+        return self._slots(layer, survivors, survivors.chunk.request.text.shape[0], survivors.retained)
 
     def _slots(self, layer: MetokAttention, survivors: Survivors, start: int, count: int) -> torch.Tensor:
-        """Slots of the ranks from `start` on, int64 [count]; the layers of a group share them."""
-        table, row = self.batch.tables[layer.layer_name], survivors.row.batch_row
-        at = (table.data_ptr(), row, start, count)
+        """Slots with the indices from `start` on, int64 [count]; the layers of a group share them."""
+        table, request = self.batch.tables[layer.layer_name], survivors.chunk.batch_index
+        at = (table.data_ptr(), request, start, count)
         if at not in self._known:
-            rows = torch.full((count,), row, device=table.device)
-            ranks = torch.arange(start, start + count, device=table.device)
-            self._known[at] = slots_of(table, rows, ranks, self.batch.block_size)
+            requests = torch.full((count,), request, device=table.device)
+            indices = torch.arange(start, start + count, device=table.device)
+            self._known[at] = slots_of(table, requests, indices, self.batch.block_size)
         return self._known[at]
 
 

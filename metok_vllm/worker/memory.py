@@ -1,8 +1,8 @@
 """Memory of a pruned step that vLLM's profiling run does not see.
 
-vLLM sizes the KV cache by a dummy run of `max_num_batched_tokens` tokens through the stock model. A pruned step needs more:
-what deferred prompts hold, the copies that join and gather them, and, from L1 up, layers that run on whole prompts where stock
-vLLM would run on a chunk. All of it is allocated while vLLM measures and given back before the first request.
+vLLM sizes the KV cache by a dummy run of `max_num_batched_tokens` tokens through the stock model. A pruned step needs more: what
+deferred prompts hold, and the copies that join and gather them. And its deep layers run on whole prompts, where stock vLLM
+would run on a chunk. All of it is allocated while vLLM measures and given back before the first request.
 """
 
 from __future__ import annotations
@@ -13,20 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.utils.mem_utils import format_gib
 
-from metok_vllm.compression.selection import prune_layers
-from metok_vllm.contract.budgets import bytes_per_token, deferral_limit
-from metok_vllm.contract.server_choices import server_settings
+from metok_vllm.contract.budgets import bytes_per_token, deferral_limit, ending_limit
+from metok_vllm.contract.server_choices import server_choices
 from metok_vllm.log import metok_logger
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = metok_logger(__name__)
-
-
-def ending_limit(vllm_config: VllmConfig) -> int:
-    """Most tokens, whole prompts counted, that deferred prompts ending in one step may have together; one may always end."""
-    return int(vllm_config.scheduler_config.max_num_batched_tokens)
 
 
 @dataclass(frozen=True)
@@ -36,12 +30,12 @@ class PruningMemory:
     deferred: int  # state of the prompts that span several steps
     joined: int  # the same of the prompts that end in a step, in one piece
     gathered: int  # hidden state and residual of the rows that go on, before and after a pruning layer
-    held: int  # keys and values of layers L1 .. L2-1, until L2 has chosen what is retained
+    waiting: int  # keys and values of layers L1 .. L2-1, until L2 has chosen what is retained
     layers: int  # what a layer allocates for the rows beyond those that vLLM profiles with
 
     @property
     def total(self) -> int:
-        return self.deferred + self.joined + self.gathered + self.held + self.layers
+        return self.deferred + self.joined + self.gathered + self.waiting + self.layers
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> PruningMemory:
@@ -56,9 +50,9 @@ class PruningMemory:
         head_dim = model.get_head_size()
         kv_heads = max(1, text.num_key_value_heads // ranks)
         heads = text.num_attention_heads // ranks
-        first, second, _ = prune_layers(text.num_hidden_layers, server_settings(model.hf_config).prune_layers)
-        # A layer holds at once its input and residual, then queries, keys, values and the attention's output, or the MLP's
-        # two halves and their product.
+        first, second, _ = server_choices(model.hf_config).prune_layers
+        # A layer holds its input and residual. Beside them it holds either queries, keys, values and the attention's output, or
+        # the MLP's two halves and their product.
         attention = (2 * heads + 2 * kv_heads) * head_dim
         mlp = 3 * (text.intermediate_size // ranks)
         layer = 2 * text.hidden_size + max(attention, mlp)
@@ -66,7 +60,7 @@ class PruningMemory:
             deferred=deferral_limit(model),
             joined=ending * bytes_per_token(model),
             gathered=2 * (ending + batched) * 2 * text.hidden_size * dtype.itemsize,
-            held=(second - first) * (ending + batched) * 2 * kv_heads * head_dim * dtype.itemsize,
+            waiting=(second - first) * (ending + batched) * 2 * kv_heads * head_dim * dtype.itemsize,
             layers=ending * layer * dtype.itemsize,
         )
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from metok_vllm.worker.batch import PrefillRow, PrunedBatch
+from metok_vllm.contract.kv_spec import DEEP_KINDS, EVERY_TOKEN, GroupKind
+from metok_vllm.worker.attn_metadata import of_kind, others_metadata, prompt_chunks, pruned_batch
 from metok_vllm.worker.memory import MemoryReserve
 from metok_vllm.worker.report import Reports
 from metok_vllm.worker.requests import PrunedRequests, VideoTags
-from metok_vllm.worker.slots import KINDS, PrunedGroup, SlotRanks, pruned_groups, slots_of, token_rows
+from metok_vllm.worker.slots import DeepSlots, deep_groups
 from metok_vllm.worker.step import PrunedStep
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ class MetokModelState(DefaultModelState):
         stack: Any = model.decoder_stack
         self.reports = Reports(vllm_config, stack.times)
         self._index: dict[str, int] = {}
-        self.ranks = SlotRanks(self.max_num_reqs, device)
+        self.deep_slots = DeepSlots(self.max_num_reqs, device)
         self._step: PrunedStep | None = None
         self._reserve = MemoryReserve(vllm_config, device)
 
@@ -67,7 +66,7 @@ class MetokModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         self.pruned.add(new_req_data)
         self._index[new_req_data.req_id] = req_index
-        self.ranks.reset(req_index)
+        self.deep_slots.reset(req_index)
 
     def remove_request(self, req_id: str) -> None:
         super().remove_request(req_id)
@@ -122,131 +121,41 @@ class MetokModelState(DefaultModelState):
         ubatch_idx: int = 0,
         model_specific_attn_metadata: Any = None,
     ) -> dict[str, Any]:
-        groups = pruned_groups(kv_cache_config)
-        kinds = {group.index: group.retains for group in groups}
+        groups = deep_groups(kv_cache_config)
 
-        def stock(kind: bool | None) -> dict[str, Any]:
-            # build_attn_metadata skips a KV cache group without attention groups.
-            chosen = [layers if kinds.get(i) == kind else [] for i, layers in enumerate(attn_groups)]
+        def metadata_of(kind: GroupKind, batch: InputBatch) -> dict[str, Any]:
             return super(MetokModelState, self).prepare_attn(
-                input_batch,
+                batch,
                 cudagraph_mode,
                 block_tables,
                 slot_mappings,
-                chosen,
+                of_kind(attn_groups, groups, kind),
                 kv_cache_config,
                 for_capture,
                 ubatch_idx,
                 model_specific_attn_metadata,
             )
 
-        rows = self._prefill_rows(input_batch)
+        chunks = prompt_chunks(input_batch, self.pruned)
         self._step = None
-        metadata = stock(None)
-        if rows:
-            batch = self._pruned_batch(rows, input_batch, block_tables, groups)
+        metadata = metadata_of(EVERY_TOKEN, input_batch)
+        if chunks:
+            batch = pruned_batch(chunks, input_batch, block_tables, groups, self.deep_slots)
             if batch.num_others:
-                metadata |= self._others_metadata(
-                    rows, input_batch, block_tables, batch, groups, attn_groups, kv_cache_config
+                metadata |= others_metadata(
+                    batch, input_batch, block_tables, groups, attn_groups, kv_cache_config, self.deep_slots
                 )
             stack: Any = self.model.decoder_stack
             self._step = PrunedStep(stack, batch)
             return metadata
 
         if any(req_id in self.pruned.by_id for req_id in input_batch.req_ids):
-            self.ranks.write(input_batch, block_tables, slot_mappings, groups)
+            self.deep_slots.write(input_batch, block_tables, slot_mappings, groups)
         else:
-            self.ranks.unshifted(input_batch.seq_lens)
-        seq_lens = input_batch.seq_lens
-        for kind in KINDS:
-            input_batch.seq_lens = self.ranks.seq_lens[int(kind)][: seq_lens.shape[0]]
-            try:
-                metadata |= stock(kind)
-            finally:
-                input_batch.seq_lens = seq_lens
-        return metadata
-
-    def _prefill_rows(self, input_batch: InputBatch) -> list[PrefillRow]:
-        """The rows of pruned requests whose prompt is not complete before this step."""
-        rows = []
-        for i, req_id in enumerate(input_batch.req_ids[: input_batch.num_reqs]):
-            request = self.pruned.get(req_id)
-            if request is None:
-                continue
-            computed = int(input_batch.num_computed_tokens_np[i])
-            if computed < request.prompt_len:
-                start = int(input_batch.query_start_loc_np[i])
-                length = int(input_batch.num_scheduled_tokens[i])
-                if computed + length > request.prompt_len:
-                    raise RuntimeError(f"METok: a chunk of {req_id} crosses the end of its prompt")
-                rows.append(PrefillRow(request, i, start, length, computed))
-        return rows
-
-    def _pruned_batch(
-        self,
-        rows: Sequence[PrefillRow],
-        input_batch: InputBatch,
-        block_tables: Sequence[torch.Tensor],
-        groups: Sequence[PrunedGroup],
-    ) -> PrunedBatch:
-        of_others = np.ones(input_batch.num_tokens, dtype=bool)
-        for row in rows:
-            of_others[row.tokens] = False
-        others = torch.from_numpy(np.flatnonzero(of_others))
-        batch_rows = token_rows(input_batch)[others].to(self.device)
-        index = others.to(self.device)
-        shift = self.ranks.shift[:, input_batch.idx_mapping]
-        slots, tables = {}, {}
-        for group in groups:
-            ranks = input_batch.positions[index] - shift[int(group.retains)][batch_rows]
-            group_slots = slots_of(block_tables[group.index], batch_rows, ranks, group.block_size)
-            for name in group.layer_names:
-                slots[name] = group_slots
-                tables[name] = block_tables[group.index]
-        return PrunedBatch(rows, input_batch.num_tokens, index, slots, tables, groups[0].block_size)
-
-    def _others_metadata(
-        self,
-        rows: Sequence[PrefillRow],
-        input_batch: InputBatch,
-        block_tables: Sequence[torch.Tensor],
-        batch: PrunedBatch,
-        groups: Sequence[PrunedGroup],
-        attn_groups: list[list[AttentionGroup]],
-        kv_cache_config: KVCacheConfig,
-    ) -> dict[str, Any]:
-        """Metadata of the layers from L1 up for the requests that are not being pruned in this step."""
-        pruned = {row.batch_row for row in rows}
-        keep = np.array([i for i in range(input_batch.num_reqs) if i not in pruned])
-        index = torch.from_numpy(keep).to(self.device)
-        counts = input_batch.num_scheduled_tokens[keep]
-        starts = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
-        bounds = input_batch.seq_lens_cpu_upper_bound[torch.from_numpy(keep)]
-        tables, slot_mappings = list(block_tables), [batch.others] * len(block_tables)
-        for group in groups:
-            tables[group.index] = block_tables[group.index][index]
-            slot_mappings[group.index] = batch.others_slots[group.layer_names[0]]
-        kinds = {group.index: group.retains for group in groups}
-        metadata: dict[str, Any] = {}
-        for kind in KINDS:
-            shift = self.ranks.shift[int(kind)][input_batch.idx_mapping[index]]
-            metadata |= build_attn_metadata(
-                attn_groups=[layers if kinds.get(i) == kind else [] for i, layers in enumerate(attn_groups)],
-                num_reqs=len(keep),
-                num_tokens=batch.num_others,
-                query_start_loc_gpu=starts.to(self.device),
-                query_start_loc_cpu=starts,
-                max_query_len=int(counts.max()),
-                seq_lens=input_batch.seq_lens[index] - shift,
-                max_seq_len=int(bounds.max()),
-                block_tables=tables,
-                slot_mappings=slot_mappings,  # type: ignore[arg-type]  # indexed by group, as a tensor would be
-                kv_cache_config=kv_cache_config,
-                seq_lens_cpu_upper_bound=bounds,
-                positions=input_batch.positions[batch.others],
-                is_prefilling=torch.from_numpy(input_batch.is_prefilling_np[keep]),
-                req_idx=input_batch.idx_mapping_np[keep],
-            )
+            self.deep_slots.unshifted(input_batch.seq_lens)
+        for row, kind in enumerate(DEEP_KINDS):
+            seq_lens = self.deep_slots.seq_lens[row][: input_batch.seq_lens.shape[0]]
+            metadata |= metadata_of(kind, replace(input_batch, seq_lens=seq_lens))
         return metadata
 
     # --- the forward pass ---
@@ -260,17 +169,17 @@ class MetokModelState(DefaultModelState):
     def postprocess_state(
         self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor, num_computed_tokens: torch.Tensor | None = None
     ) -> None:
-        """After a pruned step: from here on its complete prompts are ranked by their shift."""
+        """After a pruned step: from here on the slots of its complete prompts follow from their shift."""
         super().postprocess_state(idx_mapping, num_sampled, num_computed_tokens)
         step, self._step = self._step, None
         if step is None:
             return
-        for row in step.batch.rows:
-            request = row.request
-            if not row.ends or request.result is None or self.pruned.get(request.req_id) is not request:
+        for chunk in step.batch.chunks:
+            request = chunk.request
+            if not chunk.completes or request.result is None or self.pruned.get(request.req_id) is not request:
                 continue
             index = self._index[request.req_id]
-            self.ranks.complete(index, request.spans[0].start, request.visual, request.result.retained)
+            self.deep_slots.complete(index, request.spans[0].start, request.visual_tokens, request.result.retained)
             assert self.encoder_cache is not None
             self.reports.add(request, self.encoder_cache.mm_features[request.req_id])
             request.tags = [None] * len(request.tags)

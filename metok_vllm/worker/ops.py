@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from metok_vllm.compression import events, pooling
-from metok_vllm.compression.ordering import true_indices
 from metok_vllm.compression.pooling import PooledVideo, PoolMode, Strides
 from metok_vllm.compression.scoring import text_to_visual_scores as torch_scores
-from metok_vllm.compression.selection import select_per_event
+from metok_vllm.compression.stage1 import Operations
+from metok_vllm.compression.stage2 import select_survivors
 from metok_vllm.compression.tiers import TierQuota
 
 VARIABLE = "METOK_KERNELS"
@@ -43,7 +43,7 @@ def scores(
     key_positions: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """`a_n` of method.md section 2 for one video; see `compression.scoring.text_to_visual_scores`.
+    """`a_n` of docs/method.md section 2 for one video; see `compression.scoring.text_to_visual_scores`.
 
     Args:
         query: [R, Hq, d], of the text rows behind the video.
@@ -80,7 +80,7 @@ def scores(
 
 
 def select(scores: torch.Tensor, lengths: torch.Tensor, keep: torch.Tensor, total: int) -> torch.Tensor:
-    """The `keep[e]` best of every event; see `compression.selection.select_per_event`.
+    """The `keep[e]` best of every event; see `compression.stage2.select_survivors`.
 
     Args:
         scores: float32 [n], event after event.
@@ -92,9 +92,7 @@ def select(scores: torch.Tensor, lengths: torch.Tensor, keep: torch.Tensor, tota
         int64 [total], ascending indices into `scores`.
     """
     if not uses_triton(scores.device):
-        event = torch.arange(lengths.shape[0], device=lengths.device)
-        ids = torch.repeat_interleave(event, lengths, output_size=scores.shape[0])
-        return true_indices(select_per_event(scores, ids, keep), total)
+        return select_survivors(scores, lengths, keep, total)
     from metok_kernels.select_per_event import select_per_event as kernel
 
     edges = F.pad(lengths.cumsum(0), (1, 0))
@@ -105,8 +103,7 @@ def select(scores: torch.Tensor, lengths: torch.Tensor, keep: torch.Tensor, tota
 def event_similarity(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Frame vectors float32 [T, D] and adjacent similarities float32 [T - 1] of one video, `features` [T, N, D]."""
     if not uses_triton(features.device):
-        vectors = events.frame_vectors(features)
-        return vectors, events.adjacent_similarity(vectors)
+        return events.similarity(features)
     from metok_kernels.event_similarity import event_similarity as kernel
 
     frames = torch.tensor([0, features.shape[0]], dtype=torch.int32).to(features.device, non_blocking=True)
@@ -142,6 +139,10 @@ def pool_video(
         separator_offset=None if separator is None else layout.separators,
     )
     return PooledVideo(tokens, event_ids[layout.token_frame], layout.token_frame)
+
+
+STAGE_1 = Operations(event_similarity, pool_video)
+"""The operations of `compression.stage1.compress_video`, by device."""
 
 
 def gather(

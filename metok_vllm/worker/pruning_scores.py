@@ -1,4 +1,4 @@
-"""The scores that a pruned step chooses by: how much the question looks at each visual token (method.md section 2)."""
+"""The scores that a pruned step chooses by: how much the question looks at each visual token (docs/method.md section 2)."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
 from metok_vllm.worker import ops
-from metok_vllm.worker.batch import PrefillRow
-from metok_vllm.worker.requests import DeferredChunk
+from metok_vllm.worker.batch import PromptChunk
+from metok_vllm.worker.requests import ChunkState
 from metok_vllm.worker.survivors import Survivors
 
 Scores = list[list[torch.Tensor]]
 """For every prompt, for every pruned video of it: float32 [its tokens alive]."""
 
 
-def prompt_scores(attention: Any, rows: Sequence[PrefillRow], chunks: Sequence[DeferredChunk]) -> Scores:
+def prompt_scores(attention: Any, chunks: Sequence[PromptChunk], states: Sequence[ChunkState]) -> Scores:
     """Scores at L1 of complete prompts.
 
     Args:
         attention: the layer right before L1.
-        rows: the prompts.
-        chunks: the state of each at L1, whole.
+        chunks: the last chunk of each prompt.
+        states: the state of each prompt at L1, whole.
     """
     scores = []
-    for row, chunk in zip(rows, chunks, strict=True):
-        request = row.request
-        key = chunk.key.view(-1, attention.num_kv_heads, attention.head_size)
-        query = chunk.query.view(-1, attention.num_heads, attention.head_size)
+    for chunk, state in zip(chunks, states, strict=True):
+        request = chunk.request
+        key = state.key.view(-1, attention.num_kv_heads, attention.head_size)
+        query = state.query.view(-1, attention.num_heads, attention.head_size)
         positions = torch.arange(request.prompt_len, device=key.device)
         scores.append(
             [
@@ -37,11 +37,11 @@ def prompt_scores(attention: Any, rows: Sequence[PrefillRow], chunks: Sequence[D
                     query[before:],
                     key,
                     positions[span.start : span.end],
-                    request.score_rows[before:],
+                    request.scoring[before:],
                     positions,
                     attention.impl.scale,
                 )
-                for span, before in zip(request.spans, request.rows_before, strict=True)
+                for span, before in zip(request.spans, request.scoring_before, strict=True)
             ]
         )
     return _reduced(scores)
@@ -63,21 +63,21 @@ def survivor_scores(
     key = key.view(-1, attention.num_kv_heads, attention.head_size)
     scores = []
     for of_prompt in survivors:
-        request = of_prompt.row.request
+        request = of_prompt.chunk.request
         own = slice(offset, offset + of_prompt.size)
-        # A scoring row is text, so it is alive; its place among the survivors follows from its position.
-        rows = torch.searchsorted(of_prompt.positions, request.score_rows)
+        # A scoring token is text, so it is alive; its row among the survivors follows from its position.
+        rows = torch.searchsorted(of_prompt.positions, request.scoring)
         scores.append(
             [
                 ops.scores(
                     query[own][rows[before:]],
                     key[own],
-                    torch.arange(start, start + count, device=key.device),
-                    request.score_rows[before:],
+                    torch.arange(run.start, run.start + run.length, device=key.device),
+                    request.scoring[before:],
                     of_prompt.positions,
                     attention.impl.scale,
                 )
-                for (start, count), before in zip(of_prompt.visual, request.rows_before, strict=True)
+                for run, before in zip(of_prompt.runs, request.scoring_before, strict=True)
             ]
         )
         offset += of_prompt.size

@@ -11,14 +11,13 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from metok_vllm.compression.accounting import ModelShape, VisualTokens, account
-from metok_vllm.compression.selection import prune_layers
-from metok_vllm.contract.counters import PruningCounters
-from metok_vllm.contract.server_choices import server_settings
+from metok_vllm.contract.fields import QUESTION_FIELD
+from metok_vllm.contract.server_choices import server_choices
 from metok_vllm.contract.video_plan import VideoPlan
-from metok_vllm.frontend.processing import QUESTION_FIELD
 from metok_vllm.log import metok_logger
+from metok_vllm.worker.counters import PruningCounters
 from metok_vllm.worker.requests import PrunedRequest, VideoTags
-from metok_vllm.worker.timing import StageTimes
+from metok_vllm.worker.timing import PartTimes
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -60,9 +59,9 @@ class Timeline:
     def columns(self) -> dict[str, list[int]]:
         """``event``, ``key`` (1 in a key event), ``stride`` and ``tokens``, each with an entry a frame."""
         if self._on_device is not None:
-            event, key, tier, tokens = self._on_device.tolist()
+            event, is_key, tier, tokens = self._on_device.tolist()
             strides = [self.plan.strides[t] for t in tier]
-            self._columns = {"event": event, "key": key, "stride": strides, "tokens": tokens}
+            self._columns = {"event": event, "key": is_key, "stride": strides, "tokens": tokens}
             self._on_device = None
         return self._columns
 
@@ -72,7 +71,7 @@ class Timeline:
 
 def per_frame(tags: VideoTags, frames: int) -> torch.Tensor:
     """Event, key event, tier and number of tokens of every frame: int32 [4, frames], without waiting for the device."""
-    facts = torch.stack([tags.event, tags.key.to(torch.int64), tags.tier])
+    facts = torch.stack([tags.event, tags.is_key.to(torch.int64), tags.tier])
     table = facts.new_zeros(4, frames)
     # All tokens of a frame, its event's separator too, carry the same facts, so it does not matter which is written last.
     table[:3].scatter_(1, tags.frame.expand(3, -1), facts)
@@ -112,17 +111,17 @@ class Record:
 class Reports:
     """Logs and counts each pruned request and remembers the latest. Silent on all ranks but the first."""
 
-    def __init__(self, vllm_config: VllmConfig, times: StageTimes | None = None) -> None:
+    def __init__(self, vllm_config: VllmConfig, times: PartTimes | None = None) -> None:
         model_config = vllm_config.model_config
-        settings = server_settings(model_config.hf_config)
+        choices = server_choices(model_config.hf_config)
         self.shape = model_shape(model_config)
-        self.layers = prune_layers(self.shape.layers, settings.prune_layers)
+        self.layers = choices.prune_layers
         dtype = model_config.dtype
         assert isinstance(dtype, torch.dtype)
         cache = vllm_config.cache_config.cache_dtype
         self.kv_element_bytes = 1 if cache.startswith("fp8") else dtype.itemsize
-        self.keeps_questions = settings.status_shows_questions
-        self.times = times or StageTimes()
+        self.keeps_questions = choices.settings.status_shows_questions
+        self.times = times or PartTimes()
         self.counters = PruningCounters()
         self._recent: deque[Record] = deque(maxlen=KEPT_RECENT)
         self._asked_for: OrderedDict[str, Record] = OrderedDict()
@@ -184,7 +183,7 @@ class Reports:
     def _summary(self, request: PrunedRequest) -> dict[str, Any]:
         result = request.result
         assert result is not None
-        text = request.prompt_len - request.visual
+        text = request.prompt_len - request.visual_tokens
         visual = VisualTokens(
             stock=sum(span.plan.stock_tokens for span in request.spans),
             encoded=result.encoded,

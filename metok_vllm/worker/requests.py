@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from metok_vllm.scheduler.slot_counts import VideoSpan, pruned_spans
+from metok_vllm.contract.spans import VideoSpan, pruned_spans
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
@@ -21,10 +21,10 @@ They travel through the encoder cache as part of the embedding; a byte is exact 
 """
 
 
-def pack_tags(event: torch.Tensor, key: torch.Tensor, frame: torch.Tensor, tier: torch.Tensor) -> torch.Tensor:
-    """Per-token facts, each int64 (or bool) [n], to int64 [n, TAG_CHANNELS] with entries below 256."""
+def pack_tags(event: torch.Tensor, is_key: torch.Tensor, frame: torch.Tensor, tier: torch.Tensor) -> torch.Tensor:
+    """What is known of each token, each int64 (or bool) [n], to int64 [n, TAG_CHANNELS] with entries below 256."""
     return torch.stack(
-        [event % 256, event // 256, key.to(torch.int64), frame % 256, frame // 256, tier.to(torch.int64)], dim=1
+        [event % 256, event // 256, is_key.to(torch.int64), frame % 256, frame // 256, tier.to(torch.int64)], dim=1
     )
 
 
@@ -33,7 +33,7 @@ class VideoTags:
     """What stage 2 and the report need to know of every token of one video; tensors on the device, each [n]."""
 
     event: torch.Tensor  # int64
-    key: torch.Tensor  # bool, whether the token's event is a key event
+    is_key: torch.Tensor  # bool, whether the token's event is a key event
     frame: torch.Tensor  # int64
     tier: torch.Tensor  # int64
 
@@ -45,12 +45,12 @@ class VideoTags:
 
 
 @dataclass
-class DeferredChunk:
-    """What one chunk of a deferred prompt leaves behind at L1; all [chunk tokens, ...]."""
+class ChunkState:
+    """What a chunk of a pruned prompt has come to at L1; all [chunk tokens, ...]. A deferred prompt keeps those of its chunks."""
 
     hidden: torch.Tensor
     residual: torch.Tensor
-    query: torch.Tensor  # only of the rows that score: text behind the first pruned video
+    query: torch.Tensor  # only of the tokens that score: text behind the first pruned video
     key: torch.Tensor
 
     @property
@@ -70,35 +70,41 @@ class PruningResult:
 
 @dataclass
 class PrunedRequest:
-    """One request with at least one pruned video."""
+    """One request with at least one pruned video.
+
+    Its **text** is every token outside the pruned videos: images count as text, and so does a video with METok off. Its **scoring
+    tokens** are those whose attention scores the visual tokens: real text behind the first pruned video.
+    """
 
     req_id: str
     prompt_len: int
     spans: tuple[VideoSpan, ...]
-    score_rows: torch.Tensor  # int64 on the device: text positions behind the first pruned video, ascending
-    host_rows: NDArray[np.int64]  # the same on the host
-    rows_before: tuple[int, ...]  # for each video, how many of score_rows stand before its end
-    static: torch.Tensor  # int64 on the device: prompt positions outside the pruned videos, ascending
+    text: torch.Tensor  # int64 on the device: positions of the text, ascending
+    scoring: torch.Tensor  # int64 on the device: positions of the scoring tokens, ascending
+    scoring_np: NDArray[np.int64]  # the same on the host
+    scoring_before: tuple[int, ...]  # for each video, how many scoring tokens stand before its end
     tags: list[VideoTags | None] = field(default_factory=list)
-    chunks: list[DeferredChunk] = field(default_factory=list)
+    chunks: list[ChunkState] = field(default_factory=list)
     result: PruningResult | None = None  # set when the prompt has been pruned
 
     @property
-    def visual(self) -> int:
+    def visual_tokens(self) -> int:
+        """Visual tokens of the pruned videos."""
         return sum(span.length for span in self.spans)
 
     @property
-    def retention(self) -> int:
-        return self.spans[0].plan.retention
+    def retention_micro(self) -> int:
+        """`decode_retention` in millionths."""
+        return self.spans[0].plan.retention_micro
 
     @property
     def deferred_bytes(self) -> int:
         return sum(chunk.nbytes for chunk in self.chunks)
 
-    def rows_within(self, start: int, length: int) -> torch.Tensor:
-        """Those of `score_rows` that are at least `start` and less than `start + length`."""
-        first, last = np.searchsorted(self.host_rows, (start, start + length))
-        return self.score_rows[int(first) : int(last)]
+    def scoring_within(self, start: int, length: int) -> torch.Tensor:
+        """The scoring tokens' positions from `start` on, below `start + length`."""
+        first, last = np.searchsorted(self.scoring_np, (start, start + length))
+        return self.scoring[int(first) : int(last)]
 
     @classmethod
     def create(cls, data: NewRequestData, device: torch.device) -> PrunedRequest | None:
@@ -108,22 +114,22 @@ class PrunedRequest:
             return None
         prompt_len = data.prompt_len
         assert prompt_len is not None
-        is_text = torch.ones(prompt_len, dtype=torch.bool)
+        scores = torch.ones(prompt_len, dtype=torch.bool)
         for feature in data.mm_features:
-            is_text[feature.mm_position.offset :][: feature.mm_position.length] = False
-        outside = torch.ones(prompt_len, dtype=torch.bool)
+            scores[feature.mm_position.offset :][: feature.mm_position.length] = False
+        scores[: spans[0].end] = False
+        is_text = torch.ones(prompt_len, dtype=torch.bool)
         for span in spans:
-            outside[span.start : span.end] = False
-        is_text[: spans[0].end] = False
-        rows = is_text.nonzero().flatten()
+            is_text[span.start : span.end] = False
+        scoring = scores.nonzero().flatten()
         return cls(
             req_id=data.req_id,
             prompt_len=prompt_len,
             spans=spans,
-            score_rows=rows.to(device),
-            host_rows=rows.numpy(),
-            rows_before=tuple(int((rows < span.end).sum()) for span in spans),
-            static=outside.nonzero().flatten().to(device),
+            text=is_text.nonzero().flatten().to(device),
+            scoring=scoring.to(device),
+            scoring_np=scoring.numpy(),
+            scoring_before=tuple(int((scoring < span.end).sum()) for span in spans),
             tags=[None] * len(spans),
         )
 

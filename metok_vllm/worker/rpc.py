@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.distributed import get_tensor_model_parallel_rank
 
-from metok_vllm.scheduler.kv_manager import PrunedAttentionSpec
+from metok_vllm.contract.kv_spec import group_kind
 
 
 class MetokWorkerExtension:
@@ -39,19 +39,17 @@ class MetokWorkerExtension:
     def metok_state(self) -> dict[str, Any]:
         """What this worker holds right now: deferred prompts, and the KV blocks of every request in each group.
 
-        A group is "every token" (layers below L1), "text and retained" (L1 .. L3-1) or "text" (from L3 up).
+        What a group holds is one of `contract.kv_spec.GROUP_KINDS`.
         """
         runner = self.model_runner
         pruned = runner.model_state.pruned
         held = runner.block_tables.num_blocks.np
         groups = []
         for i, group in enumerate(runner.kv_cache_config.kv_cache_groups):
-            spec = group.kv_cache_spec
-            kind = "every token"
-            if isinstance(spec, PrunedAttentionSpec):
-                kind = "text and retained" if spec.retains else "text"
             blocks = {req_id: int(held[i, index]) for req_id, index in runner.req_states.req_id_to_index.items()}
-            groups.append({"holds": kind, "layers": len(group.layer_names), "blocks": blocks})
+            groups.append(
+                {"holds": group_kind(group.kv_cache_spec), "layers": len(group.layer_names), "blocks": blocks}
+            )
         return {
             "pruned_requests": len(pruned.by_id),
             "deferred_bytes": pruned.deferred_bytes,

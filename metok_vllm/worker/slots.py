@@ -1,8 +1,19 @@
-"""Where a pruned request's tokens lie in the pruned groups, once its prompt is complete.
+"""Where a pruned request's tokens lie in the KV cache of the deep layers, once its prompt is complete.
 
-Slots of a request there are ranked: text of the prompt, retained visual tokens, generated tokens. So for whatever is computed
-after the prompt, ``rank = position - shift`` with one shift per request and kind of group. All state lives on the device in
-tensors that never move, since captured CUDA graphs read `seq_lens` at their addresses.
+A prompt with one pruned video, and its answer (t text, V visual, g generated)::
+
+    position          0 1 2 3 4 5 6 7 8 9 10 11
+                      t t V V V V V t t t g  g
+
+    its slots in layers below L1      [ t t V V V V V t t t g g ]     slot index = position: vLLM's own layout
+    layers L1 .. L3-1                 [ t t t t t | V V | g g ]       text, retained visual tokens, generated
+    layers from L3 up                 [ t t t t t | g g ]             text, generated
+
+The order of KV within a request does not matter to attention, since rotary positions are applied before. So text never depends on
+what L2 retains, and for whatever is computed after the prompt ``slot index = position - shift``, with one shift a request
+and kind of group: the visual tokens that own no slot there.
+
+All state lives on the device in tensors that never move, since captured CUDA graphs read `seq_lens` at their addresses.
 """
 
 from __future__ import annotations
@@ -15,39 +26,41 @@ import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from metok_vllm.scheduler.kv_manager import PrunedAttentionSpec
+from metok_vllm.contract.kv_spec import DEEP_KINDS, TEXT, TEXT_AND_RETAINED, DeepAttentionSpec, GroupKind, group_kind
 from metok_vllm.worker import ops
-
-KINDS = (False, True)
-"""Kinds of pruned group, by `PrunedAttentionSpec.retains`; also the index of a kind's row in the tensors below."""
 
 
 @dataclass(frozen=True)
-class PrunedGroup:
-    """One KV cache group without pruned tokens."""
+class DeepGroup:
+    """One KV cache group of deep layers."""
 
     index: int  # among all KV cache groups
-    retains: bool
+    kind: GroupKind
     block_size: int
     layer_names: tuple[str, ...]
 
+    @property
+    def row(self) -> int:
+        """Of its kind, in the tensors of `DeepSlots`."""
+        return DEEP_KINDS.index(self.kind)
 
-def pruned_groups(kv_cache_config: KVCacheConfig) -> tuple[PrunedGroup, ...]:
+
+def deep_groups(kv_cache_config: KVCacheConfig) -> tuple[DeepGroup, ...]:
     """The groups of the layers from L1 up."""
     return tuple(
-        PrunedGroup(i, spec.retains, spec.block_size, tuple(group.layer_names))
+        DeepGroup(i, group_kind(spec), spec.block_size, tuple(group.layer_names))
         for i, group in enumerate(kv_cache_config.kv_cache_groups)
-        if isinstance(spec := group.kv_cache_spec, PrunedAttentionSpec)
+        if isinstance(spec := group.kv_cache_spec, DeepAttentionSpec)
     )
 
 
-class SlotRanks:
-    """Shifts of all requests, and the sequence lengths and slots that follow from them."""
+class DeepSlots:
+    """Shifts of all requests, and the sequence lengths and slots that follow from them. First dimension: `DEEP_KINDS`."""
 
     def __init__(self, max_num_reqs: int, device: torch.device) -> None:
         self.device = device
-        self.shift = torch.zeros(len(KINDS), max_num_reqs, dtype=torch.int32, device=device)
-        self.seq_lens = torch.zeros(len(KINDS), max_num_reqs, dtype=torch.int32, device=device)
+        self.shift = torch.zeros(len(DEEP_KINDS), max_num_reqs, dtype=torch.int32, device=device)
+        self.seq_lens = torch.zeros(len(DEEP_KINDS), max_num_reqs, dtype=torch.int32, device=device)
         # The same facts as the kernel takes them: one span a request, with what is retained of it.
         self._start = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self._length = torch.zeros_like(self._start)
@@ -63,17 +76,17 @@ class SlotRanks:
     def complete(self, index: int, start: int, visual: int, retained: int) -> None:
         """The prompt of the request in row `index` is complete: `visual` tokens from `start` on, `retained` of them kept.
 
-        The text between several videos lies before the end of the prompt, so one span of their total length ranks whatever
-        is computed after the prompt as the videos themselves would.
+        Text between several videos lies before the end of the prompt. So one span of the videos' total length gives the same
+        slots to whatever is computed after the prompt as the videos themselves would.
         """
-        self.shift[int(False), index] = visual
-        self.shift[int(True), index] = visual - retained
+        self.shift[DEEP_KINDS.index(TEXT), index] = visual
+        self.shift[DEEP_KINDS.index(TEXT_AND_RETAINED), index] = visual - retained
         self._start[index] = start
         self._length[index] = visual
         self._kept[index] = retained
 
     def unshifted(self, seq_lens: torch.Tensor) -> None:
-        """No request in the batch has pruned tokens: its pruned groups are as long as its others."""
+        """No request in the batch has pruned tokens: its deep groups are as long as the others."""
         self.seq_lens[:, : seq_lens.shape[0]].copy_(seq_lens)
 
     def write(
@@ -81,9 +94,9 @@ class SlotRanks:
         input_batch: InputBatch,
         block_tables: Sequence[torch.Tensor],
         slot_mappings: torch.Tensor,
-        groups: Sequence[PrunedGroup],
+        groups: Sequence[DeepGroup],
     ) -> None:
-        """Sequence lengths of both kinds, and the pruned groups' slots in place, for a step without prompts in pruning.
+        """Sequence lengths of both kinds, and the deep groups' slots in place, for a step without prompts in pruning.
 
         The per-layer views of `slot_mappings` that vLLM has already made see the change.
         """
@@ -93,18 +106,18 @@ class SlotRanks:
         self.unshifted(input_batch.seq_lens)
         self.seq_lens[:, : input_batch.num_reqs] -= self.shift[:, input_batch.idx_mapping]
         n = input_batch.num_tokens
-        rows = token_rows(input_batch).to(self.device)
-        shift = self.shift[:, input_batch.idx_mapping][:, rows]
+        requests = request_of_token(input_batch).to(self.device)
+        shift = self.shift[:, input_batch.idx_mapping][:, requests]
         for group in groups:
-            ranks = input_batch.positions[:n] - shift[int(group.retains)]
-            slot_mappings[group.index, :n] = slots_of(block_tables[group.index], rows, ranks, group.block_size)
+            indices = input_batch.positions[:n] - shift[group.row]
+            slot_mappings[group.index, :n] = slots_of(block_tables[group.index], requests, indices, group.block_size)
 
     def _write_by_kernel(
         self,
         input_batch: InputBatch,
         block_tables: Sequence[torch.Tensor],
         slot_mappings: torch.Tensor,
-        groups: Sequence[PrunedGroup],
+        groups: Sequence[DeepGroup],
     ) -> None:
         from metok_kernels.pruned_slots import PrunedGroups, SpanTables, pruned_slots
 
@@ -113,14 +126,14 @@ class SlotRanks:
         tables = PrunedGroups(
             [block_tables[group.index] for group in groups],
             [group.block_size for group in groups],
-            [group.retains for group in groups],
+            [group.kind == TEXT_AND_RETAINED for group in groups],
         )
         spans = SpanTables(
             self._start, self._length, self._kept, self._begin, self._begin + (self._length > 0).to(torch.int32)
         )
         first, last = groups[0].index, groups[-1].index + 1
         if [group.index for group in groups] != list(range(first, last)):
-            raise RuntimeError("METok: the pruned KV cache groups do not stand in a row")
+            raise RuntimeError("METok: the deep layers' KV cache groups do not stand in a row")
         lengths = torch.empty(len(groups), self.seq_lens.shape[1], dtype=torch.int32, device=self.device)
         pruned_slots(
             tables,
@@ -132,15 +145,15 @@ class SlotRanks:
             span_row=input_batch.idx_mapping.to(torch.int32),
         )
         for i, group in enumerate(groups):
-            self.seq_lens[int(group.retains)].copy_(lengths[i])
+            self.seq_lens[group.row].copy_(lengths[i])
 
 
-def token_rows(input_batch: InputBatch) -> torch.Tensor:
-    """Batch row of every token of the step, int64 [tokens], on the host."""
+def request_of_token(input_batch: InputBatch) -> torch.Tensor:
+    """Batch index of every token's request, int64 [tokens], on the host."""
     counts = input_batch.num_scheduled_tokens[: input_batch.num_reqs]
     return torch.from_numpy(np.repeat(np.arange(input_batch.num_reqs), counts))
 
 
-def slots_of(table: torch.Tensor, rows: torch.Tensor, ranks: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Slot of each token: `table` int32 [batch, blocks], `rows` and `ranks` int64 [n], to int64 [n]."""
-    return table[rows, ranks // block_size].to(torch.int64) * block_size + ranks % block_size
+def slots_of(table: torch.Tensor, requests: torch.Tensor, indices: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Slot of each token: block `table` int32 [requests, blocks], `requests` and slot `indices` int64 [n], to int64 [n]."""
+    return table[requests, indices // block_size].to(torch.int64) * block_size + indices % block_size

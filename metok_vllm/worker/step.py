@@ -1,14 +1,17 @@
-"""The pruned step: one forward pass in which at least one pruned video prompt is in prefill.
+"""The pruned step: one forward pass in which at least one pruned prompt is in prefill.
 
 Shallow layers run on all tokens of the batch, as in stock vLLM. From L1 on the layers run on
-``[other requests' tokens | survivors of each prompt that ends in this step]``: the others attend through the paged cache with
-metadata built for them alone, each prompt attends densely over its own fresh queries, keys and values, and only its rows
-with a slot are written to the cache. Prompts that do not end in this step leave their state at L1 and go no further.
+``[other requests' tokens | survivors of each prompt that is complete with this step]``:
+
+- the others attend through the paged cache, with metadata built for them alone;
+- each prompt attends densely over its own fresh queries, keys and values, and only its tokens with a slot are written to the cache.
+
+Prompts that are not complete with this step leave their state at L1 and go no further.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +20,10 @@ from vllm.model_executor.layers.attention import Attention
 
 from metok_vllm.worker import ops
 from metok_vllm.worker.attention import MetokAttention
-from metok_vllm.worker.batch import DecoderStack, PrefillRow, PrunedBatch
+from metok_vllm.worker.batch import DecoderStack, PromptChunk, PrunedBatch
 from metok_vllm.worker.kv_writes import KVWrites
 from metok_vllm.worker.pruning_scores import prompt_scores, survivor_scores
-from metok_vllm.worker.requests import DeferredChunk
+from metok_vllm.worker.requests import ChunkState
 from metok_vllm.worker.survivors import Survivors, prune_l2, prune_l3, survivors_of_l1
 
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -28,7 +31,7 @@ Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class PrunedStep:
-    """One forward pass with pruning. Made anew for each step; implements `attention.AttentionSink`."""
+    """One forward pass with pruning. Made anew for each step; the attention layers call `capture` and `attend`."""
 
     def __init__(self, stack: DecoderStack, batch: PrunedBatch) -> None:
         self.stack = stack
@@ -36,7 +39,7 @@ class PrunedStep:
         self.survivors: list[Survivors] = []
         self._captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._writes = KVWrites(batch)
-        self._phase = 0
+        self._l2_has_chosen = False
 
     # --- the forward pass ---
 
@@ -48,46 +51,45 @@ class PrunedStep:
             inputs_embeds: [tokens, possibly padded, hidden].
 
         Returns:
-            [tokens, hidden], normed. Rows of other requests and the last row of each prompt that ends hold what stock vLLM
+            [tokens, hidden], normed. Rows of other requests and the last row of each complete prompt hold what stock vLLM
             would compute on the survivors; every other row is zero and must not be read.
         """
         context: Any = get_forward_context()
         context.slot_mapping = {**context.slot_mapping, **self.batch.others_slots}
-        for role in self.stack.roles:
-            role.step = self
-        try:
+        with self.stack.running.set_to(self):
             positions, hidden = positions[: self.batch.num_tokens], inputs_embeds[: self.batch.num_tokens]
-            residual: Any = None
-            with self.stack.times.stage("shallow"):
-                for layer in self.stack.layers[: self.stack.prune_layers[0]]:
-                    hidden, residual = layer(positions, hidden, residual)
+            hidden, residual = self._shallow(positions, hidden)
             self._defer(hidden, residual)
-            ending = [row for row in self.batch.rows if row.ends]
-            if not ending and not self.batch.num_others:
+            complete = [chunk for chunk in self.batch.chunks if chunk.completes]
+            if not complete and not self.batch.num_others:
                 return torch.zeros_like(hidden)
-            with self.stack.times.stage("scoring"):
-                rows = self._enter(ending, positions, hidden, residual)
-            return self._scatter(self._deep(*rows))
-        finally:
-            for role in self.stack.roles:
-                role.step = None
-            self._captured.clear()
+            return self._scatter(self._deep(self._at_l1(complete, positions, hidden, residual)))
 
-    def _deep(self, hidden: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Layers from L1 up on the rows that `_enter` has gathered; [rows that are left, hidden], normed."""
+    def _shallow(self, positions: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        residual: Any = None
+        with self.stack.times.part("shallow"):
+            for layer in self.stack.layers[: self.stack.prune_layers[0]]:
+                hidden, residual = layer(positions, hidden, residual)
+        return hidden, residual
+
+    def _deep(self, rows: Rows) -> torch.Tensor:
+        """Layers from L1 up on the rows that `_at_l1` has gathered; [rows that are left, hidden], normed."""
         first, second, third = self.stack.prune_layers
-        times = self.stack.times
-        for start, end in ((first, second), (second, third), (third, len(self.stack.layers))):
-            self._phase += 1
-            if self._phase > 1:
-                with times.stage("scoring"):
-                    kept = self._prune(self._phase)
-                    hidden, residual, positions = ops.gather(kept, hidden, residual, positions)
-            with times.stage("deep"):
-                for layer in self.stack.layers[start:end]:
-                    hidden, residual = layer(positions, hidden, residual)
-        hidden, _ = self.stack.norm(hidden, residual)
-        return hidden
+        rows = self._layers(first, second, rows)
+        rows = self._gathered(self._at_l2, rows)
+        self._captured.clear()
+        rows = self._layers(second, third, rows)
+        rows = self._gathered(self._at_l3, rows)
+        hidden, residual, _ = self._layers(third, len(self.stack.layers), rows)
+        normed: torch.Tensor = self.stack.norm(hidden, residual)[0]
+        return normed
+
+    def _layers(self, start: int, end: int, rows: Rows) -> Rows:
+        hidden, residual, positions = rows
+        with self.stack.times.part("deep"):
+            for layer in self.stack.layers[start:end]:
+                hidden, residual = layer(positions, hidden, residual)
+        return hidden, residual, positions
 
     def _scatter(self, hidden: torch.Tensor) -> torch.Tensor:
         out = hidden.new_zeros(self.batch.num_tokens, hidden.shape[-1])
@@ -95,94 +97,104 @@ class PrunedStep:
         end = self.batch.num_others
         for survivors in self.survivors:
             end += survivors.size
-            row = survivors.row
-            out[row.start + row.length - 1] = hidden[end - 1]
+            chunk = survivors.chunk
+            out[chunk.start + chunk.length - 1] = hidden[end - 1]
         return out
 
     # --- chunks ---
 
-    def _chunk(self, row: PrefillRow, hidden: torch.Tensor, residual: torch.Tensor) -> DeferredChunk:
+    def _state(self, chunk: PromptChunk, hidden: torch.Tensor, residual: torch.Tensor) -> ChunkState:
         query, key = self._captured[self.stack.scoring_layers[0]]
-        rows = row.request.rows_within(row.computed, row.length) + (row.start - row.computed)
-        return DeferredChunk(hidden[row.tokens], residual[row.tokens], query[rows], key[row.tokens])
+        scoring = chunk.request.scoring_within(chunk.computed, chunk.length) + (chunk.start - chunk.computed)
+        return ChunkState(hidden[chunk.rows], residual[chunk.rows], query[scoring], key[chunk.rows])
 
     def _defer(self, hidden: torch.Tensor, residual: torch.Tensor) -> None:
-        for row in self.batch.rows:
-            if row.ends:
+        for chunk in self.batch.chunks:
+            if chunk.completes:
                 continue
-            chunk = self._chunk(row, hidden, residual)
+            state = self._state(chunk, hidden, residual)
             # Slices would keep the whole step's tensors alive.
-            row.request.chunks.append(
-                DeferredChunk(chunk.hidden.clone(), chunk.residual.clone(), chunk.query, chunk.key.clone())
+            chunk.request.chunks.append(
+                ChunkState(state.hidden.clone(), state.residual.clone(), state.query, state.key.clone())
             )
 
-    def _joined(self, row: PrefillRow, hidden: torch.Tensor, residual: torch.Tensor) -> DeferredChunk:
+    def _whole_state(self, chunk: PromptChunk, hidden: torch.Tensor, residual: torch.Tensor) -> ChunkState:
         """State of the whole prompt at L1: what earlier chunks left, and this one."""
-        last = self._chunk(row, hidden, residual)
-        if not row.request.chunks:
+        last = self._state(chunk, hidden, residual)
+        if not chunk.request.chunks:
             return last
-        chunks = [*row.request.chunks, last]
-        row.request.chunks = []
+        states = [*chunk.request.chunks, last]
+        chunk.request.chunks = []
         names = ("hidden", "residual", "query", "key")
-        return DeferredChunk(*(torch.cat([getattr(chunk, name) for chunk in chunks]) for name in names))
+        return ChunkState(*(torch.cat([getattr(state, name) for state in states]) for name in names))
 
     # --- pruning ---
 
-    def _enter(
-        self, ending: Sequence[PrefillRow], positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
+    def _at_l1(
+        self, complete: Sequence[PromptChunk], positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
     ) -> Rows:
         """Prune at L1 and gather the rows that go on: the others', then each prompt's survivors."""
-        deferred = {row.batch_row for row in ending if row.request.chunks}
-        chunks = [self._joined(row, hidden, residual) for row in ending]
-        scores = prompt_scores(self.stack.attention(self.stack.scoring_layers[0]), ending, chunks)
-        self.survivors = survivors_of_l1(ending, scores)
-        if not deferred:
-            index = torch.cat([self.batch.others, *(s.positions + s.row.start for s in self.survivors)])
-            return ops.gather(index, hidden, residual, positions)
-        parts = [ops.gather(self.batch.others, hidden, residual, positions)] if self.batch.num_others else []
-        for survivors, chunk in zip(self.survivors, chunks, strict=True):
-            # A prompt's chunk, joined or not, starts at its position 0.
-            every = torch.arange(chunk.hidden.shape[0], device=hidden.device)
-            parts.append(ops.gather(survivors.positions, chunk.hidden, chunk.residual, every))
-        h, r, p = zip(*parts, strict=True)
-        return torch.cat(h), torch.cat(r), torch.cat(p)
+        with self.stack.times.part("scoring"):
+            was_deferred = any(chunk.request.chunks for chunk in complete)
+            states = [self._whole_state(chunk, hidden, residual) for chunk in complete]
+            scores = prompt_scores(self.stack.attention(self.stack.scoring_layers[0]), complete, states)
+            self.survivors = survivors_of_l1(complete, scores)
+            if not was_deferred:
+                index = torch.cat([self.batch.others, *(s.positions + s.chunk.start for s in self.survivors)])
+                return ops.gather(index, hidden, residual, positions)
+            parts = [ops.gather(self.batch.others, hidden, residual, positions)] if self.batch.num_others else []
+            for survivors, state in zip(self.survivors, states, strict=True):
+                # A whole prompt's state starts at its position 0.
+                every = torch.arange(state.hidden.shape[0], device=hidden.device)
+                parts.append(ops.gather(survivors.positions, state.hidden, state.residual, every))
+            h, r, p = zip(*parts, strict=True)
+            return torch.cat(h), torch.cat(r), torch.cat(p)
 
-    def _prune(self, stage: int) -> torch.Tensor:
-        """Prune at L2 or L3. Returns the rows that go on, int64, among those of the phase before."""
+    def _at_l2(self) -> list[torch.Tensor]:
+        """Prune at L2. Returns for each prompt the rows that go on, int64, among those it had."""
         sizes = [survivors.size for survivors in self.survivors]
-        offset = self.batch.num_others
-        kept = [torch.arange(offset, device=self.batch.others.device)]
-        if not self.survivors:
-            return kept[0]
-        if stage == 2:
-            layer = self.stack.scoring_layers[1]
-            query, key = self._captured[layer]
-            scores = survivor_scores(self.stack.attention(layer), self.survivors, offset, query, key)
-            rows = prune_l2(self.survivors, scores)
-            self._writes.write_held(self.survivors, sizes)
-        else:
-            rows = prune_l3(self.survivors)
-        for of_prompt, size in zip(rows, sizes, strict=True):
-            kept.append(of_prompt + offset)
-            offset += size
-        return torch.cat(kept)
+        layer = self.stack.scoring_layers[1]
+        query, key = self._captured[layer]
+        scores = survivor_scores(self.stack.attention(layer), self.survivors, self.batch.num_others, query, key)
+        rows = prune_l2(self.survivors, scores)
+        self._writes.write_waiting(self.survivors, sizes)
+        self._l2_has_chosen = True
+        return rows
+
+    def _at_l3(self) -> list[torch.Tensor]:
+        """Prune at L3. Returns what `_at_l2` does."""
+        return prune_l3(self.survivors)
+
+    def _gathered(self, prune: Callable[[], list[torch.Tensor]], rows: Rows) -> Rows:
+        """Prune, and gather the rows that go on."""
+        with self.stack.times.part("scoring"):
+            kept = [torch.arange(self.batch.num_others, device=self.batch.others.device)]
+            if self.survivors:
+                offset = self.batch.num_others
+                sizes = [survivors.size for survivors in self.survivors]
+                for of_prompt, size in zip(prune(), sizes, strict=True):
+                    kept.append(of_prompt + offset)
+                    offset += size
+            return ops.gather(torch.cat(kept), *rows)
 
     # --- attention ---
 
     def capture(self, index: int, query: torch.Tensor, key: torch.Tensor) -> None:
+        """Keep what a scoring layer's attention computes; called for every layer."""
         if index in self.stack.scoring_layers:
             self._captured[index] = (query, key)
 
     def attend(
         self, layer: MetokAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
+        """Replaces a deep layer's attention and cache update; `query` [rows, Hq * d], `key` and `value` [rows, Hkv * d]."""
         n = self.batch.num_others
         out = torch.empty_like(query)
         if self.survivors:
             k = key.view(-1, layer.num_kv_heads, layer.head_size)
             v = value.view(-1, layer.num_kv_heads, layer.head_size)
             # Before the others attend: one of them may have hit a block of text that a prompt publishes in this very step.
-            self._writes.write(layer, self.survivors, k, v, before_l2=self._phase == 1)
+            self._writes.write(layer, self.survivors, k, v, before_l2=not self._l2_has_chosen)
             ops.causal_attention(
                 query[n:].view(-1, layer.num_heads, layer.head_size),
                 k[n:],

@@ -1,4 +1,4 @@
-"""Which tokens of the prompts in a pruned step are still alive, and the choices at L1, L2 and L3."""
+"""Which tokens of the prompts in a pruned step are still alive, and the choices at L1, L2 and L3 (docs/method.md section 2)."""
 
 from __future__ import annotations
 
@@ -7,95 +7,82 @@ from dataclasses import dataclass
 
 import torch
 
-from metok_vllm.compression.events import event_lengths
 from metok_vllm.compression.ordering import true_indices
 from metok_vllm.compression.retention import retain, retained_count
-from metok_vllm.compression.selection import keep_counts
-from metok_vllm.scheduler.slot_counts import VideoSpan
+from metok_vllm.compression.stage2 import EventCounts
+from metok_vllm.contract.spans import VideoSpan
 from metok_vllm.worker import ops
-from metok_vllm.worker.batch import PrefillRow
+from metok_vllm.worker.batch import PromptChunk
 from metok_vllm.worker.requests import PruningResult, VideoTags
 
 
 @dataclass(frozen=True)
-class EventCounts:
-    """Tokens that every event of one video has before L1, keeps at L1 and keeps at L2; each int64 [events].
+class VideoCounts:
+    """How many visual tokens of one pruned video survive: by event on the device, in total on the host."""
 
-    Its tokens stand event after event, so the counts are also the lengths of their runs.
-    """
-
-    before: torch.Tensor
-    after_l1: torch.Tensor
-    after_l2: torch.Tensor
-
-    @classmethod
-    def of(cls, span: VideoSpan, tags: VideoTags) -> EventCounts:
-        """By method.md section 2, from the tags of the video's tokens; stays on the device."""
-        before = event_lengths(tags.event, span.plan.events)
-        key = torch.zeros_like(before, dtype=torch.bool).index_put_((tags.event,), tags.key)
-        after_l1 = keep_counts(before, key, span.plan.keep_ratio, 1)
-        return cls(before, after_l1, keep_counts(after_l1, key, span.plan.keep_ratio, 2))
+    by_event: EventCounts
+    after_l1: int
+    after_l2: int
 
 
 @dataclass(frozen=True)
-class Pruning:
-    """The counts of one pruned video, on the device and, of the totals, on the host."""
+class VideoRun:
+    """The tokens of one video that are alive: a run of rows among its prompt's survivors."""
 
-    counts: EventCounts
-    total1: int  # visual tokens that pass L1
-    total2: int  # and L2
+    start: int
+    length: int
 
 
 @dataclass
 class Survivors:
     """The tokens of one prompt that are still alive, in prompt order."""
 
-    row: PrefillRow
-    positions: torch.Tensor  # int64 [n]
-    static: torch.Tensor  # int64 [text and image tokens], where they stand among the n
-    visual: list[tuple[int, int]]  # for each pruned video, until L2: offset among the n, and count
-    videos: list[Pruning]
-    retained: int  # R: visual tokens that keep their KV below L3
-    retained_rows: torch.Tensor | None = None  # int64 [R], where they stand among the n, once L2 has chosen
-    held_rows: torch.Tensor | None = None  # int64 [R], where they stood among the survivors of L1
+    chunk: PromptChunk  # the prompt's last one
+    positions: torch.Tensor  # int64 [n]: where they stood in the prompt. Rotary positions never change
+    text: torch.Tensor  # int64 [text tokens], where the text stands among the n
+    runs: list[VideoRun]  # for each pruned video, until L2
+    videos: list[VideoCounts]
+    retained: int  # visual tokens that keep their KV in layers L1 .. L3-1
+    retained_rows: torch.Tensor | None = None  # int64 [retained], where they stand among the n, once L2 has chosen
+    retained_rows_at_l1: torch.Tensor | None = None  # int64 [retained], where they stood among the survivors of L1
 
     @property
     def size(self) -> int:
         return self.positions.shape[0]
 
     @property
-    def total2(self) -> int:
+    def after_l2(self) -> int:
         """Visual tokens of all videos that pass L2."""
-        return sum(video.total2 for video in self.videos)
+        return sum(video.after_l2 for video in self.videos)
 
 
-def survivors_of_l1(rows: Sequence[PrefillRow], scores: Sequence[Sequence[torch.Tensor]]) -> list[Survivors]:
+def survivors_of_l1(chunks: Sequence[PromptChunk], scores: Sequence[Sequence[torch.Tensor]]) -> list[Survivors]:
     """Prune complete prompts at L1.
 
     Args:
-        rows: the prompts.
+        chunks: the last chunk of each.
         scores: of every pruned video of each, float32 [its tokens].
     """
     counts = [
-        EventCounts.of(span, _present(tags))
-        for row in rows
-        for span, tags in zip(row.request.spans, row.request.tags, strict=True)
+        event_counts(span, tags)
+        for chunk in chunks
+        for span, tags in zip(chunk.request.spans, chunk.request.tags, strict=True)
     ]
     if not counts:
         return []
     # The one read of the device in a pruned prompt's prefill: how many tokens survive, which sizes everything after.
     totals = torch.stack([torch.stack([c.after_l1.sum(), c.after_l2.sum()]) for c in counts]).tolist()
-    videos = [Pruning(c, *total) for c, total in zip(counts, totals, strict=True)]
+    videos = [VideoCounts(c, *total) for c, total in zip(counts, totals, strict=True)]
     kept = _select(
         [score for of_prompt in scores for score in of_prompt],
-        [video.counts.before for video in videos],
-        [video.counts.after_l1 for video in videos],
-        [video.total1 for video in videos],
+        [video.by_event.before for video in videos],
+        [video.by_event.after_l1 for video in videos],
+        [video.after_l1 for video in videos],
     )
     survivors, first = [], 0
-    for row in rows:
-        last = first + len(row.request.spans)
-        survivors.append(_after_l1(row, videos[first:last], kept[first:last]))
+    for chunk in chunks:
+        last = first + len(chunk.request.spans)
+        survivors.append(_after_l1(chunk, videos[first:last], kept[first:last]))
         first = last
     return survivors
 
@@ -110,9 +97,9 @@ def prune_l2(survivors: Sequence[Survivors], scores: Sequence[Sequence[torch.Ten
     flat = [score for of_prompt in scores for score in of_prompt]
     kept = _select(
         flat,
-        [video.counts.after_l1 for video in videos],
-        [video.counts.after_l2 for video in videos],
-        [video.total2 for video in videos],
+        [video.by_event.after_l1 for video in videos],
+        [video.by_event.after_l2 for video in videos],
+        [video.after_l2 for video in videos],
     )
     rows, first = [], 0
     for of_prompt in survivors:
@@ -126,16 +113,19 @@ def prune_l3(survivors: Sequence[Survivors]) -> list[torch.Tensor]:
     """Drop every visual token; updates `survivors`. Returns the rows that go on, as `prune_l2` does."""
     rows = []
     for of_prompt in survivors:
-        rows.append(of_prompt.static)
-        of_prompt.positions = of_prompt.positions[of_prompt.static]
-        of_prompt.static = torch.arange(of_prompt.static.shape[0], device=of_prompt.static.device)
+        rows.append(of_prompt.text)
+        of_prompt.positions = of_prompt.positions[of_prompt.text]
+        of_prompt.text = torch.arange(of_prompt.text.shape[0], device=of_prompt.text.device)
         of_prompt.retained_rows = None
     return rows
 
 
-def _present(tags: VideoTags | None) -> VideoTags:
+def event_counts(span: VideoSpan, tags: VideoTags | None) -> EventCounts:
+    """Of one video, from the tags of its tokens; stays on the device."""
     assert tags is not None, "a prompt's videos are encoded before its last chunk"
-    return tags
+    is_key = torch.zeros(span.plan.events, dtype=torch.bool, device=tags.event.device)
+    is_key.index_put_((tags.event,), tags.is_key)
+    return EventCounts.of(tags.event, is_key, span.plan.keep_ratio_micro)
 
 
 def _select(
@@ -153,28 +143,27 @@ def _select(
     return kept
 
 
-def _after_l1(row: PrefillRow, videos: Sequence[Pruning], kept: Sequence[torch.Tensor]) -> Survivors:
-    request = row.request
-    alive = torch.zeros(request.prompt_len, dtype=torch.bool, device=request.static.device)
-    alive.index_fill_(0, request.static, True)
-    visual, offset, previous_end = [], 0, 0
+def _after_l1(chunk: PromptChunk, videos: Sequence[VideoCounts], kept: Sequence[torch.Tensor]) -> Survivors:
+    request = chunk.request
+    alive = torch.zeros(request.prompt_len, dtype=torch.bool, device=request.text.device)
+    alive.index_fill_(0, request.text, True)
+    runs, row, previous_end = [], 0, 0
     for span, video, index in zip(request.spans, videos, kept, strict=True):
         alive.index_fill_(0, index + span.start, True)
-        offset += span.start - previous_end
-        visual.append((offset, video.total1))
-        offset += video.total1
+        row += span.start - previous_end
+        runs.append(VideoRun(row, video.after_l1))
+        row += video.after_l1
         previous_end = span.end
-    static = request.static.shape[0]
-    size = static + sum(video.total1 for video in videos)
-    positions = true_indices(alive, size)
-    after_l2 = sum(video.total2 for video in videos)
-    retained = retained_count(after_l2, request.retention)
-    request.result = PruningResult(request.visual, size - static, after_l2, retained)
+    after_l1 = sum(video.after_l1 for video in videos)
+    after_l2 = sum(video.after_l2 for video in videos)
+    retained = retained_count(after_l2, request.retention_micro)
+    request.result = PruningResult(request.visual_tokens, after_l1, after_l2, retained)
+    positions = true_indices(alive, request.text.shape[0] + after_l1)
     return Survivors(
-        row=row,
+        chunk=chunk,
         positions=positions,
-        static=torch.searchsorted(positions, request.static),
-        visual=visual,
+        text=torch.searchsorted(positions, request.text),
+        runs=runs,
         videos=list(videos),
         retained=retained,
     )
@@ -182,15 +171,15 @@ def _after_l1(row: PrefillRow, videos: Sequence[Pruning], kept: Sequence[torch.T
 
 def _after_l2(survivors: Survivors, kept: Sequence[torch.Tensor], scores: Sequence[torch.Tensor]) -> torch.Tensor:
     alive = torch.zeros(survivors.size, dtype=torch.bool, device=survivors.positions.device)
-    alive.index_fill_(0, survivors.static, True)
-    visual = torch.cat([index + start for (start, _), index in zip(survivors.visual, kept, strict=True)])
+    alive.index_fill_(0, survivors.text, True)
+    visual = torch.cat([index + run.start for run, index in zip(survivors.runs, kept, strict=True)])
     alive.index_fill_(0, visual, True)
-    rows = true_indices(alive, survivors.static.shape[0] + survivors.total2)
+    rows = true_indices(alive, survivors.text.shape[0] + survivors.after_l2)
     if survivors.retained:
         kept_scores = torch.cat([score[index] for score, index in zip(scores, kept, strict=True)])
-        chosen = retain(kept_scores, survivors.row.request.retention)
-        survivors.held_rows = visual[true_indices(chosen, survivors.retained)]
-        survivors.retained_rows = torch.searchsorted(rows, survivors.held_rows)
-    survivors.static = torch.searchsorted(rows, survivors.static)
+        chosen = retain(kept_scores, survivors.chunk.request.retention_micro)
+        survivors.retained_rows_at_l1 = visual[true_indices(chosen, survivors.retained)]
+        survivors.retained_rows = torch.searchsorted(rows, survivors.retained_rows_at_l1)
+    survivors.text = torch.searchsorted(rows, survivors.text)
     survivors.positions = survivors.positions[rows]
     return rows

@@ -97,7 +97,7 @@ def test_a_preset_stated_by_the_request(running: Engine) -> None:
 
 def test_blocks_are_what_the_text_needs(running: Engine) -> None:
     """Deep groups hold blocks for text alone; the shallow group for every token that stage 1 left."""
-    from metok_vllm.scheduler.kv_manager import PrunedManager
+    from metok_vllm.scheduler.kv_manager import DeepKVManager
 
     case = Case((scene_video(5, 40),), metok={"decode_retention": 0}, max_tokens=4)
     request_id = running.add(case)
@@ -112,7 +112,7 @@ def test_blocks_are_what_the_text_needs(running: Engine) -> None:
     prompt = len(answer.prompt_ids)
     size = running.block_size
     for manager, held in zip(running.managers, seen[0], strict=True):
-        tokens = text if isinstance(manager, PrunedManager) else prompt
+        tokens = text if isinstance(manager, DeepKVManager) else prompt
         assert held == -(-tokens // size), f"{type(manager).__name__} holds {held} blocks for {tokens} tokens"
     assert prompt > 2 * text, "the video must dominate for this to say something"
     running.check_drained()

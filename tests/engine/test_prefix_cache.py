@@ -85,7 +85,7 @@ def test_text_before_a_video_is_shared_once_it_is_written(running: Engine) -> No
     running.scheduler.reset_prefix_cache()
     first = running.add(case)
     running.step()
-    assert len(running.scheduler._deferred) == 1
+    assert len(running.scheduler.deferral.held) == 1
     second = running.add(text)
     outputs: dict[str, Any] = {}
     while running.llm.llm_engine.has_unfinished_requests():

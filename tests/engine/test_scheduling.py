@@ -41,7 +41,7 @@ def test_chunks_do_not_change_the_answer(chunked: Engine) -> None:
 
     def watch(running: Engine) -> None:
         held = running.runner.model_state.pruned.deferred_bytes
-        reserved = sum(running.scheduler._deferred.values())
+        reserved = sum(running.scheduler.deferral.held.values())
         assert held <= reserved, "a worker holds more than the scheduler has reserved"
         deferred.append(held)
 
@@ -128,7 +128,7 @@ def test_the_deferral_buffer_is_bounded(sample: Sample) -> None:
 
     def watch(running: Engine) -> None:
         nonlocal most
-        most = max(most, len(running.scheduler._deferred))
+        most = max(most, len(running.scheduler.deferral.held))
 
     with engine(sample, {"max_deferred_bytes": 800_000}, max_num_batched_tokens=96, max_num_seqs=8) as running:
         for case, answer in zip(asked, running.run(asked, watch), strict=True):

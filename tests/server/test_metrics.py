@@ -16,10 +16,9 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from metok_vllm.contract.counters import TOKEN_STAGES
+from metok_vllm.contract.counters import TIMED_PARTS, TOKEN_COUNTS
 from metok_vllm.contract.refusals import REASONS
 from metok_vllm.serve.figures import KEPT_SECONDS, PATIENCE_SECONDS
-from metok_vllm.worker.timing import TIMED_STAGES
 from tests.support.oracle.samples import Sample, scene_video
 from tests.support.server.asking import OPTIONS, ask, measured_after_now
 from tests.support.server.clips import mp4
@@ -81,7 +80,7 @@ def test_totals_are_the_sums_of_the_reports(server: Server) -> None:
 
     assert rise["metok_pruned_requests_total"] == 3
     assert rise["metok_pruned_videos_total"] == 3
-    for stage in TOKEN_STAGES:
+    for stage in TOKEN_COUNTS:
         assert rise[f"metok_visual_tokens_total{{stage={stage}}}"] == sum(r["visual_tokens"][stage] for r in reports)
     kv = {kind: sum(report["kv_bytes"][kind] for report in reports) for kind in ("stock", "metok")}
     assert rise["metok_kv_stock_bytes_total"] == kv["stock"]
@@ -132,7 +131,7 @@ def test_a_broken_video_is_counted(server: Server) -> None:
 
 def test_stages_are_timed_where_a_video_is_pruned_and_nowhere_else(server: Server) -> None:
     def counts(rise: Samples) -> Samples:
-        return {stage: rise.get(f"metok_stage_seconds_count{{stage={stage}}}", 0) for stage in TIMED_STAGES}
+        return {stage: rise.get(f"metok_stage_seconds_count{{stage={stage}}}", 0) for stage in TIMED_PARTS}
 
     before = scrape(server)
     ask(server, None, max_tokens=1)
@@ -146,7 +145,7 @@ def test_stages_are_timed_where_a_video_is_pruned_and_nowhere_else(server: Serve
     assert count["tower"] == count["stage1"] == 2
     assert count["scoring"] == count["deep"] >= 2
     assert count["shallow"] >= 2
-    assert all(0 < rise[f"metok_stage_seconds_sum{{stage={stage}}}"] < 60 for stage in TIMED_STAGES)
+    assert all(0 < rise[f"metok_stage_seconds_sum{{stage={stage}}}"] < 60 for stage in TIMED_PARTS)
 
 
 def test_every_reason_is_there_from_the_start(server: Server) -> None:

@@ -24,22 +24,36 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from metok_vllm.contract.fields import PLAN_FIELD
+from metok_vllm.contract.kv_spec import DeepAttentionSpec
 from metok_vllm.contract.video_plan import VideoPlan
-from metok_vllm.scheduler.kv_manager import PrunedAttentionSpec
 from metok_vllm.scheduler.scheduler import MetokScheduler
-from metok_vllm.scheduler.slot_counts import PLAN_FIELD
 
 BLOCK = 4
 SHAPE: dict[str, Any] = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
 FULL = FullAttentionSpec(**SHAPE)
-RETAINING = PrunedAttentionSpec(**SHAPE, retains=True)
-TEXT_ONLY = PrunedAttentionSpec(**SHAPE, retains=False)
+RETAINING = DeepAttentionSpec(**SHAPE, retains=True)
+TEXT_ONLY = DeepAttentionSpec(**SHAPE, retains=False)
 
 
-def plan(tokens: int, survivors2: int = 0, retention: int = 0, pruned: int = 1) -> VideoPlan:
+def plan(tokens: int, most_after_l2: int = 0, retention: int = 0, pruned: bool = True) -> VideoPlan:
     """A plan with the counts that the scheduler reads; the others are plausible."""
     return VideoPlan(
-        pruned, 4, 2, 1, 1, 2, 4, 8, 1, 1, 2, tokens, tokens, 760_000, retention, survivors2, survivors2, 1, 0
+        pruned=pruned,
+        frames=4,
+        events=2,
+        key_events=1,
+        key_frames=1,
+        strides=(2, 4, 8),
+        frames_per_tier=(1, 1, 2),
+        tokens=tokens,
+        stock_tokens=tokens,
+        keep_ratio_micro=760_000,
+        retention_micro=retention,
+        most_after_l1=most_after_l2,
+        most_after_l2=most_after_l2,
+        aligner="embedding",
+        report=False,
     )
 
 
@@ -122,7 +136,7 @@ def make_scheduler(base: Any, limits: Limits, monkeypatch: Any) -> MetokSchedule
     budget = SimpleNamespace(encoder_compute_budget=limits.encoder_tokens, encoder_cache_size=limits.encoder_tokens)
     monkeypatch.setattr("vllm.v1.core.sched.scheduler.MultiModalBudget", lambda *_: budget)
     scheduler = MetokScheduler(config, kv_cache_config(limits.blocks), StructuredOutputManager(config), BLOCK)
-    scheduler._deferral_limit = limits.deferred_tokens * scheduler._deferred_bytes_per_token
+    scheduler.deferral.limit = limits.deferred_tokens * scheduler.deferral.bytes_per_token
     return scheduler
 
 

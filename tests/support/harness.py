@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import metok_vllm
-from metok_vllm.scheduler.kv_manager import PrunedManager
+from metok_vllm.scheduler.kv_manager import DeepKVManager
 from tests.support.oracle import OracleResult, OracleSettings
 from tests.support.oracle import run as run_oracle
 from tests.support.oracle.samples import QUESTION, Sample
@@ -82,8 +82,8 @@ class Engine:
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "blocks are missing (one is the null block)"
         for manager in self.managers:
             assert not manager.req_to_blocks, "a manager still holds blocks"
-        assert self.scheduler.metok_facts == {}
-        assert self.scheduler._deferred == {}
+        assert self.scheduler.slot_counts == {}
+        assert self.scheduler.deferral.held == {}
         # The worker hears of the last finished requests with the next step; give it one.
         state = self.runner.model_state
         alive = set(state.pruned.by_id) - self.scheduler.finished_req_ids
@@ -210,6 +210,6 @@ def engine(sample: Sample, server: dict[str, Any] | None = None, **llm_kwargs: A
         cleanup_dist_env_and_memory()
 
 
-def pruned_managers(running: Engine) -> list[PrunedManager]:
+def pruned_managers(running: Engine) -> list[DeepKVManager]:
     """Managers of the groups that hold no pruned token."""
-    return [manager for manager in running.managers if isinstance(manager, PrunedManager)]
+    return [manager for manager in running.managers if isinstance(manager, DeepKVManager)]

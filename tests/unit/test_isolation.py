@@ -74,7 +74,7 @@ assert sys.argv == argv and os.environ == environ
 new = {kind: set(after[kind]) - set(before[kind]) for kind in before}
 assert new["models"] == new["configs"] == {"METOK"}, new
 assert new["loaders"] == {"metok"}, new
-assert {spec.__name__ for spec in new["formats"]} == {"PrunedAttentionSpec"}, new
+assert {spec.__name__ for spec in new["formats"]} == {"DeepAttentionSpec"}, new
 for kind in before:
     assert before[kind] <= after[kind] if kind == "models" else before[kind].items() <= after[kind].items(), kind
 changed = [key for key, value in names.items() if renamed.get(key) != value]

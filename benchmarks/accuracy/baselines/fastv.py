@@ -41,7 +41,7 @@ class AttentionPruning:
             wanted = (layers * wanted - self.layer * tokens) / (layers - self.layer)
         return min(max(round(wanted), 1), tokens)
 
-    def keep(self, stage: int, scores: Tensor, alive: Tensor, entering: Entering, asked: Asked) -> Tensor:
+    def keep(self, cut: int, scores: Tensor, alive: Tensor, entering: Entering, asked: Asked) -> Tensor:
         return top(scores, self.count(len(alive), entering.frames))
 
     def held(self, layer: int, trace: Trace, layers: int) -> Tensor:

@@ -18,7 +18,7 @@ from benchmarks.engine import cli, report, timing, workload
 from benchmarks.engine.models import write_model
 from benchmarks.engine.variants import variants
 from benchmarks.engine.worker import capacity
-from metok_vllm.worker.timing import StageTimes
+from metok_vllm.worker.timing import PartTimes
 
 Raw = Callable[..., dict[str, Any]]
 
@@ -101,22 +101,22 @@ class Stack:
     """`DecoderStack`, as much of it as matters here; its module needs vLLM."""
 
     prune_layers: tuple[int, int, int]
-    times: StageTimes
+    times: PartTimes
 
 
 class PrunedOutline(Outline):
-    """Opens METok's stages, as `worker/step.py` does."""
+    """Opens METok's parts, as `worker/step.py` does."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.decoder_stack = Stack((1, 2, 3), StageTimes())
+        self.decoder_stack = Stack((1, 2, 3), PartTimes())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for index, layer in enumerate(self.language_model.model.layers):
-            with self.decoder_stack.times.stage("deep" if index else "shallow"):
+            with self.decoder_stack.times.part("deep" if index else "shallow"):
                 x = layer(x)
             if index == 0:
-                with self.decoder_stack.times.stage("scoring"):
+                with self.decoder_stack.times.part("scoring"):
                     x = x + 1
         return x
 
@@ -142,7 +142,7 @@ def test_hooks_find_the_parts_of_a_model(spans: timing.Spans) -> None:
     }
 
 
-def test_metoks_own_stage_is_timed_and_its_own_times_go_on(spans: timing.Spans) -> None:
+def test_metoks_own_part_is_timed_and_its_own_times_go_on(spans: timing.Spans) -> None:
     model = PrunedOutline()
     own = model.decoder_stack.times
     timing.attach(spans, model, first_prune_layer=1)
@@ -154,13 +154,13 @@ def test_metoks_own_stage_is_timed_and_its_own_times_go_on(spans: timing.Spans) 
         "rest_of_model": 6e3,
     }
     assert model.decoder_stack.prune_layers == (1, 2, 3)
-    counted = {stage: sum(figures["counts"]) for stage, figures in own.snapshot().items()}
+    counted = {part: sum(figures["counts"]) for part, figures in own.snapshot().items()}
     assert counted == {"tower": 0, "stage1": 0, "shallow": 1, "scoring": 1, "deep": 3}
 
 
-def test_a_stage_that_is_gone_is_not_timed_as_nothing(spans: timing.Spans, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metok_vllm.worker.timing.TIMED_STAGES", ("shallow", "deep"))
-    with pytest.raises(LookupError, match="no stage 'scoring'"):
+def test_a_part_that_is_gone_is_not_timed_as_nothing(spans: timing.Spans, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metok_vllm.contract.counters.TIMED_PARTS", ("shallow", "deep"))
+    with pytest.raises(LookupError, match="no part 'scoring'"):
         timing.attach(spans, PrunedOutline(), first_prune_layer=1)
 
 

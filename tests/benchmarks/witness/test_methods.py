@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.witness import cli, methods, report, world
+from metok_vllm.compression.pooling import pool_frames
 from tests.support.oracle.run import Prefill, decode
 from tests.support.oracle.settings import OracleSettings
 from tests.support.oracle.stage2 import Video
@@ -107,7 +108,7 @@ def test_with_everything_kept_it_is_generate(model):
 
 def test_words_survive_stocks_stride_and_blur_beyond_it():
     rows = torch.randn(32, world.WIDTH, 5)
-    pool = methods.pooling.pool_frames
+    pool = pool_frames
     grid = world.tower_grid(rows)
     torch.testing.assert_close(pool(grid, 2, "average"), rows)
     torch.testing.assert_close(pool(grid, 4, "average"), (rows[:, 0::2] + rows[:, 1::2]) / 2)

@@ -59,7 +59,7 @@ def test_real_model_against_the_oracle_and_its_own_forward():
             hidden = torch.cat([decoder.embed(before), visual.rows, decoder.embed(after)])
             is_text = [True] * begin + [False] * count + [True] * len(after)
             state = Prefill(llava, hidden, is_text, OracleSettings(decode_retention=delta, prune_layers=layers))
-            key = visual.key.nonzero().flatten().tolist()
+            key = visual.is_key.nonzero().flatten().tolist()
             state.videos = [Video(begin, visual.event.tolist(), key, list(range(begin, begin + count)))]
             state.run()
             tokens, _ = decode(llava, state, STEPS, None)

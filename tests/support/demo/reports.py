@@ -10,14 +10,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from metok_vllm.contract.server_choices import attach_settings
-from metok_vllm.contract.settings import MetokSettings, RequestSettings
+from metok_vllm.contract.settings import RequestSettings
+from metok_vllm.contract.spans import VideoSpan
 from metok_vllm.contract.video_plan import VideoPlan, plan_video
 from metok_vllm.models.base import MetokModel
-from metok_vllm.scheduler.slot_counts import RequestFacts, VideoSpan
+from metok_vllm.scheduler.slot_counts import SlotCounts
 from metok_vllm.worker import report as engine_report
 from metok_vllm.worker.requests import TAG_CHANNELS, PrunedRequest, PruningResult, VideoTags
-from metok_vllm.worker.timing import StageTimes
+from metok_vllm.worker.timing import PartTimes
+from tests.support.choices import attach_settings
 from tests.support.demo.stub_server import REQUEST_ID
 from tests.support.oracle import stage1
 from tests.support.oracle.samples import Sample
@@ -32,7 +33,7 @@ class _Model(MetokModel):
 
     def __init__(self, sample: Sample) -> None:
         self.hf = sample.model
-        self.decoder_stack: Any = SimpleNamespace(times=StageTimes())
+        self.decoder_stack: Any = SimpleNamespace(times=PartTimes())
 
     def video_features(self, pixels: torch.Tensor) -> torch.Tensor:
         return stage1.features(self.hf, pixels)
@@ -55,11 +56,11 @@ def real_report(sample: Sample, frames: NDArray[np.uint8], patch: pytest.MonkeyP
 
 def _report(sample: Sample, plan: VideoPlan, tags: VideoTags, patch: pytest.MonkeyPatch) -> Any:
     span = VideoSpan(10, plan.tokens, plan)
-    facts = RequestFacts(TEXT_TOKENS + plan.tokens, (span,))
+    counts = SlotCounts(TEXT_TOKENS + plan.tokens, (span,))
     nothing = torch.zeros(0, dtype=torch.int64)
     request_id = f"{REQUEST_ID}-0123abcd"
-    request = PrunedRequest(request_id, facts.prompt_len, (span,), nothing, nothing.numpy(), (0,), nothing, [tags])
-    request.result = PruningResult(plan.tokens, plan.survivors1, plan.survivors2, facts.retained_bound)
+    request = PrunedRequest(request_id, counts.prompt_len, (span,), nothing, nothing, nothing.numpy(), (0,), [tags])
+    request.result = PruningResult(plan.tokens, plan.most_after_l1, plan.most_after_l2, counts.retained_bound)
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(
             hf_config=SimpleNamespace(),
@@ -69,7 +70,7 @@ def _report(sample: Sample, plan: VideoPlan, tags: VideoTags, patch: pytest.Monk
         ),
         cache_config=SimpleNamespace(cache_dtype="auto"),
     )
-    attach_settings(config.model_config.hf_config, MetokSettings())
+    attach_settings(config.model_config.hf_config, sample.model.config.text_config.num_hidden_layers)
     patch.setattr(engine_report, "get_tensor_model_parallel_rank", lambda: 0)
     reports = engine_report.Reports(config)
     reports.add(request)

@@ -49,8 +49,8 @@ def whole_method(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Every tensor function of the package, as an engine would chain them."""
     vectors = events.frame_vectors(x["features"].flatten(1, 2))
     ids = events.segment(events.adjacent_similarity(vectors), EVENTS)
-    alone, lengths = alignment.events_only(vectors, ids, EVENTS)
-    r = alignment.embedding_space(vectors, x["question"]) + alignment.paired(vectors, x["question"]) + alone
+    alone, lengths = alignment.none(vectors, ids, EVENTS)
+    r = alignment.embedding(vectors, x["question"]) + alignment.dual_tower(vectors, x["question"]) + alone
     key = alignment.key_events(alignment.event_scores(r, ids, EVENTS) + lengths, 3)
     quota = tiers.quota(FRAMES, EVENTS, 3, 2)
     per_frame = pooling.tokens_per_frame(GRID, GRID, (2, 4, 8), "bilinear")

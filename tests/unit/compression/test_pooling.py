@@ -157,7 +157,7 @@ def test_rows_are_exact_for_every_length() -> None:
 
 def test_separators_follow_their_event() -> None:
     ids = torch.tensor([0, 0, 1])
-    q = TierQuota(events=2, n1=1, n2=0, n3=2)
+    q = TierQuota(events=2, tier0=1, tier1=0, tier2=2)
     features = torch.tensor([10.0, 20.0, 30.0], dtype=torch.bfloat16)[:, None, None, None].expand(3, 4, 4, 1)
     separator = torch.tensor([-1.0])
     result = pool_video(features, torch.tensor([2, 0, 2]), STRIDES, q, "average", separator, ids)

@@ -78,8 +78,8 @@ def test_prune_layers_can_be_stated() -> None:
 
 def test_keep_count_does_not_round_up_what_is_exact() -> None:
     assert 0.55 * 100 > 55  # what floating point makes of it
-    assert keep_count(100, to_micro(0.55), key=True, stage=1) == 55
-    assert keep_count(200, to_micro(0.55), key=False, stage=1) == 55
+    assert keep_count(100, to_micro(0.55), is_key=True, pruning_layer=1) == 55
+    assert keep_count(200, to_micro(0.55), is_key=False, pruning_layer=1) == 55
 
 
 @pytest.mark.parametrize("printed", RATIOS)
@@ -90,22 +90,24 @@ def test_keep_counts_equal_decimal_arithmetic(printed: str) -> None:
     def ceiling(x: Decimal) -> int:
         return int(x.to_integral_value(ROUND_CEILING))
 
-    for stage in (1, 2, 3):
-        for key in (True, False):
-            share = Decimal(0) if stage == 3 or (stage == 2 and not key) else Decimal(printed) / (1 if key else 2)
+    for pruning_layer in (1, 2, 3):
+        for is_key in (True, False):
+            nothing = pruning_layer == 3 or (pruning_layer == 2 and not is_key)
+            share = Decimal(0) if nothing else Decimal(printed) / (1 if is_key else 2)
             expected = [ceiling(share * length) for length in lengths]
-            assert [keep_count(n, micro, key, stage) for n in lengths] == expected
-            flags = torch.full((len(lengths),), key)
-            assert keep_counts(torch.tensor(lengths), flags, micro, stage).tolist() == expected
+            case = f"L{pruning_layer}, key event: {is_key}"
+            assert [keep_count(n, micro, is_key, pruning_layer) for n in lengths] == expected, case
+            flags = torch.full((len(lengths),), is_key)
+            assert keep_counts(torch.tensor(lengths), flags, micro, pruning_layer).tolist() == expected, case
             assert all(kept <= length for kept, length in zip(expected, lengths, strict=True))
 
 
-def test_an_unknown_stage_is_refused() -> None:
-    for stage in (0, 4):
-        with pytest.raises(ValueError, match="stages 1, 2 and 3"):
-            keep_count(10, MICRO, key=True, stage=stage)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="stages 1, 2 and 3"):
-            keep_counts(torch.ones(1, dtype=torch.int64), torch.ones(1) > 0, MICRO, stage)  # type: ignore[arg-type]
+def test_an_unknown_pruning_layer_is_refused() -> None:
+    for pruning_layer in (0, 4):
+        with pytest.raises(ValueError, match="pruning layers 1, 2 and 3"):
+            keep_count(10, MICRO, is_key=True, pruning_layer=pruning_layer)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="pruning layers 1, 2 and 3"):
+            keep_counts(torch.ones(1, dtype=torch.int64), torch.ones(1) > 0, MICRO, pruning_layer)  # type: ignore[arg-type]
 
 
 @property_test

@@ -39,12 +39,12 @@ SETTINGS = [
 def test_quota_of_the_papers_settings_by_hand() -> None:
     # 64 frames: events of 13, 13, 13, 13, 12; 18 key frames in the three key events, 3 * 7 others there and
     # 12 key frames elsewhere, 7 + 6 left.
-    assert quota(64, 5, 3, 6) == TierQuota(events=5, n1=18, n2=33, n3=13)
-    assert quota(32, 5, 3, 6) == TierQuota(events=5, n1=18, n2=14, n3=0)
-    assert quota(128, 5, 3, 6) == TierQuota(events=5, n1=18, n2=72, n3=38)
+    assert quota(64, 5, 3, 6) == TierQuota(events=5, tier0=18, tier1=33, tier2=13)
+    assert quota(32, 5, 3, 6) == TierQuota(events=5, tier0=18, tier1=14, tier2=0)
+    assert quota(128, 5, 3, 6) == TierQuota(events=5, tier0=18, tier1=72, tier2=38)
     # Fewer frames than events: one frame an event, three of them key.
-    assert quota(4, 5, 3, 6) == TierQuota(events=4, n1=3, n2=1, n3=0)
-    assert quota(1, 5, 3, 6) == TierQuota(events=1, n1=1, n2=0, n3=0)
+    assert quota(4, 5, 3, 6) == TierQuota(events=4, tier0=3, tier1=1, tier2=0)
+    assert quota(1, 5, 3, 6) == TierQuota(events=1, tier0=1, tier1=0, tier2=0)
 
 
 @pytest.mark.parametrize(("events", "key_events", "key_frames"), SETTINGS)
@@ -75,7 +75,7 @@ def test_tiers_equal_plain_loops_for_any_quota(
     ids, r = case
     key = [rng.random() < 0.5 for _ in range(ids[-1] + 1)]
     low, high = sorted(rng.randint(0, len(ids)) for _ in range(2))
-    q = TierQuota(events=ids[-1] + 1, n1=low, n2=high - low, n3=len(ids) - high)
+    q = TierQuota(events=ids[-1] + 1, tier0=low, tier1=high - low, tier2=len(ids) - high)
     tensors = (torch.tensor(ids), torch.tensor(r), torch.tensor(key))
     assert paper_tiers(*tensors, key_frames).tolist() == naive.paper_tiers(ids, r, key, key_frames)
     assert assign(*tensors, key_frames, q).tolist() == naive.assign(ids, r, key, key_frames, q.counts())
@@ -175,7 +175,7 @@ def test_budget_refuses_tiers_in_the_wrong_order() -> None:
 
 
 def test_video_tokens_by_hand() -> None:
-    q = TierQuota(events=2, n1=1, n2=2, n3=3)
+    q = TierQuota(events=2, tier0=1, tier1=2, tier2=3)
     assert video_tokens(q, (100, 10, 1), separators=False) == 123
     assert video_tokens(q, (100, 10, 1), separators=True) == 125
 
@@ -185,5 +185,5 @@ def test_a_lowered_quota_still_takes_the_best_frames() -> None:
     r = torch.linspace(1.0, 0.0, 20)
     key = torch.tensor([True, True, True, False, False])
     q = with_budget(quota(20, 5, 3, 2), (16, 4, 1), True, 110)  # 145 tokens lowered
-    assert q.n1 == 3
+    assert q.tier0 == 3
     assert assign(torch.tensor(ids), r, key, 2, q).eq(0).nonzero().flatten().tolist() == [0, 1, 4]

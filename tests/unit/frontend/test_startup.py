@@ -11,8 +11,8 @@ from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import metok_vllm
-from metok_vllm.contract.server_choices import server_settings
-from metok_vllm.frontend.startup import step_tokens
+from metok_vllm.contract.budgets import step_tokens
+from metok_vllm.contract.server_choices import server_choices
 from metok_vllm.scheduler.scheduler import MetokScheduler
 from metok_vllm.worker.rpc import MetokWorkerExtension
 from tests.unit.conftest import METOK
@@ -137,7 +137,7 @@ def test_breakable_graphs_are_refused(make_config: Make, monkeypatch: pytest.Mon
 
 
 def test_synchronous_scheduling_is_accepted(make_config: Make) -> None:
-    assert make_config(async_scheduling=False).scheduler_config.scheduler_cls is MetokScheduler
+    assert make_config(async_scheduling=False).scheduler_config.get_scheduler_cls() is MetokScheduler
 
 
 def test_every_flag_that_a_sentence_names_exists() -> None:
@@ -240,14 +240,14 @@ def test_a_wrong_video_setting(make_config: Make) -> None:
 def test_what_is_set(make_config: Make) -> None:
     config = make_config(additional_config={"metok": {"preset": "balanced", "prune_layers": [1, 2, 4]}, "else": 1})
     assert config.model_config.architecture == METOK
-    assert config.scheduler_config.scheduler_cls is MetokScheduler
     assert config.scheduler_config.get_scheduler_cls() is MetokScheduler
     assert config.parallel_config.worker_extension_cls == (
         f"{MetokWorkerExtension.__module__}.{MetokWorkerExtension.__qualname__}"
     )
     assert config.model_config.multimodal_config.media_io_kwargs == {"video": {"video_backend": "metok"}}
-    settings = server_settings(config.model_config.hf_config)
-    assert (settings.preset, settings.decode_retention, settings.prune_layers) == ("balanced", 1.0, (1, 2, 4))
+    choices = server_choices(config.model_config.hf_config)
+    assert (choices.settings.preset, choices.settings.decode_retention) == ("balanced", 1.0)
+    assert choices.settings.prune_layers == choices.prune_layers == (1, 2, 4)
     assert config.additional_config["else"] == 1
 
 
@@ -268,8 +268,8 @@ def test_what_the_user_chose_stays(make_config: Make) -> None:
 def test_enable_gives_the_same_configuration(make_config: Make) -> None:
     config = make_config(metok=False, **metok_vllm.enable(events=3))
     assert config.model_config.architecture == METOK
-    assert config.scheduler_config.scheduler_cls is MetokScheduler
-    assert server_settings(config.model_config.hf_config).events == 3
+    assert config.scheduler_config.get_scheduler_cls() is MetokScheduler
+    assert server_choices(config.model_config.hf_config).settings.events == 3
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_enable_gives_the_same_configuration(make_config: Make) -> None:
 def test_prompts_that_one_step_always_takes(make_config: Make, arguments: dict[str, int], tokens: int) -> None:
     config = make_config(**arguments)
     assert step_tokens(config.scheduler_config) == tokens
-    assert config.model_config.hf_config.metok_step_tokens == tokens
+    assert server_choices(config.model_config.hf_config).step_tokens == tokens
 
 
 @pytest.mark.parametrize(
@@ -302,4 +302,4 @@ def test_prompts_that_one_step_always_takes(make_config: Make, arguments: dict[s
     ],
 )
 def test_served(make_config: Make, arguments: dict[str, Any]) -> None:
-    assert make_config(**arguments).scheduler_config.scheduler_cls is MetokScheduler
+    assert make_config(**arguments).scheduler_config.get_scheduler_cls() is MetokScheduler

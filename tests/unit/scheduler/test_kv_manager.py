@@ -16,8 +16,10 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, Sing
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from metok_vllm.scheduler.kv_manager import PrunedAttentionSpec, PrunedManager, register_kv_cache_spec
-from metok_vllm.scheduler.slot_counts import RequestFacts, pruned_spans
+from metok_vllm.contract.kv_spec import DeepAttentionSpec
+from metok_vllm.contract.spans import pruned_spans
+from metok_vllm.scheduler.kv_manager import DeepKVManager, register_kv_cache_spec
+from metok_vllm.scheduler.slot_counts import SlotCounts
 from tests.support.fakes import BLOCK, FULL, RETAINING, TEXT_ONLY, Prompt, free_and_held, plan
 from tests.unit.scheduler.test_slot_counts import prompts
 
@@ -29,19 +31,19 @@ class Groups:
 
     def __init__(self, blocks: int, hash_block_size: int = BLOCK) -> None:
         self.pool = BlockPool(blocks, True, hash_block_size)
-        self.facts: dict[str, RequestFacts] = {}
+        self.counts: dict[str, SlotCounts] = {}
         self.managers: list[SingleTypeKVCacheManager] = []
         for i, spec in enumerate(SPECS):
-            manager_class = PrunedManager if isinstance(spec, PrunedAttentionSpec) else FullAttentionManager
+            manager_class = DeepKVManager if isinstance(spec, DeepAttentionSpec) else FullAttentionManager
             manager = manager_class(spec, self.pool, True, i, BLOCK)
-            if isinstance(manager, PrunedManager):
-                manager.facts = self.facts
+            if isinstance(manager, DeepKVManager):
+                manager.slot_counts = self.counts
             self.managers.append(manager)
 
     def add(self, request: Request) -> None:
         spans = pruned_spans(request.mm_features)
         if spans:
-            self.facts[request.request_id] = RequestFacts(request.num_prompt_tokens, spans)
+            self.counts[request.request_id] = SlotCounts(request.num_prompt_tokens, spans)
 
     def allocate(self, request: Request, tokens: int) -> bool:
         """Room for the first `tokens` tokens, or False where the pool has too few blocks."""
@@ -69,10 +71,10 @@ class Groups:
         return [block.block_hash is not None for block in blocks]
 
     def expected(self, request: Request) -> list[int]:
-        facts, tokens = self.facts.get(request.request_id), request.num_computed_tokens
+        counts, tokens = self.counts.get(request.request_id), request.num_computed_tokens
         slots = [tokens, tokens, tokens]
-        if facts is not None:
-            slots = [tokens, facts.slots(tokens, True), facts.slots(tokens, False)]
+        if counts is not None:
+            slots = [tokens, counts.slots(tokens, True), counts.slots(tokens, False)]
         return [-(-count // BLOCK) for count in slots]
 
     def check_integrity(self, alive: Sequence[Request]) -> None:
@@ -81,11 +83,11 @@ class Groups:
         assert held == sum(sum(self.blocks(request)) for request in alive), "two requests share a block"
         for request in alive:
             assert self.blocks(request) == self.expected(request)
-            facts = self.facts.get(request.request_id)
-            if facts is None:
+            counts = self.counts.get(request.request_id)
+            if counts is None:
                 continue
-            complete = request.num_computed_tokens >= facts.prompt_len
-            publishable = facts.spans[0].start // BLOCK if complete else 0
+            complete = request.num_computed_tokens >= counts.prompt_len
+            publishable = counts.spans[0].start // BLOCK if complete else 0
             for group in (1, 2):
                 shown = self.published(group, request)
                 assert shown == [i < publishable for i in range(len(shown))]
@@ -126,7 +128,7 @@ class BlockTables(RuleBasedStateMachine):
     @rule(request=consumes(requests))
     def finish(self, request: Request) -> None:
         self.groups.free(request)
-        self.groups.facts.pop(request.request_id, None)
+        self.groups.counts.pop(request.request_id, None)
         self.alive.remove(request)
 
     @invariant()
@@ -222,12 +224,12 @@ def common(a: Request, b: Request) -> int:
 def test_one_lookup_serves_several_groups() -> None:
     """vLLM looks up all groups with one spec at once; a block that only one of them has is no hit."""
     pool = BlockPool(50, True, BLOCK)
-    managers = [PrunedManager(TEXT_ONLY, pool, True, i, BLOCK) for i in (0, 1)]
+    managers = [DeepKVManager(TEXT_ONLY, pool, True, i, BLOCK) for i in (0, 1)]
     request = Prompt((13,)).request("r")
     for manager, tokens in zip(managers, (12, 8), strict=True):
         manager.allocate_new_blocks("r", 13, 13)
         manager.cache_blocks(request, tokens, replay_boundaries=())
-    blocks, tokens = PrunedManager.find_longest_cache_hit(
+    blocks, tokens = DeepKVManager.find_longest_cache_hit(
         request.block_hashes, 13, [0, 1], pool, TEXT_ONLY, False, BLOCK
     )
     assert tokens == 8
@@ -237,7 +239,7 @@ def test_one_lookup_serves_several_groups() -> None:
 def test_the_format_is_known_to_vllm() -> None:
     for _ in range(2):
         register_kv_cache_spec()
-    assert KVCacheSpecRegistry.get_manager_class(TEXT_ONLY) is PrunedManager
+    assert KVCacheSpecRegistry.get_manager_class(TEXT_ONLY) is DeepKVManager
     assert KVCacheSpecRegistry.get_manager_class(FULL) is FullAttentionManager
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
-from metok_vllm.scheduler.kv_manager import PrunedManager
+from metok_vllm.scheduler.kv_manager import DeepKVManager
 from metok_vllm.scheduler.scheduler import MetokScheduler
 from tests.support.fakes import BLOCK, Limits, Prompt, Step, free_and_held, make_scheduler, plan, schedule
 
@@ -35,7 +35,7 @@ class Run:
         self.waiting: deque[Step] = deque()
         self.chunks: dict[str, list[int]] = {}  # of each pruned prompt, since it was last started
         self.prompts: dict[str, Prompt] = {}
-        self.facts: dict[str, Any] = {}
+        self.counts: dict[str, Any] = {}
         self.seen: Counter[str] = Counter()
         self.idle = 0
 
@@ -47,8 +47,8 @@ class Run:
         name = f"r{len(self.prompts)}"
         self.prompts[name] = prompt
         self.scheduler.add_request(prompt.request(name))
-        if name in self.scheduler.metok_facts:
-            self.facts[name] = self.scheduler.metok_facts[name]
+        if name in self.scheduler.slot_counts:
+            self.counts[name] = self.scheduler.slot_counts[name]
         return name
 
     def abort(self, name: str) -> None:
@@ -72,13 +72,13 @@ class Run:
             raise Stuck({name: r.num_computed_tokens for name, r in self.scheduler.requests.items()})
 
     def check_chunk(self, name: str, tokens: int) -> None:
-        facts, request = self.facts.get(name), self.scheduler.requests[name]
-        if facts is None:
+        counts, request = self.counts.get(name), self.scheduler.requests[name]
+        if counts is None:
             return
         start = request.num_computed_tokens - tokens
-        if start >= facts.prompt_len:
+        if start >= counts.prompt_len:
             return
-        left = facts.prompt_len - start - tokens
+        left = counts.prompt_len - start - tokens
         assert left >= 0, "a chunk crosses the end of its prompt"
         assert tokens != 1, "a chunk of one token would run as a decode"
         assert left != 1, "what is left would be a chunk of one token"
@@ -89,9 +89,9 @@ class Run:
         """Memory is reserved for no more than this: see `memory.PruningMemory`."""
         ending = []
         for name, count in tokens.items():
-            facts, end = self.facts.get(name), self.scheduler.requests[name].num_computed_tokens
-            if facts is not None and count < end == facts.prompt_len:
-                ending.append(facts.prompt_len)
+            counts, end = self.counts.get(name), self.scheduler.requests[name].num_computed_tokens
+            if counts is not None and count < end == counts.prompt_len:
+                ending.append(counts.prompt_len)
         assert len(ending) < 2 or sum(ending) <= self.limits.step_tokens, "too many long prompts end in one step"
         self.seen["ended together"] += len(ending) > 1
 
@@ -103,15 +103,15 @@ class Run:
             tokens = request.num_computed_tokens
             for manager in self.managers:
                 slots = tokens
-                if request.request_id in self.facts and isinstance(manager, PrunedManager):
-                    slots = self.facts[request.request_id].slots(tokens, manager.retains)
+                if request.request_id in self.counts and isinstance(manager, DeepKVManager):
+                    slots = self.counts[request.request_id].slots(tokens, manager.retains)
                 assert len(manager.req_to_blocks[request.request_id]) == -(-slots // BLOCK)
-        deferred = self.scheduler._deferred
-        assert sum(deferred.values()) <= self.scheduler._deferral_limit
-        for name, facts in self.facts.items():
+        deferred = self.scheduler.deferral.held
+        assert sum(deferred.values()) <= self.scheduler.deferral.limit
+        for name, counts in self.counts.items():
             request = self.scheduler.requests.get(name)
-            if request is not None and 0 < request.num_computed_tokens < facts.prompt_len:
-                assert deferred[name] == facts.prompt_len * self.scheduler._deferred_bytes_per_token
+            if request is not None and 0 < request.num_computed_tokens < counts.prompt_len:
+                assert deferred[name] == counts.prompt_len * self.scheduler.deferral.bytes_per_token
             if request is not None and request in self.scheduler.waiting:
                 held_outputs = self.scheduler.encoder_cache_manager.get_cached_input_ids(request)
                 assert not held_outputs, "a waiting request keeps others from the encoder cache"
@@ -124,7 +124,7 @@ class Run:
             self.waiting.popleft().finish()
         pool = self.scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
-        assert self.scheduler._deferred == self.scheduler.metok_facts == {}
+        assert self.scheduler.deferral.held == self.scheduler.slot_counts == {}
         encoder = self.scheduler.encoder_cache_manager
         assert encoder.num_freeable_slots == encoder.cache_size, "an item of the encoder cache is still referenced"
 
@@ -288,7 +288,7 @@ def workloads(draw: st.DrawFn) -> tuple[Limits, list[Prompt]]:
     requests = draw(st.integers(1, 6))
     step_tokens = max(requests, draw(st.sampled_from([4, 8, 16, 17, 33, 64, 100])))
     long_prefill = draw(st.sampled_from([0, 0, 3, 7]))
-    whole = min(step_tokens - requests, long_prefill or step_tokens)  # `checks.step_tokens`
+    whole = min(step_tokens - requests, long_prefill or step_tokens)  # `budgets.step_tokens`
     # The front end refuses a prompt that may have to be deferred and does not fit the bound alone.
     pruned = [p.length for p in asked if any(v.pruned for v in p.videos)]
     deferred = max([length for length in pruned if length > whole], default=0) + draw(st.sampled_from([0, 0, 10, 999]))

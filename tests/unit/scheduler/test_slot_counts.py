@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metok_vllm.scheduler.slot_counts import RequestFacts, VideoSpan, pruned_spans
+from metok_vllm.contract.spans import VideoSpan, pruned_spans
+from metok_vllm.scheduler.slot_counts import SlotCounts
 from tests.support.fakes import Prompt, feature, plan
 
 
@@ -25,8 +26,8 @@ def prompts(draw: st.DrawFn, fewest: int = 1, most: int = 4) -> Prompt:
     return Prompt(tuple(text), tuple(plans))
 
 
-def facts_of(prompt: Prompt) -> RequestFacts:
-    return RequestFacts(prompt.length, pruned_spans(prompt.features("r")))
+def counts_of(prompt: Prompt) -> SlotCounts:
+    return SlotCounts(prompt.length, pruned_spans(prompt.features("r")))
 
 
 def owners(prompt: Prompt, generated: int) -> list[bool]:
@@ -41,27 +42,27 @@ def owners(prompt: Prompt, generated: int) -> list[bool]:
 
 @given(prompts())
 def test_slots_are_counted_token_by_token(prompt: Prompt) -> None:
-    facts, owns = facts_of(prompt), owners(prompt, 5)
-    survivors = sum(video.survivors2 for video in prompt.videos)
-    retained = -(-survivors * prompt.videos[0].retention // 1_000_000)
-    assert facts.retained_bound == retained
-    assert facts.visual == sum(video.tokens for video in prompt.videos)
+    counts, owns = counts_of(prompt), owners(prompt, 5)
+    survivors = sum(video.most_after_l2 for video in prompt.videos)
+    retained = -(-survivors * prompt.videos[0].retention_micro // 1_000_000)
+    assert counts.retained_bound == retained
+    assert counts.visual_tokens == sum(video.tokens for video in prompt.videos)
     for length in range(prompt.length + 6):
         text = sum(owns[:length])
-        assert facts.slots(length, retains=False) == text
+        assert counts.slots(length, retains=False) == text
         complete = length >= prompt.length
-        assert facts.slots(length, retains=True) == text + (retained if complete else 0)
+        assert counts.slots(length, retains=True) == text + (retained if complete else 0)
 
 
 @given(prompts(), st.booleans())
 def test_slots_never_shrink(prompt: Prompt, retains: bool) -> None:
-    facts = facts_of(prompt)
-    counts = [facts.slots(length, retains) for length in range(prompt.length + 4)]
-    assert counts[0] == 0
-    assert counts == sorted(counts)
+    counts = counts_of(prompt)
+    slots = [counts.slots(length, retains) for length in range(prompt.length + 4)]
+    assert slots[0] == 0
+    assert slots == sorted(slots)
     # The retained ones come all at once, with the last token of the prompt.
-    jumps = [after - before for before, after in itertools.pairwise(counts)]
-    assert jumps[prompt.length - 1] == 1 + (facts.retained_bound if retains else 0)
+    jumps = [after - before for before, after in itertools.pairwise(slots)]
+    assert jumps[prompt.length - 1] == 1 + (counts.retained_bound if retains else 0)
     assert set(jumps[: prompt.length - 1]) <= {0, 1}
     assert set(jumps[prompt.length :]) == {1}
 
@@ -69,13 +70,13 @@ def test_slots_never_shrink(prompt: Prompt, retains: bool) -> None:
 def test_by_hand() -> None:
     # 3 text, 10 visual, 2 text, 4 visual, 5 text; at most 6 + 1 survive L2, half of them are retained.
     prompt = Prompt((3, 2, 5), (plan(10, 6, 500_000), plan(4, 1, 500_000)))
-    facts = facts_of(prompt)
-    assert facts.spans == (VideoSpan(3, 10, prompt.videos[0]), VideoSpan(15, 4, prompt.videos[1]))
-    assert [span.end for span in facts.spans] == [13, 19]
-    assert [facts.slots(n, False) for n in (0, 3, 4, 13, 14, 15, 18, 19, 20, 24, 30)] == [
+    counts = counts_of(prompt)
+    assert counts.spans == (VideoSpan(3, 10, prompt.videos[0]), VideoSpan(15, 4, prompt.videos[1]))
+    assert [span.end for span in counts.spans] == [13, 19]
+    assert [counts.slots(n, False) for n in (0, 3, 4, 13, 14, 15, 18, 19, 20, 24, 30)] == [
         *(0, 3, 3, 3, 4, 5, 5, 5, 6, 10, 16)
     ]
-    assert [facts.slots(n, True) for n in (13, 23, 24, 30)] == [3, 9, 14, 20]
+    assert [counts.slots(n, True) for n in (13, 23, 24, 30)] == [3, 9, 14, 20]
 
 
 def test_only_pruned_videos_are_spans() -> None:

@@ -17,17 +17,27 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from metok_vllm.contract import refusals as metrics_refused
-from metok_vllm.contract.counters import EVENT_BOUNDS, KV_KINDS, TOKEN_STAGES, Histogram, PruningCounters, summed
-from metok_vllm.scheduler.counters import GROUP_KINDS, SchedulerCounters
+from metok_vllm.contract.counters import (
+    EVENT_BOUNDS,
+    KV_KINDS,
+    TIMED_PARTS,
+    TOKEN_COUNTS,
+    Histogram,
+    summed,
+)
+from metok_vllm.contract.kv_spec import GROUP_KINDS
+from metok_vllm.scheduler.chunking import DeferralBudget
+from metok_vllm.scheduler.counters import SchedulerCounters
 from metok_vllm.serve.figures import Latest, engine_figures, recent_requests
 from metok_vllm.serve.metrics import MetokCollector
-from metok_vllm.worker.timing import TIMED_STAGES, StageTimes
+from metok_vllm.worker.counters import PruningCounters
+from metok_vllm.worker.timing import PartTimes
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def tokens(*counts: int) -> dict[str, int]:
-    return dict(zip(TOKEN_STAGES, counts, strict=True))
+    return dict(zip(TOKEN_COUNTS, counts, strict=True))
 
 
 def kv(stock: int, metok: int) -> dict[str, int]:
@@ -89,7 +99,7 @@ def test_prompts_are_counted_once_by_kind() -> None:
     }
     new: Any = [SimpleNamespace(req_id=name, num_computed_tokens=8 * (name == "b")) for name in requests]
     counters.admitted(new, requests, {"a", "resumed"})
-    snapshot = counters.snapshot([], {"x": 5, "y": 6}, 20, {"a": 1})
+    snapshot = counters.snapshot([], DeferralBudget(1, limit=20, held={"x": 5, "y": 6}), {"a": 1})
     assert snapshot["prompt_tokens"] == {"pruned": 100, "other": 10}
     assert snapshot["cache_hit_tokens"] == {"pruned": 0, "other": 8}
     assert snapshot["deferral"] == {"requests": 2, "reserved": 11, "limit": 20}
@@ -184,8 +194,8 @@ class FakeCore:
 
 
 def worker_stats(counters: PruningCounters, deferred: int = 0) -> dict[str, Any]:
-    times = StageTimes()
-    with times.stage("tower"):
+    times = PartTimes()
+    with times.part("tower"):
         pass
     return {**counters.snapshot(), "deferred_bytes": deferred, "seconds": times.snapshot(), "unmeasured": 0}
 
@@ -195,7 +205,7 @@ def two_engines() -> Any:
     counters.add(tokens(100, 80, 60, 20, 10), kv(1000, 300), [5, 1])
     scheduler = SchedulerCounters()
     scheduler.refused["prompt_logprobs"] = 2
-    answers = [scheduler.snapshot([], {"a": 7}, 50, {"a": 1}) for _ in range(2)]
+    answers = [scheduler.snapshot([], DeferralBudget(1, limit=50, held={"a": 7}), {"a": 1}) for _ in range(2)]
     return SimpleNamespace(engine_core=FakeCore([worker_stats(counters, 3), worker_stats(counters, 4)], answers))
 
 
@@ -242,7 +252,7 @@ def test_every_figure_reaches_prometheus() -> None:
     assert seen["metok_events_per_video_bucket", "4.0"] == 2
     assert seen["metok_events_per_video_bucket", "5.0"] == 4
     assert seen["metok_events_per_video_bucket", "+Inf"] == 4
-    assert {k[1] for k in seen if k[0] == "metok_stage_seconds_count"} == set(TIMED_STAGES)
+    assert {k[1] for k in seen if k[0] == "metok_stage_seconds_count"} == set(TIMED_PARTS)
     assert seen["metok_stage_seconds_count", "tower"] == 2
     assert seen["metok_deferral_buffer_bytes", ""] == 7
     assert seen["metok_deferral_reserved_bytes", ""] == 14

@@ -12,13 +12,13 @@ from fastapi import FastAPI, Response
 from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry, generate_latest
 
-from metok_vllm.contract.counters import PruningCounters
-from metok_vllm.contract.server_choices import attach_settings
-from metok_vllm.contract.settings import MetokSettings
+from metok_vllm.scheduler.chunking import DeferralBudget
 from metok_vllm.scheduler.counters import SchedulerCounters
 from metok_vllm.serve import metrics
 from metok_vllm.serve.routes import MetokRoutes
-from metok_vllm.worker.timing import StageTimes
+from metok_vllm.worker.counters import PruningCounters
+from metok_vllm.worker.timing import PartTimes
+from tests.support.choices import attach_settings
 
 RECENT = [{"request_id": "b", "time": 2.0, "videos": [], "question_ids": [3, 4]}, {"request_id": "a", "time": 1.0}]
 
@@ -31,7 +31,7 @@ class FakeCore:
         counters = PruningCounters()
         self.answers: dict[str, Any] = {
             "metok_stats": {
-                **counters.snapshot(), "deferred_bytes": 0, "seconds": StageTimes().snapshot(), "unmeasured": 0,
+                **counters.snapshot(), "deferred_bytes": 0, "seconds": PartTimes().snapshot(), "unmeasured": 0,
             },
             "metok_recent": RECENT,
             "metok_state": {"groups": []},
@@ -40,7 +40,7 @@ class FakeCore:
     async def call_utility_all_async(self, method: str, *args: Any) -> list[Any]:
         if method == "scheduler":
             self.asked.append(method)
-            return [SchedulerCounters().snapshot([], {}, 10, {})]
+            return [SchedulerCounters().snapshot([], DeferralBudget(1, limit=10), {})]
         self.asked.append(args[0])
         if args[0] == "metok_report":
             return [[{"request_id": "known-12", "videos": []} if args[2] == ("known",) else None]]
@@ -57,7 +57,7 @@ def app(monkeypatch: pytest.MonkeyPatch) -> FastAPI:
     app.add_api_route("/v1/chat/completions", lambda: {"asked": True}, methods=["POST"])
     app.add_middleware(MetokRoutes)
     hf_config = SimpleNamespace()
-    attach_settings(hf_config, MetokSettings(events=7))
+    attach_settings(hf_config, 28, events=7)
     app.state.engine_client = SimpleNamespace(
         engine_core=FakeCore(),
         renderer=SimpleNamespace(get_tokenizer=lambda: SimpleNamespace(decode=lambda ids: f"text of {ids}")),

@@ -28,9 +28,9 @@ def test_the_bounds_of_a_known_model(make_config: Make) -> None:
     assert found.joined == 1000 * state
     assert found.gathered == 2 * (1000 + 256) * 2 * hidden * 4
     # Four layers are pruned before 1, 2 and 3: only layer 1 holds keys and values back.
-    assert found.held == (1000 + 256) * 2 * kv * width * 4
+    assert found.waiting == (1000 + 256) * 2 * kv * width * 4
     assert found.layers == 1000 * 4 * (2 * hidden + max(2 * (heads + kv) * width, 3 * mlp))
-    assert found.total == found.deferred + found.joined + found.gathered + found.held + found.layers
+    assert found.total == found.deferred + found.joined + found.gathered + found.waiting + found.layers
 
 
 def test_settings_lower_it(make_config: Make) -> None:

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from metok_vllm.contract.server_choices import attach_settings
-from metok_vllm.contract.settings import MetokSettings, RequestSettings
+from metok_vllm.contract.fields import QUESTION_FIELD
+from metok_vllm.contract.settings import RequestSettings
+from metok_vllm.contract.spans import VideoSpan
 from metok_vllm.contract.video_plan import VideoPlan, plan_video
-from metok_vllm.frontend.processing import QUESTION_FIELD
-from metok_vllm.scheduler.slot_counts import VideoSpan
 from metok_vllm.worker import report as report_module
 from metok_vllm.worker.report import KEPT_RECENT, KEPT_REPORTS, Reports, per_frame, question_ids
 from metok_vllm.worker.requests import PruningResult, VideoTags
+from tests.support.choices import attach_settings
 from tests.support.guards.host_sync import no_host_sync
 
 FRAMES = 14
@@ -29,7 +29,7 @@ def make_plan(report: bool) -> VideoPlan:
 def make_tags(plan: VideoPlan, seed: int = 0) -> VideoTags:
     """Tags of a video whose tokens are laid out by the plan: frames of random tiers, a separator behind each event."""
     rng = np.random.default_rng(seed)
-    tiers = rng.permutation(np.repeat([0, 1, 2], [plan.n1, plan.n2, plan.n3]))
+    tiers = rng.permutation(np.repeat([0, 1, 2], plan.frames_per_tier))
     cuts = np.sort(rng.choice(np.arange(1, plan.frames), plan.events - 1, replace=False))
     events = np.searchsorted(cuts, np.arange(plan.frames), side="right")
     rows = []
@@ -51,7 +51,7 @@ def make_reports(monkeypatch: pytest.MonkeyPatch, rank: int = 0, **settings: Any
         ),
         cache_config=SimpleNamespace(cache_dtype="auto"),
     )
-    attach_settings(config.model_config.hf_config, MetokSettings(**settings))
+    attach_settings(config.model_config.hf_config, 4, **settings)
     monkeypatch.setattr(report_module, "get_tensor_model_parallel_rank", lambda: rank)
     return Reports(config)
 
@@ -62,7 +62,9 @@ def make_request(name: str, report: bool = False, seed: int = 0) -> Any:
     visual = tags.frame.shape[0]
     result = PruningResult(visual, visual // 2, visual // 4, 0)
     spans = (VideoSpan(5, visual, plan),)
-    return SimpleNamespace(req_id=name, prompt_len=visual + 20, visual=visual, spans=spans, tags=[tags], result=result)
+    return SimpleNamespace(
+        req_id=name, prompt_len=visual + 20, visual_tokens=visual, spans=spans, tags=[tags], result=result
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -72,7 +74,7 @@ def test_the_timeline_is_what_the_tags_say(monkeypatch: pytest.MonkeyPatch, seed
     reports.add(request)
     tags, plan = request.tags[0], request.spans[0].plan
     expected: list[dict[str, Any]] = [{} for _ in range(FRAMES)]
-    rows = zip(*(t.tolist() for t in (tags.event, tags.key, tags.frame, tags.tier)), strict=True)
+    rows = zip(*(t.tolist() for t in (tags.event, tags.is_key, tags.frame, tags.tier)), strict=True)
     for event, key, frame, tier in rows:
         entry = {"event": event, "key_event": key, "stride": plan.strides[tier]}
         assert {k: v for k, v in expected[frame].items() if k != "tokens"} in ({}, entry)
@@ -127,7 +129,7 @@ def test_a_prompt_computed_again_is_counted_once(monkeypatch: pytest.MonkeyPatch
         reports.add(make_request(name))
     once = make_request("a")
     assert (reports.counters.requests, reports.counters.recomputed) == (3, 1)
-    assert reports.counters.visual_tokens["encoded"] == 3 * once.visual
+    assert reports.counters.visual_tokens["encoded"] == 3 * once.visual_tokens
     for name in ("d", "e", "f"):
         reports.add(make_request(name))
     assert len(reports._counted) == 3

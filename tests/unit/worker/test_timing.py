@@ -8,41 +8,42 @@ from typing import Any
 import pytest
 import torch
 
+from metok_vllm.contract.counters import TIMED_PARTS
 from metok_vllm.worker import timing
-from metok_vllm.worker.timing import TIMED_STAGES, StageTimes
+from metok_vllm.worker.timing import PartTimes
 
 
-def total(times: StageTimes, stage: str) -> tuple[int, float]:
+def total(times: PartTimes, stage: str) -> tuple[int, float]:
     snapshot = times.snapshot()[stage]
     return sum(snapshot["counts"]), snapshot["sum"]
 
 
 def test_wall_time_on_the_cpu() -> None:
-    times = StageTimes("cpu")
+    times = PartTimes("cpu")
     for _ in range(3):
-        with times.stage("shallow"):
+        with times.part("shallow"):
             time.sleep(0.01)
     count, seconds = total(times, "shallow")
     assert count == 3
     assert 0.03 <= seconds < 3
-    assert [total(times, stage) for stage in TIMED_STAGES if stage != "shallow"] == [(0, 0)] * (len(TIMED_STAGES) - 1)
+    assert [total(times, stage) for stage in TIMED_PARTS if stage != "shallow"] == [(0, 0)] * (len(TIMED_PARTS) - 1)
 
 
-def test_stages_may_stand_inside_one_another() -> None:
-    times = StageTimes()
-    with times.stage("deep"), times.stage("scoring"):
+def test_parts_may_stand_inside_one_another() -> None:
+    times = PartTimes()
+    with times.part("deep"), times.part("scoring"):
         pass
     assert (total(times, "deep")[0], total(times, "scoring")[0]) == (1, 1)
 
 
-def test_an_unknown_stage_is_an_error() -> None:
-    with pytest.raises(KeyError), StageTimes().stage("no such stage"):
+def test_an_unknown_part_is_an_error() -> None:
+    with pytest.raises(KeyError), PartTimes().part("no such stage"):
         pass
 
 
 def test_what_failed_is_not_counted() -> None:
-    times = StageTimes()
-    with pytest.raises(RuntimeError), times.stage("tower"):
+    times = PartTimes()
+    with pytest.raises(RuntimeError), times.part("tower"):
         raise RuntimeError
     assert total(times, "tower") == (0, 0)
 
@@ -89,9 +90,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 
 def test_events_are_read_only_when_the_device_has_passed_them(device: Device) -> None:
-    times = StageTimes("cuda")
+    times = PartTimes("cuda")
     for milliseconds in (4.0, 8.0):
-        with times.stage("deep"):
+        with times.part("deep"):
             device.enqueued += milliseconds
     assert total(times, "deep") == (0, 0)
     device.now = 5.0
@@ -101,9 +102,9 @@ def test_events_are_read_only_when_the_device_has_passed_them(device: Device) ->
 
 
 def test_events_are_used_again(device: Device) -> None:
-    times = StageTimes("cuda")
+    times = PartTimes("cuda")
     for _ in range(20):
-        with times.stage("deep"):
+        with times.part("deep"):
             device.enqueued += 1
         device.now = device.enqueued
         times.snapshot()
@@ -112,23 +113,23 @@ def test_events_are_used_again(device: Device) -> None:
 
 
 def test_a_device_far_behind_costs_no_memory(device: Device) -> None:
-    times = StageTimes("cuda")
+    times = PartTimes("cuda")
     for _ in range(timing.MOST_PENDING + 10):
-        with times.stage("deep"):
+        with times.part("deep"):
             device.enqueued += 1
     assert device.events == 2 * timing.MOST_PENDING
     assert times.unmeasured == 10
     device.now = device.enqueued
-    with times.stage("deep"):
+    with times.part("deep"):
         device.enqueued += 1
     assert times.unmeasured == 10
     assert total(times, "deep")[0] == timing.MOST_PENDING
 
 
 def test_nothing_is_recorded_while_a_graph_is_captured(device: Device) -> None:
-    times = StageTimes("cuda")
+    times = PartTimes("cuda")
     device.capturing = True
-    with times.stage("deep"):
+    with times.part("deep"):
         pass
     assert device.events == 0
     assert times.unmeasured == 0
@@ -136,9 +137,9 @@ def test_nothing_is_recorded_while_a_graph_is_captured(device: Device) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_real_device() -> None:
-    times = StageTimes("cuda")
+    times = PartTimes("cuda")
     matrix = torch.rand(4096, 4096, device="cuda")
-    with times.stage("deep"):
+    with times.part("deep"):
         for _ in range(20):
             matrix = matrix @ matrix
             matrix = matrix / matrix.norm()

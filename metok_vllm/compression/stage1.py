@@ -1,0 +1,98 @@
+"""Stage 1 as one function: a video's features to the tokens that enter the language model (docs/method.md section 1).
+
+The engine, the accuracy benchmark and the witness all run this. They differ in the aligner that they pass, and in whether the
+two heavy operations are plain torch or kernels. Nothing here waits for the GPU.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import alignment, events, tiers
+from .alignment import Alignment
+from .pooling import PooledVideo, PoolMode, Strides, pool_video
+from .tiers import TierQuota
+
+Align = Callable[[Tensor, Tensor, int], Alignment]
+"""An aligner: frame vectors [T, D], event of each frame int64 [T] and number of events to an `Alignment`."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides stage 1 of one video, beside its features and the aligner."""
+
+    quota: TierQuota
+    key_events: int
+    key_frames: int  # an event
+    strides: Strides
+    mode: PoolMode
+
+
+@dataclass(frozen=True)
+class Operations:
+    """The two operations that read every feature; kernels may take their place."""
+
+    similarity: Callable[[Tensor], tuple[Tensor, Tensor]]  # `events.similarity`
+    pool: Callable[..., PooledVideo]  # `pooling.pool_video`
+
+
+TORCH = Operations(events.similarity, pool_video)
+
+
+class FrameChoice(NamedTuple):
+    """What stage 1 has decided about T frames."""
+
+    event: Tensor  # int64 [T]
+    is_key: Tensor  # bool [events], the key events
+    tier: Tensor  # int64 [T], 0 the finest
+
+
+class CompressedVideo(NamedTuple):
+    """A video's n tokens after stage 1, in time order, and where each one comes from."""
+
+    tokens: Tensor  # [n, D], type of the features
+    event: Tensor  # int64 [n]
+    frame: Tensor  # int64 [n]; a separator belongs to the last frame of its event
+    choice: FrameChoice
+
+
+def choose_frames(vectors: Tensor, similarity: Tensor, recipe: Recipe, align: Align) -> FrameChoice:
+    """Events, key events and the tier of each frame (sections 1.2 to 1.5).
+
+    Args:
+        vectors: [T, D], the mean token of each frame.
+        similarity: float [T - 1], of each frame with the next.
+        recipe: its quota is for T frames.
+        align: the aligner.
+    """
+    quota = recipe.quota
+    event = events.segment(similarity, quota.events)
+    aligned = align(vectors, event, quota.events)
+    is_key = alignment.key_events(aligned.event_scores, recipe.key_events)
+    return FrameChoice(event, is_key, tiers.assign(event, aligned.r, is_key, recipe.key_frames, quota))
+
+
+def compress_video(
+    features: Tensor, recipe: Recipe, align: Align, separator: Tensor | None, operations: Operations = TORCH
+) -> CompressedVideo:
+    """Cut into events, align, choose tiers, pool.
+
+    Args:
+        features: [T, H, W, D], what the vision tower and projector give.
+        recipe: its quota is for T frames.
+        align: the aligner.
+        separator: [D], follows each event; None where the model has none.
+        operations: what reads the features.
+
+    Returns:
+        Exactly `tiers.video_tokens(...)` tokens.
+
+    Raises:
+        ValueError: the quota is for another number of frames.
+    """
+    vectors, similarity = operations.similarity(features.flatten(1, 2))
+    choice = choose_frames(vectors, similarity, recipe, align)
+    pooled = operations.pool(features, choice.tier, recipe.strides, recipe.quota, recipe.mode, separator, choice.event)
+    return CompressedVideo(pooled.tokens, pooled.token_event, pooled.token_frame, choice)
