@@ -36,7 +36,7 @@ def without_events(frames: int, grid: int) -> MetokSettings:
 
 @dataclass(frozen=True)
 class Stage1:
-    """Events, alignment, tiers and pooling (method.md section 1).
+    """Events, alignment, tiers and pooling (docs/method.md section 1).
 
     `ablation`: "events" makes the video one event of as many tokens, "alignment" replaces every frame's score by a random one.
     """

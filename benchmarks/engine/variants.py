@@ -34,7 +34,7 @@ def stock_tokens(frames: int, grid: int) -> int:
 
 
 def metok_tokens(frames: int, grid: int) -> int:
-    """Visual tokens that METok's first stage leaves with its defaults (method.md section 4)."""
+    """Visual tokens that METok's first stage leaves with its defaults (docs/method.md section 4)."""
     d = METOK_DEFAULTS
     tiers = quota(frames, d["events"], d["key_events"], d["key_frames"])  # type: ignore[arg-type]
     per_frame = tokens_per_frame(grid, grid, d["strides"], "bilinear")  # type: ignore[arg-type]

@@ -66,7 +66,7 @@ def similarity(frames: int, tokens: int, width: int, device: torch.device) -> Ca
 
 
 def pool(frames: int, side: int, width: int, mode: Literal["average", "bilinear"], device: torch.device) -> Case:
-    """Strides 2, 4 and 8 mixed as method.md section 4 counts them for equal events: about 3 : 5 : 2."""
+    """Strides 2, 4 and 8 mixed as docs/method.md section 4 counts them for equal events: about 3 : 5 : 2."""
     x = torch.randn(frames, side, side, width, dtype=torch.bfloat16, device=device)
     strides = [(2, 4, 4, 8, 2, 4, 4, 2, 4, 8)[index % 10] for index in range(frames)]
     sizes = [pool_op.pooled_grid(side, side, stride, mode) for stride in strides]

@@ -1,6 +1,6 @@
 """METok's compression as pure functions on tensors: the method itself, without any engine.
 
-The stages of the method (method.md), each step in its module:
+The stages of the method (docs/method.md), each step in its module:
 
 1. While encoding: `events` cuts a video into events, `alignment` scores frames against the question,
    `tiers` decides how finely each frame is kept, in counts known beforehand, and `pooling` makes the tokens.

@@ -1,4 +1,4 @@
-"""What a request costs with and without METok: the arithmetic behind any claim (method.md section 5).
+"""What a request costs with and without METok: the arithmetic behind any claim (docs/method.md section 5).
 
 Counted: the LLM's decoder layers. Not counted: the vision tower, the output head, and the scoring of stage 2
 (about one attention row for each text row after the video, at two layers).

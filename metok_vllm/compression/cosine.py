@@ -1,4 +1,4 @@
-"""Cosine similarity as every stage-1 score uses it (method.md sections 1.1 and 1.3)."""
+"""Cosine similarity as every stage-1 score uses it (docs/method.md sections 1.1 and 1.3)."""
 
 import torch
 from torch import Tensor

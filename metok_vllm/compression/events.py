@@ -1,4 +1,4 @@
-"""Events: contiguous runs of similar frames (method.md sections 1.1 and 1.2).
+"""Events: contiguous runs of similar frames (docs/method.md sections 1.1 and 1.2).
 
 Everything stays on the device of the features: nothing here waits for the GPU.
 """

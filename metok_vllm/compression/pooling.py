@@ -1,4 +1,4 @@
-"""Pooling a video by tiers, in time order, with event separators (method.md sections 1.5, 1.6 and 4).
+"""Pooling a video by tiers, in time order, with event separators (docs/method.md sections 1.5, 1.6 and 4).
 
 All sizes come from the `TierQuota`, so the whole of `pool_video` is enqueued without waiting for the GPU.
 """
@@ -45,7 +45,7 @@ def pooled_grid(height: int, width: int, stride: int, mode: PoolMode) -> tuple[i
 
 
 def tokens_per_frame(height: int, width: int, strides: Strides, mode: PoolMode) -> TokensPerFrame:
-    """`t(s)` of method.md section 4 for each tier: tokens of one frame of `height x width`."""
+    """`t(s)` of docs/method.md section 4 for each tier: tokens of one frame of `height x width`."""
     grids = [pooled_grid(height, width, stride, mode) for stride in strides]
     first, second, third = (rows * columns for rows, columns in grids)
     return first, second, third

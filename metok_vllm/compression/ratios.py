@@ -1,4 +1,4 @@
-"""Exact decimal shares: `ceil(rho * len)` of method.md section 2 without floating point.
+"""Exact decimal shares: `ceil(rho * len)` of docs/method.md section 2 without floating point.
 
 `0.55 * 100` is 55.00000000000001 in binary floating point, whose ceiling is 56. The scheduler, the model and
 the reference must agree on every count, so a ratio is an integer number of millionths and all the arithmetic

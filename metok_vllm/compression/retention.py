@@ -1,4 +1,4 @@
-"""`decode_retention`: visual KV that decoding keeps in the middle layers (method.md section 4)."""
+"""`decode_retention`: visual KV that decoding keeps in the middle layers (docs/method.md section 4)."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Which visual tokens survive each pruning layer of the LLM (method.md section 2).
+"""Which visual tokens survive each pruning layer of the LLM (docs/method.md section 2).
 
 Counts exist twice, equal by test: as Python integers, for the scheduler, and as tensors, for the device.
 """

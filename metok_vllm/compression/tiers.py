@@ -1,4 +1,4 @@
-"""Tiers: how finely each frame is kept, with counts known before any tensor is (method.md 1.4, 1.5 and 4).
+"""Tiers: how finely each frame is kept, with counts known before any tensor is (docs/method.md 1.4, 1.5 and 4).
 
 Tier 0 is pooled with the first stride (finest), tier 1 with the second, tier 2 with the third.
 """
@@ -50,7 +50,7 @@ def expected_event_sizes(frames: int, events: int) -> list[int]:
 
 
 def quota(frames: int, events: int, key_events: int, key_frames: int) -> TierQuota:
-    """Frames per tier of a video, from its frame count and the settings alone (method.md section 4).
+    """Frames per tier of a video, from its frame count and the settings alone (docs/method.md section 4).
 
     Args:
         frames: `T`, at least 1.
@@ -77,7 +77,7 @@ def video_tokens(quota: TierQuota, tokens_per_frame: TokensPerFrame, separators:
 
 
 def with_budget(quota: TierQuota, tokens_per_frame: TokensPerFrame, separators: bool, budget: int) -> TierQuota:
-    """Lower a quota until the video fits `budget` tokens, in as few steps as possible (method.md section 4).
+    """Lower a quota until the video fits `budget` tokens, in as few steps as possible (docs/method.md section 4).
 
     One step moves one frame down one tier. Among the shortest ways, the one with most steps from tier 0 to
     tier 1 is taken. A quota that already fits is returned as it is.
@@ -120,7 +120,7 @@ def with_budget(quota: TierQuota, tokens_per_frame: TokensPerFrame, separators: 
 
 
 def paper_tiers(event_ids: Tensor, r: Tensor, key: Tensor, key_frames: int) -> Tensor:
-    """The paper's plain rule (method.md 1.4 and 1.5), whose counts depend on the content.
+    """The paper's plain rule (docs/method.md 1.4 and 1.5), whose counts depend on the content.
 
     Args:
         event_ids: int64 [T].
@@ -137,7 +137,7 @@ def paper_tiers(event_ids: Tensor, r: Tensor, key: Tensor, key_frames: int) -> T
 
 
 def assign(event_ids: Tensor, r: Tensor, key: Tensor, key_frames: int, quota: TierQuota) -> Tensor:
-    """Tier of each frame, with exactly the quota's counts (method.md section 4).
+    """Tier of each frame, with exactly the quota's counts (docs/method.md section 4).
 
     Frames are sorted by the paper's tier, then by higher `r`, then by index; the quota's first get tier
     0, the next tier 1, the rest tier 2. Arguments as in `paper_tiers`, to which the result is equal where the

@@ -34,7 +34,7 @@ Aligner = Literal["auto", "dual-tower", "embedding", "none"]
 
 
 class MetokSettings(BaseModel):
-    """The method's settings, with the paper's values as defaults (`method.md`, sections 1 to 4).
+    """The method's settings, with the paper's values as defaults (`docs/method.md`, sections 1 to 4).
 
     Raises:
         pydantic.ValidationError: on an unknown key, a wrong type or an impossible value. `parse_settings` turns it into one

@@ -94,7 +94,7 @@ def build_checkpoint(
 
     The same arguments always write the same tensors. `image_size` and `patch_size` are in pixels: the
     tower's grid is `image_size // patch_size` patches a side (7 by default). `aligner` adds a paired
-    image/text tower, with its tokenizer and image processor, in the sub-folder `metok_aligner` (method.md
+    image/text tower, with its tokenizer and image processor, in the sub-folder `metok_aligner` (docs/method.md
     1.3). Returns `path`.
 
     Raises ValueError if `heads * head_dim != hidden` (vLLM's Qwen2 derives the head width from the two

@@ -36,7 +36,7 @@ REMEMBERED = 4096
 
 
 def model_shape(model_config: ModelConfig) -> ModelShape:
-    """The language model's sizes for the accounting of method.md section 5."""
+    """The language model's sizes for the accounting of docs/method.md section 5."""
     text = model_config.hf_text_config
     return ModelShape(
         layers=text.num_hidden_layers,

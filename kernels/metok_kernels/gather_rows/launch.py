@@ -62,7 +62,7 @@ def gather_rows(
     residual: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
 ) -> Gathered:
-    """Rows `index` of the hidden state, the residual and the positions (method.md section 2: survivors keep
+    """Rows `index` of the hidden state, the residual and the positions (docs/method.md section 2: survivors keep
     theirs).
 
     Args:

@@ -53,7 +53,7 @@ def select_per_event(
     max_length: int,
     capacity: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the `keep[e]` highest-scored tokens of each event, ties to the lowest index (method.md section
+    """Choose the `keep[e]` highest-scored tokens of each event, ties to the lowest index (docs/method.md section
     2).
 
     Deterministic, exact, and without a host read: how many were chosen stays on the device, in the second

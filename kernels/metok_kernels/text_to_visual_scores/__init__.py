@@ -1,4 +1,4 @@
-"""How much the text after a video attends to each of its tokens: method.md section 2's `a_n`."""
+"""How much the text after a video attends to each of its tokens: docs/method.md section 2's `a_n`."""
 
 from metok_kernels.text_to_visual_scores.keys import Keys, PackedKeys, PagedKeys
 from metok_kernels.text_to_visual_scores.launch import text_to_visual_scores

@@ -70,7 +70,7 @@ def tiered_pool(
     separator: torch.Tensor | None = None,
     separator_offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Pool each frame's grid by its stride, pack the tokens and the separators (method.md 1, rules 5 and 6).
+    """Pool each frame's grid by its stride, pack the tokens and the separators (docs/method.md 1, rules 5 and 6).
 
     `average` is `torch.nn.functional.avg_pool2d(stride)`, a window larger than the grid being cut to it;
     `bilinear` is `interpolate(size=ceil(H/s) x ceil(W/s), mode="bilinear")`. Computed in float32, stored in
@@ -82,7 +82,7 @@ def tiered_pool(
         offset: [frames] int: output row of each frame's first token; its tokens follow, row by row of its
             grid.
         mode: the model's own pooling.
-        total: output rows; method.md section 4 knows it before any tensor exists.
+        total: output rows; docs/method.md section 4 knows it before any tensor exists.
         min_stride: host bound: no frame has a smaller stride. Sizes the grid.
         separator: [D], or None.
         separator_offset: [separators] int: output rows that receive `separator`.

@@ -1,4 +1,4 @@
-"""METok on the Hugging Face LLaVA-OneVision, from method.md alone: the judge of the engine.
+"""METok on the Hugging Face LLaVA-OneVision, from docs/method.md alone: the judge of the engine.
 
 Plain eager PyTorch, one request at a time, whole matrices, KV in ordinary lists. Nothing of `metok_vllm` is
 imported: where the two agree, two readings of the method agree.

@@ -1,4 +1,4 @@
-"""The oracle's settings and the arithmetic that needs no tensor (method.md 1.5, 2, 3 and 4)."""
+"""The oracle's settings and the arithmetic that needs no tensor (docs/method.md 1.5, 2, 3 and 4)."""
 
 from __future__ import annotations
 

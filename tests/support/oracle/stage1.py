@@ -1,4 +1,4 @@
-"""Stage 1 by the book: events, alignment, tiers and pooling of one video (method.md 1 and 4)."""
+"""Stage 1 by the book: events, alignment, tiers and pooling of one video (docs/method.md 1 and 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stages 2 and 3 by the book: which visual tokens stay, given their scores (method.md 2, 3 and 4)."""
+"""Stages 2 and 3 by the book: which visual tokens stay, given their scores (docs/method.md 2, 3 and 4)."""
 
 from __future__ import annotations
 

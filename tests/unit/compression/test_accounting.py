@@ -53,7 +53,7 @@ def test_a_request_by_hand() -> None:
 
 
 def test_the_papers_figures_hold_together_at_64_frames() -> None:
-    """method.md section 5: 64 frames, 200 text tokens, LongVA-7B."""
+    """docs/method.md section 5: 64 frames, 200 text tokens, LongVA-7B."""
     linear = account(LONGVA_7B, prune_layers(28), 200, longva(64), attention="none")
     causal = account(LONGVA_7B, prune_layers(28), 200, longva(64), attention="causal")
     assert 100 * linear.prefill_flops.saved(linear.prefill_flops_stock) == pytest.approx(79.5, abs=0.1)
@@ -72,7 +72,7 @@ def test_visual_tokens_after_stage_one(frames: int, percent: int) -> None:
 
 
 def test_visual_kv_kept_is_the_shallow_share_of_stage_one() -> None:
-    """method.md section 3: `(L1 / L) * stage-1 ratio`."""
+    """docs/method.md section 3: `(L1 / L) * stage-1 ratio`."""
     for frames in (8, 64, 200):
         visual = longva(frames, separators=True)
         a = account(LONGVA_7B, prune_layers(28), 200, visual)

@@ -1,4 +1,4 @@
-"""The oracle's rules against cases worked by hand from method.md."""
+"""The oracle's rules against cases worked by hand from docs/method.md."""
 
 from __future__ import annotations
 
