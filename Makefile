@@ -1,5 +1,5 @@
 # Everything sets up .venv first, and only when something it is made from has changed.
-.PHONY: setup demo clip serve witness witness-engine test soak accuracy accuracy-short lint
+.PHONY: setup demo clip serve witness witness-engine test test-fast options soak accuracy accuracy-short lint
 export HF_HUB_OFFLINE ?= 1
 VENV := .venv/bin
 
@@ -24,6 +24,14 @@ serve: setup
 
 test: setup
 	@scripts/test.sh
+
+# make test-fast: what needs no engine, no server and no interpreted kernel; under two minutes
+test-fast: setup
+	@OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q tests/unit --ignore tests/unit/media --ignore tests/unit/kernels --ignore tests/unit/oracle
+
+# make options: docs/options.md from the settings' own descriptions
+options: setup
+	@$(VENV)/python scripts/options.py
 
 # make soak [REQUESTS=3000]: the long form of tests/server/test_soak.py
 soak: setup

@@ -16,7 +16,7 @@ def enable(**settings: Any) -> dict[str, Any]:
     """Keyword arguments that make ``vllm.LLM`` serve its model with METok.
 
     Args:
-        settings: the server's settings; see the README's table of options.
+        settings: the server's settings; see docs/options.md.
 
     Returns:
         Arguments for ``vllm.LLM(model, **enable(...))``. They do not name the model: METok's class for it is chosen when

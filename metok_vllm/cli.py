@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 DEFAULT_OUT = Path("out/demo")
@@ -90,6 +91,9 @@ def _frame_count(text: str) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    if find_spec("matplotlib") is None:
+        print("metok: error: The demo draws with matplotlib: pip install 'metok-vllm[demo]'.", file=sys.stderr)
+        return 2
     from metok_vllm.demo.errors import DemoError
     from metok_vllm.demo.run import DemoOptions, run_demo
 

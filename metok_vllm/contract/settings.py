@@ -43,19 +43,50 @@ class MetokSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    preset: Literal["paper", "balanced"] = "paper"  # "balanced" is decode_retention 1
-    events: Annotated[StrictInt, Field(ge=1, le=1024)] = 5  # events per video
-    key_events: Annotated[StrictInt, Field(ge=0, le=1024)] = 3  # events that are kept finest
-    key_frames: Annotated[StrictInt, Field(ge=0, le=65536)] = 6  # key frames per event
-    strides: tuple[StrictInt, StrictInt, StrictInt] = (2, 4, 8)  # pooling, relative to the tower's grid
-    prune_layers: tuple[StrictInt, StrictInt, StrictInt] | None = None  # L1 < L2 < L3; None: from the model's depth
-    keep_ratio: Annotated[StrictFloat | StrictInt, Field(gt=0, le=1)] = 0.76  # rho of section 2
-    decode_retention: Share = 0.0  # delta of section 4
-    token_budget: Annotated[StrictInt, Field(ge=1)] | None = None  # most visual tokens of one video
-    aligner: Aligner = "auto"
-    aligner_model: str | None = None  # name or path of a SigLIP or CLIP checkpoint
-    max_deferred_bytes: Annotated[StrictInt, Field(ge=0)] | None = None  # bound of the deferred-prefill buffer
-    status_shows_questions: StrictBool = False  # whether the status page shows what users asked
+    preset: Literal["paper", "balanced"] = Field(
+        default="paper", description="`balanced` is `decode_retention` 1: for open answers of many words."
+    )
+    events: Annotated[StrictInt, Field(ge=1, le=1024)] = Field(
+        default=5, description="Events that a video is cut into."
+    )
+    key_events: Annotated[StrictInt, Field(ge=0, le=1024)] = Field(
+        default=3,
+        description="Events that fit the question best and are kept finest. Nothing of the others passes the second "
+        "pruning layer: state as many as `events` if users ask about the whole video.",
+    )
+    key_frames: Annotated[StrictInt, Field(ge=0, le=65536)] = Field(default=6, description="Best frames of each event.")
+    strides: tuple[StrictInt, StrictInt, StrictInt] = Field(
+        default=(2, 4, 8),
+        description="Pooling of the three tiers of frames, finest first, relative to the tower's grid: from 1 to 64, "
+        "none below the one before.",
+    )
+    prune_layers: tuple[StrictInt, StrictInt, StrictInt] | None = Field(
+        default=None,
+        description="The layers L1, L2, L3 before which visual tokens are pruned: three rising numbers. Not set: "
+        "3, 10, 19 of 28, scaled to the model's depth. L3 must lie behind the layers in which the model reads the "
+        "video, see [accuracy](accuracy.md).",
+    )
+    keep_ratio: Annotated[StrictFloat | StrictInt, Field(gt=0, le=1)] = Field(
+        default=0.76, description="Share of a key event's tokens that passes each of L1 and L2; at most six decimals."
+    )
+    decode_retention: Share = Field(
+        default=0.0,
+        description="Share of the visual tokens alive after L2 whose KV decoding keeps in the layers L1 .. L3-1; at most "
+        "six decimals.",
+    )
+    token_budget: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        default=None, description="Most visual tokens of one video; frames are pooled more coarsely until it fits."
+    )
+    aligner: Aligner = Field(default="auto", description="What tells how well a frame fits the question, see below.")
+    aligner_model: str | None = Field(
+        default=None, description="Name or path of a SigLIP or CLIP checkpoint for the aligner `dual-tower`."
+    )
+    max_deferred_bytes: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        default=None,
+        description="Memory for prompts that span several steps. Requests wait for it; one that could never fit is "
+        "refused. Not set: two prompts of the longest length.",
+    )
+    status_shows_questions: StrictBool = Field(default=False, description="Let the status page show what users asked.")
 
     @model_validator(mode="before")
     @classmethod
@@ -90,8 +121,10 @@ class MetokSettings(BaseModel):
 class RequestSettings(MetokSettings):
     """What one request may state beside the method's settings."""
 
-    query: str | None = None  # the question, where the last user turn is not it
-    report: StrictBool = False  # keep a report of this request for the plugin's endpoint
+    query: str | None = Field(default=None, description="The question, where the last user turn is not it.")
+    report: StrictBool = Field(
+        default=False, description="Keep a report of this request: `GET /v1/metok/reports/{id of the response}`."
+    )
 
     @field_validator("query")
     @classmethod

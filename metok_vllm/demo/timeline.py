@@ -17,7 +17,7 @@ from metok_vllm.demo.view import EventView, ReportView
 MOST_THUMBNAILS = 128
 """A longer sample shows every second, third, ... frame in the film strip; the bars show all."""
 
-_WIDTH = 16.0  # inches
+_WIDTH = 11.0  # inches: what a README shows without shrinking the text
 _MARGIN = 0.45
 _CAPTION = 0.26  # inches under each thumbnail
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7B4FA3", "#8C564B")
@@ -161,7 +161,7 @@ def _stages(axes: Any, view: ReportView) -> None:
         axes.text(count + 0.02 * most, place, str(count), va="center", fontsize=10, color=_INK)
     axes.set_yticks(range(len(rows)), names, fontsize=10)
     axes.set(xlim=(0, 1.2 * most), ylim=(len(rows) - 0.4, -0.6), xticks=[])
-    axes.set_title("visual tokens in the language model", fontsize=11, color=_INK, loc="left")
+    axes.set_title("visual tokens", fontsize=11, color=_INK, loc="left")
     _quiet(axes)
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(length=0)

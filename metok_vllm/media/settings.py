@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -24,6 +24,11 @@ _INT_RANGES: dict[str, tuple[int, int]] = {
 }
 
 
+def _setting(default: Any, description: str) -> Any:
+    """A field with what `docs/options.md` says of it."""
+    return field(default=default, metadata={"description": description})
+
+
 @dataclass(frozen=True)
 class VideoSettings:
     """What to sample and how much work one video may cause; the keys of ``--media-io-kwargs`` for "video".
@@ -31,24 +36,25 @@ class VideoSettings:
     Raises `VideoError` at construction for a wrong type or a value out of range.
     """
 
-    num_frames: int = -1
-    """Frames to sample, evenly over the video; -1 for all. vLLM passes 32 where nobody says otherwise."""
-    fps: float = -1
-    """Frames to sample per second; -1 for no limit. Of `num_frames` and this, the fewer frames count."""
-    max_frames: int = 1024
-    """Refuse a request that would sample more frames than this."""
-    max_pixels: int = 8192 * 4320
-    """Refuse a video whose frames have more pixels (width x height) than this."""
-    max_output_mib: int = 2048
-    """Refuse a request whose sampled RGB frames would fill more MiB than this."""
-    max_source_frames: int = 1_000_000
-    """Refuse a video that holds more frames than this (9 hours at 30 frames a second)."""
-    max_decoded_frames: int = 100_000
-    """Refuse a request for which one pass would decode more frames than this to reach the sampled ones."""
-    timeout_s: float = 60.0
-    """Refuse a video that has taken more than this many seconds of wall time."""
-    threads: int = 4
-    """Decoder threads for one video; damaged videos are read by one, to give the same frames every time."""
+    num_frames: int = _setting(
+        -1, "Frames to sample, evenly over the video; -1 for all. vLLM passes 32 where nobody says otherwise."
+    )
+    fps: float = _setting(
+        -1, "Frames to sample per second; -1 for no limit. Of `num_frames` and this, the fewer frames count."
+    )
+    max_frames: int = _setting(1024, "Refuse a request that would sample more frames than this.")
+    max_pixels: int = _setting(8192 * 4320, "Refuse a video whose frames have more pixels (width x height) than this.")
+    max_output_mib: int = _setting(2048, "Refuse a request whose sampled RGB frames would fill more MiB than this.")
+    max_source_frames: int = _setting(
+        1_000_000, "Refuse a video that holds more frames than this (9 hours at 30 frames a second)."
+    )
+    max_decoded_frames: int = _setting(
+        100_000, "Refuse a request for which one pass would decode more frames than this to reach the sampled ones."
+    )
+    timeout_s: float = _setting(60.0, "Refuse a video that has taken more than this many seconds of wall time.")
+    threads: int = _setting(
+        4, "Decoder threads for one video; damaged videos are read by one, to give the same frames every time."
+    )
 
     def __post_init__(self) -> None:
         for name, (low, high) in _INT_RANGES.items():

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from metok_vllm import cli
 from metok_vllm.cli import main
 from metok_vllm.demo import model_choice
 from metok_vllm.demo.model_choice import CLIP, choose_model
@@ -197,3 +198,11 @@ def test_a_trained_model_that_comes_along_is_preferred(tmp_path: Path, monkeypat
     assert "toy world" in trained.note
     assert trained.flags != stand_in.flags
     assert choose_model("org/some-model_7b.v1", tmp_path).note == ""
+
+
+def test_without_matplotlib_the_demo_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Serving does not need it, so it may not be there."""
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "matplotlib" else object())
+    assert refused(capsys) == "The demo draws with matplotlib: pip install 'metok-vllm[demo]'."

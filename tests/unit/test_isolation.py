@@ -126,3 +126,10 @@ def test_the_command_line_is_read_only_where_metok_is_asked_for(monkeypatch: pyt
 
 def test_the_package_is_small_at_the_top() -> None:
     assert metok_vllm.__all__ == ["enable"]
+
+
+def test_serving_needs_no_plotting_library() -> None:
+    """It is an extra (`demo`): only the demo's picture may name it."""
+    package = Path(metok_vllm.__file__).parent
+    named = {str(path.relative_to(package)) for path in package.rglob("*.py") if "matplotlib" in path.read_text()}
+    assert named == {"cli.py", "demo/timeline.py"}
