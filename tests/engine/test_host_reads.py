@@ -12,11 +12,11 @@ from tests.support.oracle import assert_same
 from tests.support.oracle.samples import load_sample, scene_video
 
 ON_THE_HOST = {
-    "plan.py:from_tensor tolist",  # the plan stays on the host (`keep_on_cpu`)
-    "metok_model.py:_alignment __int__",  # so does the length of the question
+    "video_plan.py:from_tensor tolist",  # the plan stays on the host (`keep_on_cpu`)
+    "base.py:_fit __int__",  # so does the length of the question
     "requests.py:create nonzero",  # a new request's layout, made on the host
     "requests.py:<genexpr> __int__",
-    "model_state.py:_others_metadata __int__",  # vLLM keeps bounds of the lengths on the host
+    "attn_metadata.py:others_metadata __int__",  # vLLM keeps bounds of the lengths on the host
     "requests.py:create numpy",
 }
 """Reads of tensors that never were on the device."""
@@ -60,5 +60,5 @@ def test_one_read_in_a_prefill_and_none_in_decoding(
             return original(index, *tensors)
 
         monkeypatch.setattr(ops, "gather", peeking)
-        with pytest.raises(AssertionError, match="_deep"):
+        with pytest.raises(AssertionError, match="step.py:_gathered"):
             check(running)

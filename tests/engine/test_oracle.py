@@ -82,10 +82,10 @@ def test_each_alone_equals_the_batch(running: Engine) -> None:
     order = np.random.default_rng(0).permutation(len(asked))
     shuffled = running.run([asked[i] for i in order])
     for place, i in enumerate(order):
-        assert shuffled[place].tokens == together[i].tokens
+        assert shuffled[place].tokens == together[i].tokens, f"case {i}: {asked[i]}"
     for case, answer in zip(asked[8:12], together[8:12], strict=True):
         (alone,) = running.run([case])
-        assert alone.tokens == answer.tokens
+        assert alone.tokens == answer.tokens, case
     running.check_drained()
 
 
