@@ -19,8 +19,8 @@ def enable(**settings: Any) -> dict[str, Any]:
         settings: the server's settings; see docs/options.md.
 
     Returns:
-        Arguments for ``vllm.LLM(model, **enable(...))``. They do not name the model: METok's class for it is chosen when
-        its config is read, and an unsupported model is refused there.
+        Arguments for ``vllm.LLM(model, **enable(...))``. They do not name the model: METok's class for it is
+        chosen when its config is read, and an unsupported model is refused there.
 
     Raises:
         ValueError: an unknown setting or an impossible value, in one sentence.

@@ -1,4 +1,5 @@
-"""Entry point of the plugin: vLLM calls `register` in every process, before it reads options or builds a model.
+"""Entry point of the plugin: vLLM calls `register` in every process, before it reads options or builds a
+model.
 
 Registering only adds names to vLLM's registries. Nothing changes for a server that does not ask for METok.
 """
@@ -7,10 +8,11 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Make METok's models, KV cache format, video loader and media connector known; take `--plugin metok` off the command line.
+    """Make METok's models, KV cache format, video loader and media connector known; take `--plugin metok` off
+    the command line.
 
-    May be called several times in one process. Where vLLM is not the one that METok is made for, only a server that asks for
-    METok does not start: all others go on without it, with a warning.
+    May be called several times in one process. Where vLLM is not the one that METok is made for, only a
+    server that asks for METok does not start: all others go on without it, with a warning.
 
     Raises:
         SystemExit: METok is asked for and cannot be had.

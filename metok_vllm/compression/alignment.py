@@ -1,7 +1,7 @@
 """Alignment: how well each frame answers the question (docs/method.md sections 1.3 and 1.4).
 
-The setting `aligner` chooses one of three: `dual_tower` and `embedding` give `r`, one float32 score a frame, from which
-`by_question` scores the events; `none` gives both. Nothing here waits for the GPU.
+The setting `aligner` chooses one of three: `dual_tower` and `embedding` give `r`, one float32 score a frame,
+from which `by_question` scores the events; `none` gives both. Nothing here waits for the GPU.
 """
 
 from typing import NamedTuple

@@ -57,7 +57,8 @@ def _divisor(is_key: bool, pruning_layer: PruningLayer) -> int | None:
 
 
 def keep_count(length: int, ratio_micro: int, is_key: bool, pruning_layer: PruningLayer) -> int:
-    """Tokens that an event of `length` tokens keeps at a pruning layer, exactly (`ratios.to_micro` gives the ratio).
+    """Tokens that an event of `length` tokens keeps at a pruning layer, exactly (`ratios.to_micro` gives the
+    ratio).
 
     Key event: `ceil(ratio * length)` at L1 and L2; other event: `ceil(ratio * length / 2)` at L1 and 0 at L2;
     nothing at L3. `length` is the event's length just before that layer.
@@ -100,8 +101,8 @@ def survivor_bounds(
     """Most visual tokens of one video that can survive L1, and L2, whatever its content.
 
     Only the content says how long each event is, so these are safe bounds to reserve memory by, not exact
-    maxima. They assume the worst case, every event but the key events being one of the cheapest frames present,
-    and round each event's share up as far as its ratio can be.
+    maxima. They assume the worst case, every event but the key events being one of the cheapest frames
+    present, and round each event's share up as far as its ratio can be.
 
     Args:
         quota: the video's.

@@ -1,6 +1,7 @@
 """Stage 2 as one place: scores to how many tokens each event keeps, and which (docs/method.md section 2).
 
-The engine, the accuracy benchmark and the witness all choose by this. The scores come from `scoring.py` or its kernel.
+The engine, the accuracy benchmark and the witness all choose by this. The scores come from `scoring.py` or
+its kernel.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from .selection import PruningLayer, keep_counts, select_per_event
 class EventCounts:
     """Tokens that every event of one video has before L1, keeps at L1 and keeps at L2; each int64 [events].
 
-    Tokens stand event after event, so the counts are also the lengths of the events' runs. At L3 no event keeps any.
+    Tokens stand event after event, so the counts are also the lengths of the events' runs. At L3 no event
+    keeps any.
     """
 
     before: Tensor
@@ -48,7 +50,8 @@ def select_survivors(scores: Tensor, lengths: Tensor, keep: Tensor, total: int) 
         total: sum of `keep`, known on the host.
 
     Returns:
-        int64 [total], ascending indices into `scores`. Ties keep the lower index; see `selection.select_per_event`.
+        int64 [total], ascending indices into `scores`. Ties keep the lower index; see
+        `selection.select_per_event`.
     """
     events = torch.arange(lengths.shape[0], device=lengths.device)
     event = torch.repeat_interleave(events, lengths, output_size=scores.shape[0])

@@ -1,8 +1,8 @@
 """How many tokens and bytes deferred prompts may take.
 
-A pruned prompt that spans several steps is deferred: until its last chunk it keeps the hidden state and the residual of every
-token at L1, and the keys and queries that L1 scores by. The front end refuses by these numbers, the scheduler reserves by
-them, the worker allocates by them.
+A pruned prompt that spans several steps is deferred: until its last chunk it keeps the hidden state and the
+residual of every token at L1, and the keys and queries that L1 scores by. The front end refuses by these
+numbers, the scheduler reserves by them, the worker allocates by them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def deferral_limit(model_config: ModelConfig) -> int:
 
 
 def ending_limit(vllm_config: VllmConfig) -> int:
-    """Most tokens, whole prompts counted, of the deferred prompts that end in one step; a single one may always end."""
+    """Most tokens, whole prompts counted, of the deferred prompts that end in one step; a single one may
+    always end.
+    """
     return int(vllm_config.scheduler_config.max_num_batched_tokens)
 
 

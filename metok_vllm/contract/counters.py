@@ -1,7 +1,8 @@
 """What the scheduler and the worker count by, and how their numbers are added up.
 
-Every process hands out its numbers as a `snapshot`: a nest of dicts, lists and numbers of fixed shape, so that those of
-several engines can be added (`summed`). The HTTP server makes Prometheus metrics of them (`serve/metrics.py`).
+Every process hands out its numbers as a `snapshot`: a nest of dicts, lists and numbers of fixed shape, so
+that those of several engines can be added (`summed`). The HTTP server makes Prometheus metrics of them
+(`serve/metrics.py`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ KV_KINDS = ("stock", "metok")
 """KV bytes that a request's prompt would take without METok, and those it takes."""
 
 TIMED_PARTS = ("tower", "stage1", "shallow", "scoring", "deep")
-"""Parts of METok's work whose time is measured. Vision tower and projector of one video; stage 1 of one video; then of one
-pruned step: the layers below L1, the choice of survivors, the layers from L1 up."""
+"""Parts of METok's work whose time is measured. Vision tower and projector of one video; stage 1 of one
+video; then of one pruned step: the layers below L1, the choice of survivors, the layers from L1 up."""
 
 SCHEDULER_UTILITY = "scheduler"
 """The name by which vLLM's client reaches `MetokScheduler.__call__`."""

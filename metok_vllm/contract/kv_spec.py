@@ -1,7 +1,7 @@
 """The KV cache format of the deep layers, and the three kinds of KV cache group of a METok model.
 
-`DeepAttentionSpec` derives from `AttentionSpec`, not from `FullAttentionSpec`: vLLM would merge the deep layers into the
-full-attention group otherwise (vllm/v1/core/kv_cache_utils.py, `is_kv_cache_spec_uniform`).
+`DeepAttentionSpec` derives from `AttentionSpec`, not from `FullAttentionSpec`: vLLM would merge the deep
+layers into the full-attention group otherwise (vllm/v1/core/kv_cache_utils.py, `is_kv_cache_spec_uniform`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 GroupKind = Literal["every token", "text and retained", "text"]
-"""Which tokens own a slot in a group: layers below L1, layers L1 .. L3-1, layers from L3 up. Images count as text."""
+"""Which tokens own a slot in a group: layers below L1, layers L1 .. L3-1, layers from L3 up. Images count as
+text.
+"""
 
 EVERY_TOKEN: GroupKind = "every token"
 TEXT_AND_RETAINED: GroupKind = "text and retained"
@@ -24,14 +26,16 @@ TEXT: GroupKind = "text"
 
 GROUP_KINDS: tuple[GroupKind, ...] = (EVERY_TOKEN, TEXT_AND_RETAINED, TEXT)
 DEEP_KINDS: tuple[GroupKind, ...] = (TEXT, TEXT_AND_RETAINED)
-"""The kinds of the deep layers' groups. A kind's index here is its row in the tensors of `worker/slots.py`."""
+"""The kinds of the deep layers' groups. A kind's index here is its row in the tensors of `worker/slots.py`.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeepAttentionSpec(AttentionSpec):
     """KV of a deep layer: pruned visual tokens own no slot.
 
-    `retains`: the layer keeps retained visual tokens while decoding (`L1 .. L3-1`). Its group then holds more slots than
+    `retains`: the layer keeps retained visual tokens while decoding (`L1 .. L3-1`). Its group then holds more
+        slots than
     the layers from L3 up, and cannot share their block table.
     """
 

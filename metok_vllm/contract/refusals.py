@@ -1,8 +1,9 @@
 """The requests that METok refuses: counts by reason, and the sentences that more than one process says.
 
-The front end refuses most of them, in the process that serves HTTP. There may be several such processes: a Prometheus counter
-is what vLLM itself counts with there, and with several processes prometheus_client adds them up. The counter is made on first
-use and in a registry of its own, so that a server without METok has none.
+The front end refuses most of them, in the process that serves HTTP. There may be several such processes: a
+Prometheus counter is what vLLM itself counts with there, and with several processes prometheus_client adds
+them up. The counter is made on first use and in a registry of its own, so that a server without METok has
+none.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Literal, get_args
 from prometheus_client import CollectorRegistry, Counter
 
 Reason = Literal["setting", "embeddings", "no_text", "deferral", "prompt_logprobs", "session", "video"]
-"""Why: a setting of the request is wrong or cannot be met; its video came as embeddings; no text follows the last video; the
-prompt could never be deferred; it asks for log-probabilities of a pruned prompt; its input goes on streaming; the
-video itself is broken or too large (`metok_vllm/media`)."""
+"""Why: a setting of the request is wrong or cannot be met; its video came as embeddings; no text follows the
+last video; the prompt could never be deferred; it asks for log-probabilities of a pruned prompt; its input
+goes on streaming; the video itself is broken or too large (`metok_vllm/media`)."""
 
 REASONS: tuple[Reason, ...] = get_args(Reason)
 REFUSED_BY_SCHEDULER: tuple[Reason, ...] = ("prompt_logprobs", "session")

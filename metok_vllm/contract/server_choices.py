@@ -1,7 +1,7 @@
 """What start-up has fixed for this server, as every process finds it.
 
-`frontend/startup.py` validates and works it out once. It travels with the model's config, because the front end's processor
-sees the model's config but not vLLM's whole configuration.
+`frontend/startup.py` validates and works it out once. It travels with the model's config, because the front
+end's processor sees the model's config but not vLLM's whole configuration.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Settings of METok: one frozen model, validated once, with errors a user can act on.
 
-The server's settings come from ``--additional-config '{"metok": {...}}'``; a request may override all of them but
-`SERVER_ONLY`, through ``mm_processor_kwargs={"metok": {...}}``, or switch METok off for itself with
+The server's settings come from ``--additional-config '{"metok": {...}}'``; a request may override all of them
+but `SERVER_ONLY`, through ``mm_processor_kwargs={"metok": {...}}``, or switch METok off for itself with
 ``mm_processor_kwargs={"metok": "off"}``.
 """
 
@@ -27,7 +27,9 @@ from pydantic import (
 from metok_vllm.compression.ratios import MICRO
 
 SERVER_ONLY = ("prune_layers", "aligner_model", "max_deferred_bytes", "status_shows_questions")
-"""Keys that no request can change: they shape what is allocated at start, or what the operator's status page shows."""
+"""Keys that no request can change: they shape what is allocated at start, or what the operator's status page
+shows.
+"""
 
 Share = Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)]
 Aligner = Literal["auto", "dual-tower", "embedding", "none"]
@@ -37,8 +39,8 @@ class MetokSettings(BaseModel):
     """The method's settings, with the paper's values as defaults (`docs/method.md`, sections 1 to 4).
 
     Raises:
-        pydantic.ValidationError: on an unknown key, a wrong type or an impossible value. `parse_settings` turns it into one
-            sentence.
+        pydantic.ValidationError: on an unknown key, a wrong type or an impossible value. `parse_settings`
+            turns it into one sentence.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -31,8 +31,9 @@ def pruned_spans(features: Sequence[MultiModalFeatureSpec] | None, computed: int
 
     Args:
         features: the request's multimodal items.
-        computed: tokens that the request took from the prefix cache. vLLM drops the data of items that lie among them on
-            their way to the worker. Those are never pruned ones, since pruned requests read nothing from that cache.
+        computed: tokens that the request took from the prefix cache. vLLM drops the data of items that lie
+            among them on their way to the worker. Those are never pruned ones, since pruned requests read
+            nothing from that cache.
 
     Raises:
         RuntimeError: a video came without its plan, so that it would be served densely unnoticed.

@@ -1,7 +1,8 @@
 """What every process must agree on about one video, fixed before any tensor exists.
 
-The front end works it out from the number of frames and the settings. It lays down the placeholder tokens by it, and attaches
-it to the video item as one int64 tensor. The scheduler reserves KV slots by it, the worker compresses and prunes by it.
+The front end works it out from the number of frames and the settings. It lays down the placeholder tokens by
+it, and attaches it to the video item as one int64 tensor. The scheduler reserves KV slots by it, the worker
+compresses and prunes by it.
 """
 
 from __future__ import annotations

@@ -92,10 +92,10 @@ def build_checkpoint(
 ) -> Path:
     """Write a random tiny LLaVA-OneVision checkpoint (SigLIP tower, Qwen2 language model) into folder `path`.
 
-    The same arguments always write the same tensors. `image_size` and `patch_size` are in pixels: the
-    tower's grid is `image_size // patch_size` patches a side (7 by default). `aligner` adds a paired
-    image/text tower, with its tokenizer and image processor, in the sub-folder `metok_aligner` (docs/method.md
-    1.3). Returns `path`.
+    The same arguments always write the same tensors. `image_size` and `patch_size` are in pixels: the tower's
+    grid is `image_size // patch_size` patches a side (7 by default). `aligner` adds a paired image/text
+    tower, with its tokenizer and image processor, in the sub-folder `metok_aligner` (docs/method.md 1.3).
+    Returns `path`.
 
     Raises ValueError if `heads * head_dim != hidden` (vLLM's Qwen2 derives the head width from the two
     others), if `heads` is not a multiple of `kv_heads`, or if `aligner` is unknown.

@@ -19,7 +19,9 @@ class DemoQuestion:
 
 
 class _Row(pydantic.BaseModel):
-    """A line of a file of questions, as `training/make_set.py` writes it; what else it holds is not read here."""
+    """A line of a file of questions, as `training/make_set.py` writes it; what else it holds is not read
+    here.
+    """
 
     video: str
     question: str = ""
@@ -32,7 +34,8 @@ def load_questions(path: Path, video: Path | None) -> tuple[Path, list[DemoQuest
     """The video to ask about and its questions.
 
     Args:
-        path: JSON lines of ``video`` (relative to the file), ``question`` or ``prompt``, and perhaps ``answer``.
+        path: JSON lines of ``video`` (relative to the file), ``question`` or ``prompt``, and perhaps
+            ``answer``.
         video: ask about this file, with the lines that name it; None: about the first line's.
 
     Raises:

@@ -1,4 +1,6 @@
-"""A picture of what METok made of a video: its events in time, its frames as finely as they are kept, the tokens."""
+"""A picture of what METok made of a video: its events in time, its frames as finely as they are kept, the
+tokens.
+"""
 
 from __future__ import annotations
 

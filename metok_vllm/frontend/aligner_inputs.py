@@ -1,7 +1,8 @@
 """Which aligner a server has, and the inputs of a dual tower (docs/method.md section 1.3).
 
-An aligner tells how well a frame fits the question. `dual-tower` is the paper's: a paired image and text tower (SigLIP or
-CLIP). Its inputs are made here; it runs beside the model's own tower (`worker/dual_tower.py`).
+An aligner tells how well a frame fits the question. `dual-tower` is the paper's: a paired image and text
+tower (SigLIP or CLIP). Its inputs are made here; it runs beside the model's own tower
+(`worker/dual_tower.py`).
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ class AlignerProcessor:
         return ids
 
     def windows(self, question: str) -> torch.Tensor:
-        """Token ids, int64 [windows, window length]; a question longer than the tower's window is cut into several."""
+        """Token ids, int64 [windows, window length]; a question longer than the tower's window is cut into
+        several.
+        """
         ids = self._encode(question, special=False)
         room = self.window - len(self.prefix) - len(self.suffix)
         pieces = [ids[i : i + room] for i in range(0, len(ids), room)] or [[]]

@@ -1,14 +1,15 @@
 """`--plugin metok` on vLLM's command line.
 
-vLLM loads general plugins while it builds its option parser, before it reads `sys.argv`, and offers a plugin no way to add an
-option to that parser. So the option is taken off `sys.argv` here and what it stands for is put in its place, as options that
-vLLM has: the architecture override and the middleware that adds METok's routes (and, by its environment variable, the media
-connector). Everything else METok needs is set when the configuration is built (`frontend/startup.py`). This is the one
-place that touches the command line; it goes once vLLM has a hook for plugin options.
+vLLM loads general plugins while it builds its option parser, before it reads `sys.argv`, and offers a plugin
+no way to add an option to that parser. So the option is taken off `sys.argv` here and what it stands for is
+put in its place, as options that vLLM has: the architecture override and the middleware that adds METok's
+routes (and, by its environment variable, the media connector). Everything else METok needs is set when the
+configuration is built (`frontend/startup.py`). This is the one place that touches the command line; it goes
+once vLLM has a hook for plugin options.
 
-The model's name decides the architecture, and only vLLM's own parser can tell it from the value of some option, or find it in
-the file that ``--config`` names. So the rest of the command line is read with that parser; what it refuses or answers by itself
-(``--help``), it refuses and answers here as it would have.
+The model's name decides the architecture, and only vLLM's own parser can tell it from the value of some
+option, or find it in the file that ``--config`` names. So the rest of the command line is read with that
+parser; what it refuses or answers by itself (``--help``), it refuses and answers here as it would have.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ CONNECTOR_VARIABLE, CONNECTOR = "VLLM_MEDIA_CONNECTOR", "metok"
 
 
 def apply_plugin_option() -> bool:
-    """Rewrite `sys.argv` in place where it asks for METok and choose its media connector; change nothing everywhere else.
+    """Rewrite `sys.argv` in place where it asks for METok and choose its media connector; change nothing
+    everywhere else.
 
     Returns:
         Whether it asked.
 
     Raises:
-        SystemExit: METok cannot serve the model, or is given settings but not asked for; vLLM then does not start.
+        SystemExit: METok cannot serve the model, or is given settings but not asked for; vLLM then does not
+            start.
     """
     try:
         arguments = rewritten(sys.argv)
@@ -44,7 +47,8 @@ def apply_plugin_option() -> bool:
         raise SystemExit(f"vllm: error: {error}") from None
     asked = arguments != sys.argv
     if asked:
-        # vLLM has no option for it. This process and those that it starts serve nothing but METok; an operator's wish holds.
+        # vLLM has no option for it. This process and those that it starts serve nothing but METok; an
+        # operator's wish holds.
         os.environ.setdefault(CONNECTOR_VARIABLE, CONNECTOR)
     sys.argv[:] = arguments
     return asked
@@ -54,8 +58,8 @@ def rewritten(argv: Sequence[str]) -> list[str]:
     """The command line without `--plugin metok`, and with the options that it stands for.
 
     Raises:
-        ValueError: the model on the command line is not one that METok can serve, its config cannot be read, or there are
-            settings for METok without the option.
+        ValueError: the model on the command line is not one that METok can serve, its config cannot be read,
+            or there are settings for METok without the option.
         SystemExit: vLLM's parser refuses the command line.
     """
     arguments = list(argv)
@@ -71,7 +75,8 @@ def rewritten(argv: Sequence[str]) -> list[str]:
         raise ValueError(f"{OVERRIDES} takes a JSON object, not {overrides!r}.")
     model: str = getattr(options, "model_tag", None) or options.model
     architecture = metok_architecture(_architectures(options.hf_config_path or model, options.revision), model)
-    # One JSON object with all that the user gave, in whatever form: of several forms vLLM lets one replace the others.
+    # One JSON object with all that the user gave, in whatever form: of several forms vLLM lets one replace
+    # the others.
     overrides = {**overrides, "architectures": [architecture]}
     arguments = [*_without_overrides(arguments), OVERRIDES, json.dumps(overrides)]
     if command == "serve":
@@ -80,7 +85,9 @@ def rewritten(argv: Sequence[str]) -> list[str]:
 
 
 def _refuse_lonely_settings(arguments: Sequence[str]) -> None:
-    """vLLM ignores what it does not know in its additional config, so settings for METok would be ignored without a word."""
+    """vLLM ignores what it does not know in its additional config, so settings for METok would be ignored
+    without a word.
+    """
     if any("METok" in argument for argument in arguments):
         return  # asked for by its architecture, as `metok_vllm.enable` does it
     for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
@@ -107,7 +114,9 @@ def _take_option(arguments: list[str]) -> bool:
 
 
 def _parsed(arguments: list[str]) -> Namespace:
-    """What vLLM reads in a command line, from the command on. Its parser is built the way its `main` builds it."""
+    """What vLLM reads in a command line, from the command on. Its parser is built the way its `main` builds
+    it.
+    """
     from vllm.entrypoints.cli.run_batch import RunBatchSubcommand
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser

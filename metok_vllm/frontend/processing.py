@@ -1,7 +1,8 @@
 """Front end of a METok model: settings, the question, exact placeholder counts. Shared by all model families.
 
-`MetokProcessing` goes in front of a model's own multimodal processor. Whatever decides a video's tokens (settings, question,
-aligner) is put under `videos_kwargs`, so that it is part of the video's hash and of no other item's.
+`MetokProcessing` goes in front of a model's own multimodal processor. Whatever decides a video's tokens
+(settings, question, aligner) is put under `videos_kwargs`, so that it is part of the video's hash and of no
+other item's.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         with refusing("setting"):
             settings = resolve_request(self._server.settings, kwargs.pop(KEY, None))
         if kwargs:
-            # The others reshape what the tower gets: with "do_resize" off its worker fails, and the engine with it.
+            # The others reshape what the tower gets: with "do_resize" off its worker fails, and the engine
+            # with it.
             others = ", ".join(map(repr, sorted(kwargs)))
             raise refusal(
                 "setting", f"METok (mm_processor_kwargs): a request may state 'metok' alone, not {others:.80}."
@@ -107,7 +109,8 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         except AssertionError as error:
             if not str(error).startswith("Failed to apply prompt"):
                 raise
-            # vLLM takes it for a fault of its own; it is a request that cut its prompt short (truncate_prompt_tokens).
+            # vLLM takes it for a fault of its own; it is a request that cut its prompt short
+            # (truncate_prompt_tokens).
             raise ValueError(
                 "METok: the prompt has lost the place of a video or an image; do not truncate it."
             ) from error
@@ -188,7 +191,8 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
             ]
         fields: dict[str, Any] = {PLAN_FIELD: torch.stack([plan.to_tensor() for plan in plans])}
         query = "" if settings is None else settings.query or ""
-        # The aligner "embedding" reads the ids; so does the status page, where the operator lets it show questions.
+        # The aligner "embedding" reads the ids; so does the status page, where the operator lets it show
+        # questions.
         needed = aligner == "embedding" or self._server.settings.status_shows_questions
         ids = self.info.get_tokenizer().encode(query, add_special_tokens=False) if needed else []
         question = torch.tensor([len(ids), *ids], dtype=torch.int64)

@@ -1,7 +1,7 @@
 """The question of a prompt: the text of its last user turn, without the chat template's markers.
 
-At the place where the video's placeholders are laid down only token ids are left, so the turn is found in the decoded prompt
-by the strings that the model's own chat template puts around a user's text.
+At the place where the video's placeholders are laid down only token ids are left, so the turn is found in the
+decoded prompt by the strings that the model's own chat template puts around a user's text.
 """
 
 from __future__ import annotations

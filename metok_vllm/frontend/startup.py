@@ -1,4 +1,6 @@
-"""What is checked and set when vLLM builds the configuration of a METok model: before anything is loaded or allocated."""
+"""What is checked and set when vLLM builds the configuration of a METok model: before anything is loaded or
+allocated.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +140,8 @@ def _refuse_scheduling(vllm_config: VllmConfig) -> None:
         raise ValueError(
             "METok needs its own worker extension, which METok sets itself: remove --worker-extension-cls."
         )
-    # A pruned prompt takes no chunk of one token and leaves none behind, so steps of two tokens may never end it.
+    # A pruned prompt takes no chunk of one token and leaves none behind, so steps of two tokens may never end
+    # it.
     if 0 < scheduler.long_prefill_token_threshold < 3:
         raise ValueError("METok needs chunks of 3 tokens or more: raise --long-prefill-token-threshold.")
 

@@ -1,11 +1,12 @@
 """vLLM's media connector, with a client's error for whatever is wrong with the media of a request.
 
-vLLM's own answers 5xx where a URL names a file and requests may name none, where a data URL is not base64, where a picture is a
-decompression bomb, and where the server that a URL names cannot be reached. And of a list of JPEG frames it takes the first
-`num_frames` without a word, and decodes all of these before anything is counted.
+vLLM's own answers 5xx where a URL names a file and requests may name none, where a data URL is not base64,
+where a picture is a decompression bomb, and where the server that a URL names cannot be reached. And of a
+list of JPEG frames it takes the first `num_frames` without a word, and decodes all of these before anything
+is counted.
 
-Registered by the name "metok"; vLLM takes it where the environment variable ``VLLM_MEDIA_CONNECTOR`` says so, which
-`frontend/command_line.py` sets for a server with METok.
+Registered by the name "metok"; vLLM takes it where the environment variable ``VLLM_MEDIA_CONNECTOR`` says so,
+which `frontend/command_line.py` sets for a server with METok.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from .settings import VideoError, VideoSettings
 
 CONNECTOR_NAME = "metok"
 _FRAMES, _FILE = "data:video/jpeg;", "file:"
-# What fails for the sake of the server that a URL names, not of this one. In Python 3.10 asyncio has a TimeoutError of its own.
+# What fails for the sake of the server that a URL names, not of this one. In Python 3.10 asyncio has a
+# TimeoutError of its own.
 _FETCHING = (
     aiohttp.ClientError,
     requests.exceptions.RequestException,
@@ -79,7 +81,9 @@ class MetokMediaConnector(MediaConnector):
             raise VLLMValidationError(f"There is no video_backend {name!r:.60} (media_io_kwargs).")
 
     def _video_limits(self) -> VideoSettings:
-        """The loader's limits, which hold for frames in a list too; vLLM has keys of its own for these, left to vLLM."""
+        """The loader's limits, which hold for frames in a list too; vLLM has keys of its own for these, left
+        to vLLM.
+        """
         known = {field.name for field in fields(VideoSettings)}
         given = {key: value for key, value in self.media_io_kwargs.get("video", {}).items() if key in known}
         try:
@@ -137,7 +141,9 @@ def _picture_size(part: str) -> tuple[int, int]:
 
 @contextmanager
 def client_errors(url: str) -> Iterator[None]:
-    """Turn what goes wrong with a request's media into a client's error that tells nothing of the network behind us."""
+    """Turn what goes wrong with a request's media into a client's error that tells nothing of the network
+    behind us.
+    """
     try:
         yield
     except VLLMClientError:

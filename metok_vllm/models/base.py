@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 
 class MetokModel:
-    """Mixed in before a stock multimodal model; the family's class calls `init_metok` at the end of its constructor."""
+    """Mixed in before a stock multimodal model; the family's class calls `init_metok` at the end of its
+    constructor.
+    """
 
     pool_mode: PoolMode
     decoder_stack: DecoderStack

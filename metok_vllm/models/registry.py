@@ -1,6 +1,7 @@
 """Which stock architectures METok serves, and under which name of its own each is registered.
 
-A METok model has an architecture name of its own, so that a server without the plugin refuses it instead of serving densely.
+A METok model has an architecture name of its own, so that a server without the plugin refuses it instead of
+serving densely.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""The four rules by which a pruned prompt is cut into chunks (a chunk: the part of a prompt that one step computes).
+"""The four rules by which a pruned prompt is cut into chunks (a chunk: the part of a prompt that one step
+computes).
 
-1. No chunk crosses the end of the prompt. What a preempted request had generated attends to the KV that decoding keeps, as
-   it did the first time. So it is computed in steps of its own.
-2. No chunk has one token. vLLM runs such a chunk as a decode, possibly inside a full CUDA graph, which knows neither scoring
-   nor deferral.
-3. A prompt that does not fit one step is deferred. All deferred prompts together never take more than `max_deferred_bytes`.
-4. Deferred prompts that end in the same step are together no longer than one step, or one of them is alone. The deep layers
-   run on whole prompts, and memory is reserved for that much (`worker/memory.py`).
+1. No chunk crosses the end of the prompt. What a preempted request had generated attends to the KV that
+   decoding keeps, as it did the first time. So it is computed in steps of its own.
+2. No chunk has one token. vLLM runs such a chunk as a decode, possibly inside a full CUDA graph, which knows
+   neither scoring nor deferral.
+3. A prompt that does not fit one step is deferred. All deferred prompts together never take more than
+   `max_deferred_bytes`.
+4. Deferred prompts that end in the same step are together no longer than one step, or one of them is alone.
+   The deep layers run on whole prompts, and memory is reserved for that much (`worker/memory.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from typing import NamedTuple
 
 
 class EncoderSchedule(NamedTuple):
-    """What vLLM's `_try_schedule_encoder_inputs` answers about one request; vLLM takes it apart as a plain tuple."""
+    """What vLLM's `_try_schedule_encoder_inputs` answers about one request; vLLM takes it apart as a plain
+    tuple.
+    """
 
     encoder_inputs: list[int]  # which of the request's items the encoder runs in this step
     num_tokens: int  # length of the chunk; 0: the request is left out of this step
@@ -32,14 +36,16 @@ class EncoderSchedule(NamedTuple):
 
 
 def longest_chunk(computed: int, wanted: int, prompt_len: int, item_starts: Collection[int]) -> int:
-    """Rules 1 and 2: the longest chunk that keeps them, of at most `wanted` tokens from position `computed` on.
+    """Rules 1 and 2: the longest chunk that keeps them, of at most `wanted` tokens from position `computed`
+    on.
 
     Args:
         computed: tokens of the prompt computed so far.
         wanted: tokens that the step has room for.
         prompt_len: tokens of the whole prompt.
-        item_starts: positions of the request's multimodal items. vLLM ends a chunk before an item that it cannot encode
-            yet, so a chunk that ends one token before an item could force the next one to have a single token.
+        item_starts: positions of the request's multimodal items. vLLM ends a chunk before an item that it
+            cannot encode yet, so a chunk that ends one token before an item could force the next one to have
+            a single token.
 
     Returns:
         Tokens of the chunk; 0 where there is none in this step.
@@ -73,9 +79,11 @@ class DeferralBudget:
         self.offered[request_id] = self.needs(prompt_len)
 
     def settle(self, deferred: Mapping[str, int]) -> None:
-        """After a step: `deferred` are the prompt lengths of the requests whose prompts have begun and not ended.
+        """After a step: `deferred` are the prompt lengths of the requests whose prompts have begun and not
+        ended.
 
-        A request that was offered a chunk may have found no blocks for it, so what was really scheduled counts.
+        A request that was offered a chunk may have found no blocks for it, so what was really scheduled
+        counts.
         """
         self.held = {request_id: self.needs(prompt_len) for request_id, prompt_len in deferred.items()}
 

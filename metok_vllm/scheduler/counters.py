@@ -1,10 +1,11 @@
 """What the scheduler counts, and how the HTTP server reads it.
 
-A worker can be asked through `collective_rpc`; for the scheduler vLLM has nothing of the kind. But its client calls a method of
-the engine core by name, which is how `collective_rpc` itself gets there (`EngineCoreProc._handle_client_request` in
-vllm/v1/engine/core.py), and ``scheduler`` is an attribute of the engine core. So METok's scheduler can be called, and answers
-with `SchedulerCounters.snapshot`. The call runs between two steps, on the engine's own thread, and touches no worker.
-`tests/server/test_metrics.py` fails once that way is gone.
+A worker can be asked through `collective_rpc`; for the scheduler vLLM has nothing of the kind. But its client
+calls a method of the engine core by name, which is how `collective_rpc` itself gets there
+(`EngineCoreProc._handle_client_request` in vllm/v1/engine/core.py), and ``scheduler`` is an attribute of the
+engine core. So METok's scheduler can be called, and answers with `SchedulerCounters.snapshot`. The call runs
+between two steps, on the engine's own thread, and touches no worker. `tests/server/test_metrics.py` fails
+once that way is gone.
 """
 
 from __future__ import annotations

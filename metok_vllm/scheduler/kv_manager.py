@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 class DeepKVManager(SingleTypeKVCacheManager):
-    """Allocates blocks for the tokens that own a slot, and never publishes a block that a pruned video precedes.
+    """Allocates blocks for the tokens that own a slot, and never publishes a block that a pruned video
+    precedes.
 
     `slot_counts` is the scheduler's table of pruned requests; a request that is not in it is an ordinary one.
     """
@@ -74,12 +75,13 @@ class DeepKVManager(SingleTypeKVCacheManager):
     ) -> None:
         """Publish full blocks; of a pruned request only those before its first video.
 
-        From there on a block holds the wrong tokens for its hash (text that stands behind the video), and what it holds
-        depends on the question.
+        From there on a block holds the wrong tokens for its hash (text that stands behind the video), and
+        what it holds depends on the question.
         """
         counts = self.slot_counts.get(request.request_id)
         if counts is not None:
-            # Deep layers run once, with the prompt's last chunk. Until that step is scheduled nothing was written there.
+            # Deep layers run once, with the prompt's last chunk. Until that step is scheduled nothing was
+            # written there.
             if max(num_tokens, request.num_computed_tokens) < counts.prompt_len:
                 return
             num_tokens = min(num_tokens, counts.spans[0].start)

@@ -1,8 +1,10 @@
-"""vLLM's async scheduler, with what pruned requests need: their slot counts, chunk borders, and a bound on deferral.
+"""vLLM's async scheduler, with what pruned requests need: their slot counts, chunk borders, and a bound on
+deferral.
 
-vLLM takes it through `scheduler_cls`. It overrides five methods of vllm/v1/core/sched/scheduler.py. `schedule`, `add_request` and
-`_free_blocks` keep the tables; `_try_schedule_encoder_inputs` is where vLLM itself lets multimodal items shorten a chunk, and
-where the rules of `chunking.py` are kept. `__call__` answers the HTTP server (`scheduler/counters.py`).
+vLLM takes it through `scheduler_cls`. It overrides five methods of vllm/v1/core/sched/scheduler.py.
+`schedule`, `add_request` and `_free_blocks` keep the tables; `_try_schedule_encoder_inputs` is where vLLM
+itself lets multimodal items shorten a chunk, and where the rules of `chunking.py` are kept. `__call__`
+answers the HTTP server (`scheduler/counters.py`).
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ class MetokScheduler(AsyncScheduler):
         spans = pruned_spans(request.mm_features)
         if spans and request.request_id not in self.requests:
             self.slot_counts[request.request_id] = SlotCounts(request.num_prompt_tokens, spans)
-            # The deep layers of a pruned prompt run once, over all of it: a prefix hit would leave the cached part out.
+            # The deep layers of a pruned prompt run once, over all of it: a prefix hit would leave the cached
+            # part out.
             request.skip_reading_prefix_cache = True
         super().add_request(request)
 
@@ -123,7 +126,8 @@ class MetokScheduler(AsyncScheduler):
         while chunk:
             if computed + chunk < prompt_len and not self.deferral.admits(request_id, prompt_len):
                 if computed == 0:
-                    # It stays in the queue, and must not hold what a look-up below took for it from the encoder cache.
+                    # It stays in the queue, and must not hold what a look-up below took for it from the
+                    # encoder cache.
                     self.encoder_cache_manager.free(request)
                 return nothing
             schedule = EncoderSchedule(
@@ -131,7 +135,8 @@ class MetokScheduler(AsyncScheduler):
             )
             if schedule.num_tokens == chunk:
                 return schedule
-            # The encoder's budget has shortened the chunk: ask again for one of that length that keeps the rules.
+            # The encoder's budget has shortened the chunk: ask again for one of that length that keeps the
+            # rules.
             chunk = longest_chunk(computed, schedule.num_tokens, prompt_len, item_starts)
         return nothing
 
@@ -140,7 +145,8 @@ class MetokScheduler(AsyncScheduler):
     def _refused(self, request: Request) -> bool:
         """Whether the request asks for what a pruned prompt cannot have; it is ended then.
 
-        The HTTP server has answered 400 before this. Users of `vllm.LLM` get the finish reason "error" and a line in the log.
+        The HTTP server has answered 400 before this. Users of `vllm.LLM` get the finish reason "error" and a
+        line in the log.
         """
         params = request.sampling_params
         if params is not None and params.prompt_logprobs is not None:

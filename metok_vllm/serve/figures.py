@@ -41,7 +41,8 @@ class Latest(Generic[T]):
         return float("nan") if self._at is None else monotonic() - self._at
 
     async def refresh(self) -> T | None:
-        """Ask again, unless the answer is fresh; wait for at most `patience` seconds. Returns the latest answer.
+        """Ask again, unless the answer is fresh; wait for at most `patience` seconds. Returns the latest
+        answer.
 
         A question that is not answered in time stays asked, and its answer serves whoever comes next.
         """
@@ -66,7 +67,8 @@ class Latest(Generic[T]):
 async def ask_workers(engine_client: Any, method: str, *args: Any) -> list[list[Any]]:
     """The answers of every worker of every engine to one of `MetokWorkerExtension`'s methods.
 
-    `AsyncLLM.collective_rpc` hands out the first engine's answers alone; with data parallelism there are more.
+    `AsyncLLM.collective_rpc` hands out the first engine's answers alone; with data parallelism there are
+    more.
     """
     answers: list[list[Any]] = await engine_client.engine_core.call_utility_all_async(
         "collective_rpc", method, None, args, None
@@ -81,7 +83,9 @@ async def ask_first_ranks(engine_client: Any, method: str) -> list[Any]:
 
 
 async def engine_figures(engine_client: Any) -> dict[str, Any]:
-    """``engines``, and the sum over them of ``worker`` (`metok_stats`) and ``scheduler`` (`SchedulerCounters.snapshot`)."""
+    """``engines``, and the sum over them of ``worker`` (`metok_stats`) and ``scheduler``
+    (`SchedulerCounters.snapshot`).
+    """
     workers, schedulers = await asyncio.gather(
         ask_first_ranks(engine_client, "metok_stats"),
         engine_client.engine_core.call_utility_all_async(SCHEDULER_UTILITY),

@@ -1,8 +1,9 @@
 """METok's Prometheus metrics on vLLM's own `/metrics`. `docs/metrics.md` lists them.
 
-With one API server process vLLM serves prometheus_client's global registry: METok's collector is registered there. With several
-(`--api-server-count`) vLLM makes a registry that no one else can reach, which merges what the processes have written to files.
-`/metrics` is answered here then, by the same merge with METok's metrics behind it.
+With one API server process vLLM serves prometheus_client's global registry: METok's collector is registered
+there. With several (`--api-server-count`) vLLM makes a registry that no one else can reach, which merges what
+the processes have written to files. `/metrics` is answered here then, by the same merge with METok's metrics
+behind it.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def serve_metrics(figures: Latest[dict[str, Any]]) -> Any | None:
     """Put METok's metrics on `/metrics`.
 
     Returns:
-        None where vLLM's own route serves them from now on; else the ASGI app that has to answer in its place.
+        None where vLLM's own route serves them from now on; else the ASGI app that has to answer in its
+        place.
     """
     metok = MetokCollector(figures)
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:

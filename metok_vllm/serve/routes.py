@@ -1,9 +1,9 @@
 """METok's part of the HTTP server, brought in through vLLM's `--middleware`.
 
-vLLM's own group for plugin routes (`vllm.endpoint_plugins`) warns in every server where such a plugin is merely installed, and
-METok must be silent there. A middleware is only there when asked for. This one adds the routes when the server starts, so that
-requests to them pass vLLM's API key check like all others, asks the engines before `/metrics` is answered, and refuses what
-only shows in a request as a whole.
+vLLM's own group for plugin routes (`vllm.endpoint_plugins`) warns in every server where such a plugin is
+merely installed, and METok must be silent there. A middleware is only there when asked for. This one adds the
+routes when the server starts, so that requests to them pass vLLM's API key check like all others, asks the
+engines before `/metrics` is answered, and refuses what only shows in a request as a whole.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ PAGE = "/metok"  # without any data, so outside
 
 
 class MetokRoutes:
-    """ASGI middleware: METok's routes and metrics from the start of the app's lifespan on, and a check of chat requests."""
+    """ASGI middleware: METok's routes and metrics from the start of the app's lifespan on, and a check of
+    chat requests.
+    """
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -109,7 +111,9 @@ def attach_routes(app: FastAPI) -> Latest[dict[str, Any]]:
 
 
 async def state(request: Request) -> JSONResponse:
-    """What METok holds in each worker right now: deferred prompts, and KV blocks by request and kind of group."""
+    """What METok holds in each worker right now: deferred prompts, and KV blocks by request and kind of
+    group.
+    """
     engines = await ask_workers(request.app.state.engine_client, "metok_state")
     return JSONResponse({"workers": [worker for workers in engines for worker in workers]})
 

@@ -1,7 +1,8 @@
 """The status page: what METok did to the latest requests, and its totals. Read-only.
 
-`GET /metok` is a page without any data; the page reads `GET /v1/metok/status`, which vLLM's `--api-key` guards like everything
-under ``/v1``. No prompt text and no frame is shown; the setting ``status_shows_questions`` adds the users' questions.
+`GET /metok` is a page without any data; the page reads `GET /v1/metok/status`, which vLLM's `--api-key`
+guards like everything under ``/v1``. No prompt text and no frame is shown; the setting
+``status_shows_questions`` adds the users' questions.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ PAGE = "status.html"
 
 @cache
 def page() -> tuple[str, dict[str, str]]:
-    """The page and its headers. Its only script and its only style are allowed by their hashes, and nothing else is."""
+    """The page and its headers. Its only script and its only style are allowed by their hashes, and nothing
+    else is.
+    """
     text = (files(__package__) / PAGE).read_text("utf-8")
     policy = [
         "default-src 'none'",

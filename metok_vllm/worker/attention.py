@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunningStep:
-    """The pruned step that is running through the layers, if any. One object, shared by all layers of a model."""
+    """The pruned step that is running through the layers, if any. One object, shared by all layers of a
+    model.
+    """
 
     step: PrunedStep | None = None
 
@@ -69,8 +71,8 @@ class MetokAttention(Attention):
     def adopt(cls, attention: nn.Module, role: LayerRole) -> MetokAttention:
         """Give an attention layer of our own model its role.
 
-        The model builds its layers itself, deep inside. Changing the class of the built layer keeps its parameters, its
-        backend and its registration under its name, and touches no other model.
+        The model builds its layers itself, deep inside. Changing the class of the built layer keeps its
+        parameters, its backend and its registration under its name, and touches no other model.
         """
         if type(attention) is not Attention:
             raise TypeError(f"METok works on vLLM's Attention layers, not on {type(attention).__name__}")

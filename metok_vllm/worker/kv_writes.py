@@ -16,8 +16,8 @@ from metok_vllm.worker.survivors import Survivors
 class KVWrites:
     """Writes of one pruned step.
 
-    A prompt's text has its slots from the start. Which visual tokens are retained is known at L2 only. What layers L1 .. L2-1
-    compute of the visual tokens waits until then.
+    A prompt's text has its slots from the start. Which visual tokens are retained is known at L2 only. What
+    layers L1 .. L2-1 compute of the visual tokens waits until then.
     """
 
     def __init__(self, batch: PrunedBatch) -> None:

@@ -1,8 +1,9 @@
 """Memory of a pruned step that vLLM's profiling run does not see.
 
-vLLM sizes the KV cache by a dummy run of `max_num_batched_tokens` tokens through the stock model. A pruned step needs more: what
-deferred prompts hold, and the copies that join and gather them. And its deep layers run on whole prompts, where stock vLLM
-would run on a chunk. All of it is allocated while vLLM measures and given back before the first request.
+vLLM sizes the KV cache by a dummy run of `max_num_batched_tokens` tokens through the stock model. A pruned
+step needs more: what deferred prompts hold, and the copies that join and gather them. And its deep layers run
+on whole prompts, where stock vLLM would run on a chunk. All of it is allocated while vLLM measures and given
+back before the first request.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class PruningMemory:
         kv_heads = max(1, text.num_key_value_heads // ranks)
         heads = text.num_attention_heads // ranks
         first, second, _ = server_choices(model.hf_config).prune_layers
-        # A layer holds its input and residual. Beside them it holds either queries, keys, values and the attention's output, or
-        # the MLP's two halves and their product.
+        # A layer holds its input and residual. Beside them it holds either queries, keys, values and the
+        # attention's output, or the MLP's two halves and their product.
         attention = (2 * heads + 2 * kv_heads) * head_dim
         mlp = 3 * (text.intermediate_size // ranks)
         layer = 2 * text.hidden_size + max(attention, mlp)
@@ -66,7 +67,9 @@ class PruningMemory:
 
 
 class MemoryReserve:
-    """Holds `PruningMemory` while vLLM profiles. Does nothing on CPU, where the KV cache has a size of its own."""
+    """Holds `PruningMemory` while vLLM profiles. Does nothing on CPU, where the KV cache has a size of its
+    own.
+    """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         self.device = device

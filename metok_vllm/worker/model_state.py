@@ -1,4 +1,6 @@
-"""Worker-side state of a METok model in Model Runner V2: attention metadata by kind of group, and the pruned steps."""
+"""Worker-side state of a METok model in Model Runner V2: attention metadata by kind of group, and the pruned
+steps.
+"""
 
 from __future__ import annotations
 

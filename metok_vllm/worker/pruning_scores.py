@@ -1,4 +1,6 @@
-"""The scores that a pruned step chooses by: how much the question looks at each visual token (docs/method.md section 2)."""
+"""The scores that a pruned step chooses by: how much the question looks at each visual token
+(docs/method.md section 2).
+"""
 
 from __future__ import annotations
 

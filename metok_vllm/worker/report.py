@@ -1,4 +1,6 @@
-"""What METok did to each request: one log line, totals, and a record of the latest for the status page and for reports."""
+"""What METok did to each request: one log line, totals, and a record of the latest for the status page and
+for reports.
+"""
 
 from __future__ import annotations
 
@@ -70,10 +72,13 @@ class Timeline:
 
 
 def per_frame(tags: VideoTags, frames: int) -> torch.Tensor:
-    """Event, key event, tier and number of tokens of every frame: int32 [4, frames], without waiting for the device."""
+    """Event, key event, tier and number of tokens of every frame: int32 [4, frames], without waiting for the
+    device.
+    """
     facts = torch.stack([tags.event, tags.is_key.to(torch.int64), tags.tier])
     table = facts.new_zeros(4, frames)
-    # All tokens of a frame, its event's separator too, carry the same facts, so it does not matter which is written last.
+    # All tokens of a frame, its event's separator too, carry the same facts, so it does not matter which is
+    # written last.
     table[:3].scatter_(1, tags.frame.expand(3, -1), facts)
     table[3].index_add_(0, tags.frame, torch.ones_like(tags.frame))
     return table.to(torch.int32)
@@ -128,7 +133,8 @@ class Reports:
         self._counted: OrderedDict[int, None] = OrderedDict()  # by the hash of the id, which a client may make long
 
     def add(self, request: PrunedRequest, features: Sequence[MultiModalFeatureSpec] = ()) -> None:
-        """Log, count and remember one pruned request. Its tags must still be there; nothing waits for the device.
+        """Log, count and remember one pruned request. Its tags must still be there; nothing waits for the
+        device.
 
         Args:
             request: a request whose prompt has just been pruned.
@@ -210,7 +216,9 @@ class Reports:
         }
 
     def find(self, request_id: str) -> dict[str, Any] | None:
-        """The report of a request that asked for one, by the id that the client saw: vLLM appends to it inside the engine."""
+        """The report of a request that asked for one, by the id that the client saw: vLLM appends to it
+        inside the engine.
+        """
         for req_id in reversed(self._asked_for):
             if req_id == request_id or req_id.startswith(f"{request_id}-"):
                 return self._asked_for[req_id].report()

@@ -22,7 +22,9 @@ They travel through the encoder cache as part of the embedding; a byte is exact 
 
 
 def pack_tags(event: torch.Tensor, is_key: torch.Tensor, frame: torch.Tensor, tier: torch.Tensor) -> torch.Tensor:
-    """What is known of each token, each int64 (or bool) [n], to int64 [n, TAG_CHANNELS] with entries below 256."""
+    """What is known of each token, each int64 (or bool) [n], to int64 [n, TAG_CHANNELS] with entries below
+    256.
+    """
     return torch.stack(
         [event % 256, event // 256, is_key.to(torch.int64), frame % 256, frame // 256, tier.to(torch.int64)], dim=1
     )
@@ -46,7 +48,9 @@ class VideoTags:
 
 @dataclass
 class ChunkState:
-    """What a chunk of a pruned prompt has come to at L1; all [chunk tokens, ...]. A deferred prompt keeps those of its chunks."""
+    """What a chunk of a pruned prompt has come to at L1; all [chunk tokens, ...]. A deferred prompt keeps
+    those of its chunks.
+    """
 
     hidden: torch.Tensor
     residual: torch.Tensor
@@ -72,8 +76,9 @@ class PruningResult:
 class PrunedRequest:
     """One request with at least one pruned video.
 
-    Its **text** is every token outside the pruned videos: images count as text, and so does a video with METok off. Its **scoring
-    tokens** are those whose attention scores the visual tokens: real text behind the first pruned video.
+    Its **text** is every token outside the pruned videos: images count as text, and so does a video with
+    METok off. Its **scoring tokens** are those whose attention scores the visual tokens: real text behind the
+    first pruned video.
     """
 
     req_id: str

@@ -9,11 +9,12 @@ A prompt with one pruned video, and its answer (t text, V visual, g generated)::
     layers L1 .. L3-1                 [ t t t t t | V V | g g ]       text, retained visual tokens, generated
     layers from L3 up                 [ t t t t t | g g ]             text, generated
 
-The order of KV within a request does not matter to attention, since rotary positions are applied before. So text never depends on
-what L2 retains, and for whatever is computed after the prompt ``slot index = position - shift``, with one shift a request
-and kind of group: the visual tokens that own no slot there.
+The order of KV within a request does not matter to attention, since rotary positions are applied before. So
+text never depends on what L2 retains, and for whatever is computed after the prompt ``slot index = position -
+shift``, with one shift a request and kind of group: the visual tokens that own no slot there.
 
-All state lives on the device in tensors that never move, since captured CUDA graphs read `seq_lens` at their addresses.
+All state lives on the device in tensors that never move, since captured CUDA graphs read `seq_lens` at their
+addresses.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def deep_groups(kv_cache_config: KVCacheConfig) -> tuple[DeepGroup, ...]:
 
 
 class DeepSlots:
-    """Shifts of all requests, and the sequence lengths and slots that follow from them. First dimension: `DEEP_KINDS`."""
+    """Shifts of all requests, and the sequence lengths and slots that follow from them. First dimension:
+    `DEEP_KINDS`.
+    """
 
     def __init__(self, max_num_reqs: int, device: torch.device) -> None:
         self.device = device
@@ -74,10 +77,11 @@ class DeepSlots:
         self._kept[index] = 0
 
     def complete(self, index: int, start: int, visual: int, retained: int) -> None:
-        """The prompt of the request in row `index` is complete: `visual` tokens from `start` on, `retained` of them kept.
+        """The prompt of the request in row `index` is complete: `visual` tokens from `start` on, `retained`
+        of them kept.
 
-        Text between several videos lies before the end of the prompt. So one span of the videos' total length gives the same
-        slots to whatever is computed after the prompt as the videos themselves would.
+        Text between several videos lies before the end of the prompt. So one span of the videos' total length
+        gives the same slots to whatever is computed after the prompt as the videos themselves would.
         """
         self.shift[DEEP_KINDS.index(TEXT), index] = visual
         self.shift[DEEP_KINDS.index(TEXT_AND_RETAINED), index] = visual - retained
@@ -96,7 +100,8 @@ class DeepSlots:
         slot_mappings: torch.Tensor,
         groups: Sequence[DeepGroup],
     ) -> None:
-        """Sequence lengths of both kinds, and the deep groups' slots in place, for a step without prompts in pruning.
+        """Sequence lengths of both kinds, and the deep groups' slots in place, for a step without prompts in
+        pruning.
 
         The per-layer views of `slot_mappings` that vLLM has already made see the change.
         """
@@ -155,5 +160,7 @@ def request_of_token(input_batch: InputBatch) -> torch.Tensor:
 
 
 def slots_of(table: torch.Tensor, requests: torch.Tensor, indices: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Slot of each token: block `table` int32 [requests, blocks], `requests` and slot `indices` int64 [n], to int64 [n]."""
+    """Slot of each token: block `table` int32 [requests, blocks], `requests` and slot `indices` int64 [n], to
+    int64 [n].
+    """
     return table[requests, indices // block_size].to(torch.int64) * block_size + indices % block_size

@@ -4,7 +4,8 @@ Shallow layers run on all tokens of the batch, as in stock vLLM. From L1 on the 
 ``[other requests' tokens | survivors of each prompt that is complete with this step]``:
 
 - the others attend through the paged cache, with metadata built for them alone;
-- each prompt attends densely over its own fresh queries, keys and values, and only its tokens with a slot are written to the cache.
+- each prompt attends densely over its own fresh queries, keys and values, and only its tokens with a slot are
+  written to the cache.
 
 Prompts that are not complete with this step leave their state at L1 and go no further.
 """
@@ -31,7 +32,9 @@ Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class PrunedStep:
-    """One forward pass with pruning. Made anew for each step; the attention layers call `capture` and `attend`."""
+    """One forward pass with pruning. Made anew for each step; the attention layers call `capture` and
+    `attend`.
+    """
 
     def __init__(self, stack: DecoderStack, batch: PrunedBatch) -> None:
         self.stack = stack
@@ -51,8 +54,8 @@ class PrunedStep:
             inputs_embeds: [tokens, possibly padded, hidden].
 
         Returns:
-            [tokens, hidden], normed. Rows of other requests and the last row of each complete prompt hold what stock vLLM
-            would compute on the survivors; every other row is zero and must not be read.
+            [tokens, hidden], normed. Rows of other requests and the last row of each complete prompt hold
+            what stock vLLM would compute on the survivors; every other row is zero and must not be read.
         """
         context: Any = get_forward_context()
         context.slot_mapping = {**context.slot_mapping, **self.batch.others_slots}
@@ -187,13 +190,16 @@ class PrunedStep:
     def attend(
         self, layer: MetokAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Replaces a deep layer's attention and cache update; `query` [rows, Hq * d], `key` and `value` [rows, Hkv * d]."""
+        """Replaces a deep layer's attention and cache update; `query` [rows, Hq * d], `key` and `value`
+        [rows, Hkv * d].
+        """
         n = self.batch.num_others
         out = torch.empty_like(query)
         if self.survivors:
             k = key.view(-1, layer.num_kv_heads, layer.head_size)
             v = value.view(-1, layer.num_kv_heads, layer.head_size)
-            # Before the others attend: one of them may have hit a block of text that a prompt publishes in this very step.
+            # Before the others attend: one of them may have hit a block of text that a prompt publishes in
+            # this very step.
             self._writes.write(layer, self.survivors, k, v, before_l2=not self._l2_has_chosen)
             ops.causal_attention(
                 query[n:].view(-1, layer.num_heads, layer.head_size),

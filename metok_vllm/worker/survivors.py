@@ -1,4 +1,6 @@
-"""Which tokens of the prompts in a pruned step are still alive, and the choices at L1, L2 and L3 (docs/method.md section 2)."""
+"""Which tokens of the prompts in a pruned step are still alive, and the choices at L1, L2 and L3
+(docs/method.md section 2).
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,8 @@ def survivors_of_l1(chunks: Sequence[PromptChunk], scores: Sequence[Sequence[tor
     ]
     if not counts:
         return []
-    # The one read of the device in a pruned prompt's prefill: how many tokens survive, which sizes everything after.
+    # The one read of the device in a pruned prompt's prefill: how many tokens survive, which sizes everything
+    # after.
     totals = torch.stack([torch.stack([c.after_l1.sum(), c.after_l2.sum()]) for c in counts]).tolist()
     videos = [VideoCounts(c, *total) for c, total in zip(counts, totals, strict=True)]
     kept = _select(
@@ -134,7 +137,9 @@ def _select(
     keep: Sequence[torch.Tensor],
     totals: Sequence[int],
 ) -> list[torch.Tensor]:
-    """The choice in every event of all videos at once. Returns for each video ascending indices among its own tokens."""
+    """The choice in every event of all videos at once. Returns for each video ascending indices among its own
+    tokens.
+    """
     chosen = ops.select(torch.cat(list(scores)), torch.cat(list(lengths)), torch.cat(list(keep)), sum(totals))
     kept, start = [], 0
     for score, part in zip(scores, torch.split(chosen, list(totals)), strict=True):

@@ -13,14 +13,16 @@ import torch
 from metok_vllm.contract.counters import SECOND_BOUNDS, TIMED_PARTS, Histogram
 
 MOST_PENDING = 512
-"""Spans whose events the device has not reached yet; further ones are not measured until some have been read."""
+"""Spans whose events the device has not reached yet; further ones are not measured until some have been read.
+"""
 
 
 class PartTimes:
     """Durations by part, in seconds.
 
-    On CUDA a span is two events on the current stream. They are read later, and only those that the device has passed, so
-    that no step ever waits. Elsewhere a span is wall time. A span that ends with an exception is not counted.
+    On CUDA a span is two events on the current stream. They are read later, and only those that the device
+    has passed, so that no step ever waits. Elsewhere a span is wall time. A span that ends with an exception
+    is not counted.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:

@@ -1,9 +1,12 @@
-"""Two things that Triton's interpreter cannot do with vLLM's sampling kernels, either of which would end the engine.
+"""Two things that Triton's interpreter cannot do with vLLM's sampling kernels, either of which would end the
+engine.
 
-- Structured output: the interpreter's comparisons keep the type of their operands beside boolean data, and `create_splat`
-  makes numbers of such a scalar, which a store then refuses as a mask. Spreading what is there, type and all, mends it.
-- Top-k and top-p: vLLM's kernel calls a method of a Triton tensor on what the interpreter holds as a Python number. vLLM has
-  the same operation in torch, which it takes itself where there is no Triton; it takes its place.
+- Structured output: the interpreter's comparisons keep the type of their operands beside boolean data, and
+  `create_splat` makes numbers of such a scalar, which a store then refuses as a mask. Spreading what is
+  there, type and all, mends it.
+- Top-k and top-p: vLLM's kernel calls a method of a Triton tensor on what the interpreter holds as a Python
+  number. vLLM has the same operation in torch, which it takes itself where there is no Triton; it takes its
+  place.
 
 Both are done when the module concerned is imported, and only in the interpreter (`TRITON_INTERPRET=1`).
 """

@@ -1,9 +1,9 @@
 """Lets PyPI's CUDA build of torchvision be imported beside a CPU build of torch.
 
-`torchvision._meta_registrations` registers fake kernels for `torchvision::nms` and `torchvision::qnms`, whose schemas the
-compiled extension would have declared; beside a CPU torch that extension does not load. The schemas are declared just
-before that module runs, and only where they are missing, so a true CPU (or GPU) build is untouched. Calling one of the two
-operators still fails, as it should.
+`torchvision._meta_registrations` registers fake kernels for `torchvision::nms` and `torchvision::qnms`, whose
+schemas the compiled extension would have declared; beside a CPU torch that extension does not load. The
+schemas are declared just before that module runs, and only where they are missing, so a true CPU (or GPU)
+build is untouched. Calling one of the two operators still fails, as it should.
 """
 
 from __future__ import annotations
@@ -44,5 +44,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Watch for torchvision's import. Called from the `.pth` file; imports neither torch nor torchvision itself."""
+    """Watch for torchvision's import. Called from the `.pth` file; imports neither torch nor torchvision
+    itself.
+    """
     sys.meta_path.insert(0, _Finder())

@@ -27,9 +27,9 @@ class SpanTables:
     length: torch.Tensor
     """[spans] int32: visual tokens in the span."""
     kept: torch.Tensor
-    """[spans] int32: retained visual tokens booked on this span (docs/method.md section 4, `decode_retention`).
-    Clamped to 0 .. length. May be written on the device, by the forward pass that chooses them, for the steps
-    that follow."""
+    """[spans] int32: retained visual tokens booked on this span (docs/method.md section 4,
+    `decode_retention`). Clamped to 0 .. length. May be written on the device, by the forward pass that
+    chooses them, for the steps that follow."""
     begin: torch.Tensor
     """[requests] int32."""
     end: torch.Tensor

@@ -130,7 +130,8 @@ def text_to_visual_scores(
     max_keys: int,
     row_index: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`a_n = mean over heads, mean over text rows, of softmax(Q K^T * scale)[row, n]` (docs/method.md section 2).
+    """`a_n = mean over heads, mean over text rows, of softmax(Q K^T * scale)[row, n]`
+    (docs/method.md section 2).
 
     An item is one video of one request. Each text row attends, causally, to every key alive in its request
     (text, other videos, images); the probabilities of the item's visual tokens are summed, in float32

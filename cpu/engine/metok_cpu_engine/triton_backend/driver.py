@@ -12,7 +12,8 @@ from triton.backends.driver import DriverBase
 class InterpreterDriver(DriverBase):
     """Stands in for a GPU driver while `TRITON_INTERPRET=1`; launches nothing itself.
 
-    The interpreter executes kernels with NumPy. Triton still asks the active driver for the device and the target.
+    The interpreter executes kernels with NumPy. Triton still asks the active driver for the device and the
+    target.
     """
 
     @classmethod
