@@ -8,11 +8,10 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Make METok's models, KV cache format, video loader and media connector known; take `--plugin metok` off
-    the command line.
+    """Tell vLLM of METok's models, KV cache format, video loader and media connector.
 
-    May be called several times in one process. Where vLLM is not the one that METok is made for, only a
-    server that asks for METok does not start: all others go on without it, with a warning.
+    Takes `--plugin metok` off the command line first. May be called several times in one process. With a vLLM
+    that METok is not made for, a server that asks for METok does not start; all others get a warning and go on.
 
     Raises:
         SystemExit: METok is asked for and cannot be had.

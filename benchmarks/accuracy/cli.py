@@ -39,7 +39,7 @@ from metok_vllm.demo.model_choice import TRAINED
 
 AGREE = 0.9
 CHANGES_THE_RUN = ("set", "split", "videos", "limit", "model", "frames", "methods", "served", "url", "probe")
-"""Options with which a result is not the one that the repository holds, and does not take its place."""
+"""A run with one of these options is another one than the repository's, and does not replace its result."""
 WIDTH = 200
 """Columns of the tables, at least; narrower terminals wrap them."""
 

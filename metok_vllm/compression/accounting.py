@@ -95,8 +95,8 @@ def account(
 ) -> RequestAccount:
     """Cost of a request of `text` text tokens (image tokens count as text) and the given visual tokens.
 
-    KV is what the request holds when decoding starts. The visual part of a cost is what it exceeds the same
-    request without any visual token by.
+    KV is what the request holds when decoding starts. The visual part of a cost is the cost less
+    that of the same request without any visual token.
     """
     first, second, third = layers
     # Visual tokens (computed in prefill, kept in the cache) of each run of layers, and its number of layers.

@@ -100,9 +100,9 @@ def survivor_bounds(
 ) -> tuple[int, int]:
     """Most visual tokens of one video that can survive L1, and L2, whatever its content.
 
-    Only the content says how long each event is, so these are safe bounds to reserve memory by, not exact
-    maxima. They assume the worst case, every event but the key events being one of the cheapest frames
-    present, and round each event's share up as far as its ratio can be.
+    How long each event is depends on the content. So these are upper bounds to reserve memory by, not exact
+    maxima. They assume the worst case: every event that is not key has a single frame, one of the coarsest. Each
+    event's share is rounded up by as much as its ratio allows.
 
     Args:
         quota: the video's.

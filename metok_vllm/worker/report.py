@@ -34,7 +34,9 @@ KEPT_RECENT = 50
 """Requests that the status page shows."""
 
 REMEMBERED = 4096
-"""Requests by which a prompt that is computed again after a preemption is known, and not counted twice."""
+"""So many of the latest requests are remembered, so that a prompt computed again after a preemption is not
+counted twice.
+"""
 
 
 def model_shape(model_config: ModelConfig) -> ModelShape:
@@ -51,7 +53,8 @@ def model_shape(model_config: ModelConfig) -> ModelShape:
 
 
 class Timeline:
-    """What became of every frame of one video. Reading it waits for the device, so that is left to who asks."""
+    """What became of every frame of one video. Reading it waits for the device, so that is left to who asks.
+    """
 
     def __init__(self, plan: VideoPlan, tags: VideoTags) -> None:
         self.plan = plan
