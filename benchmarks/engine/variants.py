@@ -7,8 +7,8 @@ from typing import Any
 
 from metok_vllm.compression.pooling import tokens_per_frame
 from metok_vllm.compression.tiers import quota, video_tokens
+from metok_vllm.contract.settings import MetokSettings
 
-METOK_DEFAULTS = {"events": 5, "key_events": 3, "key_frames": 6, "strides": (2, 4, 8)}
 PREFILL_STEP = 1024
 
 NOT_IN_THE_RUN = {
@@ -35,9 +35,9 @@ def stock_tokens(frames: int, grid: int) -> int:
 
 def metok_tokens(frames: int, grid: int) -> int:
     """Visual tokens that METok's first stage leaves with its defaults (docs/method.md section 4)."""
-    d = METOK_DEFAULTS
-    tiers = quota(frames, d["events"], d["key_events"], d["key_frames"])  # type: ignore[arg-type]
-    per_frame = tokens_per_frame(grid, grid, d["strides"], "bilinear")  # type: ignore[arg-type]
+    defaults = MetokSettings()
+    tiers = quota(frames, defaults.events, defaults.key_events, defaults.key_frames)
+    per_frame = tokens_per_frame(grid, grid, defaults.strides, "bilinear")
     return video_tokens(tiers, per_frame, separators=True)
 
 

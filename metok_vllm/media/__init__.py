@@ -1,1 +1,3 @@
-"""Video decoding for METok: `decoder` (PyAV and numpy alone) and its vLLM adapter, `loader`."""
+"""Video decoding: `decoder` (PyAV and numpy alone) and its vLLM adapter, `loader`. Runs in the API server's
+process.
+"""

@@ -1,1 +1,1 @@
-"""METok's part of vLLM's HTTP server."""
+"""METok's routes, metrics and status page. Runs in the API server's process."""

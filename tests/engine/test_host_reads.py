@@ -60,5 +60,5 @@ def test_one_read_in_a_prefill_and_none_in_decoding(
             return original(index, *tensors)
 
         monkeypatch.setattr(ops, "gather", peeking)
-        with pytest.raises(AssertionError, match="step.py:_gathered"):
+        with pytest.raises(AssertionError, match=r"step\.py:_gathered"):
             check(running)
