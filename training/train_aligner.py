@@ -141,17 +141,19 @@ def main() -> None:
     for name, p in model.named_parameters():
         p.requires_grad_(not name.startswith(("vision_model.embeddings", "vision_model.encoder")))
     optimisers = optim.build(model, args.lr, ("encoder.layers", "head."))
-    with torch.no_grad():
-        model.logit_scale.fill_(math.log(10.0))
-        model.logit_bias.fill_(-5.0)
-        for token, row in word_directions(args.tower, Coder(tok)).items():
-            model.text_model.embeddings.token_embedding.weight[token] = row
     if path.exists():
         state = torch.load(path)
         model.load_state_dict(state["model"])
-        for o, kept in zip(optimisers, state["optim"], strict=True):
-            o.load_state_dict(kept)
+        if "optim" in state:  # training.start has none
+            for o, kept in zip(optimisers, state["optim"], strict=True):
+                o.load_state_dict(kept)
         step, spent = state["step"], state["spent"]
+    else:
+        with torch.no_grad():
+            model.logit_scale.fill_(math.log(10.0))
+            model.logit_bias.fill_(-5.0)
+            for token, row in word_directions(args.tower, Coder(tok)).items():
+                model.text_model.embeddings.token_embedding.weight[token] = row
     tower = tower.to(torch.bfloat16)
     valid = sample("valid", 2 * 10**7, 60)
     valid_ids = encode_texts(tok, valid[1])

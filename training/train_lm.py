@@ -161,8 +161,8 @@ class Run:
         self.optimisers = optim.build(self.master, args.lr, ("layers.", "last."))
         self.step, self.stage, self.spent, self.entered = 0, 0, 0.0, 0
         self.match: dict[str, float] = {}
-        next_video = 0
-        if (self.out / "last.pt").exists():
+        next_video, resumed = 0, (self.out / "last.pt").exists()
+        if resumed:
             state = torch.load(self.out / "last.pt", map_location=DEVICE)
             self.master.load_state_dict(state["model"])
             self.step, self.stage, self.spent = state["step"], state["stage"], state["spent"]
@@ -171,7 +171,7 @@ class Run:
                 for o, s in zip(self.optimisers, torch.load(self.out / "optim.pt", map_location=DEVICE), strict=True):
                     o.load_state_dict(s)
         self.pool = Pool(self.tower, next_video + ranks.RANK * 10**8, size=args.pool)
-        if self.step == 0:
+        if not resumed:  # a run that training.start made is at step 0 too, and knows its words
             self.pool.grow(64, STAGES[0].frames, STAGES[0].scenes)
             settle(self.master.last, torch.cat([v.rows for v in self.pool.videos]).to(DEVICE).float())
             align(self.master.lm, word_directions(args.tower, self.coder))
@@ -261,8 +261,15 @@ def settle(last: nn.Linear, rows: Tensor, spread: float = 0.5) -> None:
 
 
 def word_directions(tower: Path, coder: Coder) -> dict[int, Tensor]:
-    """For the tokens of every word the tower can name: the direction, of unit RMS, by which stage 1 recognises it."""
-    state = torch.load(tower, map_location="cpu")["model"]
+    """For the tokens of every word the tower can name: the direction, of unit RMS, by which stage 1 recognises it.
+
+    Raises:
+        ValueError: stage 1's read-out has not been trained, as in what :mod:`training.start` writes.
+    """
+    whole = torch.load(tower, map_location="cpu")
+    if whole.get("step") == 0:
+        raise ValueError(f"the read-outs in {tower} know nothing yet, and words start from them: run train_tower first")
+    state = whole["model"]
     labels, signs = state["1.labels.weight"], DIGITS + WORDS
     rows = dict(zip(SHAPES + COLOURS, labels[-len(SHAPES + COLOURS) :], strict=True))
     rows |= dict(zip(signs, labels[COMBOS : COMBOS + len(signs)], strict=True))

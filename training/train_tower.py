@@ -120,8 +120,9 @@ def main() -> None:
     if path.exists():
         state = torch.load(path, map_location=DEVICE)
         both.load_state_dict(state["model"])
-        for o, s in zip(optimisers, state["optim"], strict=True):
-            o.load_state_dict(s)
+        if "optim" in state:  # training.start has none
+            for o, s in zip(optimisers, state["optim"], strict=True):
+                o.load_state_dict(s)
         step, spent = state["step"], state["spent"]
     valid = sample("valid", 10**7, 160, 3, codec=1.0)
     began = time.time() - spent
