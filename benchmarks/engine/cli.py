@@ -37,6 +37,14 @@ def integers(text: str) -> list[int]:
     return values
 
 
+def keywords(text: str) -> dict[str, Any]:
+    """Keyword arguments as a JSON object."""
+    given = json.loads(text)
+    if not isinstance(given, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object: {text}")
+    return given
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. `--small` sets what is not set by hand."""
     parser = argparse.ArgumentParser(
@@ -56,6 +64,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--attention-backend", metavar="NAME", help="vLLM's --attention-backend")
     parser.add_argument("--kv-cache-dtype", metavar="DTYPE", help="vLLM's --kv-cache-dtype")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="vLLM's (0.9)")
+    parser.add_argument(
+        "--engine", type=keywords, default={}, metavar="JSON", help="more keyword arguments of vllm.LLM"
+    )
+    parser.add_argument(
+        "--one-engine",
+        action="store_true",
+        help="start no second, eager engine for the breakdown: take that of the eager run before it in --work, or none",
+    )
     parser.add_argument("--clip", type=Path, default=CLIP, help="the file whose decoding is timed")
     parser.add_argument("--timeout", type=positive, default=1800, help="seconds for one process (1800)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmark", help="model folders and logs")
@@ -103,6 +119,7 @@ def engine_options(options: argparse.Namespace, model: BenchmarkModel, cuda: boo
     for name in ("attention_backend", "kv_cache_dtype"):
         if getattr(options, name) is not None:
             result[name] = getattr(options, name)
+    result |= options.engine
     return result
 
 
@@ -148,6 +165,18 @@ def run_job(job: dict[str, Any], work: Path, cuda: bool, timeout: int) -> dict[s
     return raw
 
 
+def earlier_breakdown(job: dict[str, Any], work: Path) -> dict[str, Any]:
+    """What the job would measure, from the eager run of the same variant in `work`; empty where there is none like it."""
+    path = work / f"{job['name']}-serve-breakdown.job.json"
+    if not path.exists():
+        return {}
+    before = json.loads(path.read_text())
+    same = ("model", "frames", "metok", "text_tokens", "max_tokens", "engine")
+    if not Path(before["out"]).exists() or any(before[key] != job[key] for key in same):
+        return {}
+    return {"breakdown": json.loads(Path(before["out"]).read_text())["breakdown"]}
+
+
 def measure(variant: Variant, options: argparse.Namespace, model: BenchmarkModel, cuda: bool) -> dict[str, Any]:
     """One variant's summary. Its breakdown needs an eager engine, and so a second process where the first is not."""
     eager = options.eager or not cuda
@@ -161,7 +190,10 @@ def measure(variant: Variant, options: argparse.Namespace, model: BenchmarkModel
     raw = run_job(job, options.work, cuda, options.timeout)
     if not eager:
         again = {**job, "engine": {**job["engine"], "enforce_eager": True}, "parts": ["breakdown"]}
-        raw["breakdown"] = run_job(again, options.work, cuda, options.timeout)["breakdown"]
+        if options.one_engine:
+            raw |= earlier_breakdown(again, options.work)
+        else:
+            raw["breakdown"] = run_job(again, options.work, cuda, options.timeout)["breakdown"]
     return summarise(raw)
 
 

@@ -86,14 +86,16 @@ def ceilings(repeats: int, flush: Any) -> tuple[float, float]:
     return copy, matmul
 
 
-def measure(case: Any, repeats: int, flush: Any, copy: float, matmul: float) -> list[dict[str, Any]]:
-    """One row for each of metok, torch, torch.compile."""
+def measure(
+    case: Any, repeats: int, flush: Any, copy: float, matmul: float, compiled: bool = True
+) -> list[dict[str, Any]]:
+    """One row for each of metok, torch and, where `compiled` and the case say so, torch.compile."""
     import torch
 
     rows = []
     torch.compiler.reset()
     forms = [("metok", case.run), ("torch", case.plain)]
-    if case.compile:
+    if compiled and case.compile:
         forms.append(("torch.compile", torch.compile(case.plain)))
     for name, function in forms:
         p20, p50, p80 = time_us(function, repeats, flush)
@@ -138,6 +140,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="tiny sizes")
     parser.add_argument("--interpret", action="store_true", help="Triton's interpreter on the CPU: no times")
     parser.add_argument("--only", metavar="OP", help="one operation, by its name")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes longest")
     parser.add_argument("--repeats", type=int, default=100, help="timed calls of each implementation (100)")
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels.csv")
     parsed = parser.parse_args(argv)
@@ -190,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         copy, matmul = ceilings(options.repeats, flush)
         print(f"{common['device']}: copy {copy:.0f} GB/s, bf16 product {matmul:.0f} TFLOP/s")
         for case in chosen():
-            measured = measure(case, options.repeats, flush, copy, matmul)
+            measured = measure(case, options.repeats, flush, copy, matmul, not options.no_compile)
             rows += measured
             print(summary(case, measured), flush=True)
     append(options.out, [{**common, **row} for row in rows])

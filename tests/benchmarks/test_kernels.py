@@ -76,6 +76,7 @@ def test_rows_of_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (mine["teraflops_per_s"], mine["share_of_matmul"]) == ("10.000", "0.1000")
     assert cli.summary(case, measured).endswith("plain torch is faster: use it")
     assert "faster" not in cli.summary(case, measured[:1])
+    assert cli.measure(case, 1, None, copy=20.0, matmul=100.0, compiled=False) == measured[:2]
 
 
 def test_no_gpu_is_said_and_nothing_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,17 @@ def test_small_sets_what_is_not_set_by_hand() -> None:
     assert (options.model, options.frames, options.concurrency) == ("7b", 64, [1, 2, 4, 8, 16, 32])
 
 
-@pytest.mark.parametrize("wrong", [["--frames", "0"], ["--concurrency", "0,2"], ["--max-tokens", "1"], ["--speed"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--frames", "0"],
+        ["--concurrency", "0,2"],
+        ["--max-tokens", "1"],
+        ["--engine", "{"],
+        ["--engine", "[1]"],
+        ["--speed"],
+    ],
+)
 def test_impossible_options_are_refused(wrong: list[str]) -> None:
     with pytest.raises(SystemExit) as error:
         cli.arguments(wrong)
@@ -59,7 +70,8 @@ def test_tokens_of_the_published_shape() -> None:
 
 def test_every_variant_gets_the_same_engine(tmp_path: Path) -> None:
     model = models.BenchmarkModel("7b", tmp_path, 28, 27, 384, dummy=True)
-    options = cli.arguments(["--model", "7b", "--attention-backend", "TRITON_ATTN"])
+    more = ["--attention-backend", "TRITON_ATTN", "--engine", '{"seed": 7, "compilation_config": {"mode": 0}}']
+    options = cli.arguments(["--model", "7b", *more])
     made = cli.engine_options(options, model, cuda=True, eager=False)
     prompt = 64 * 196 + 1 + 200
     # Stock's whole prompt fits one step, and with its new tokens the model's length.
@@ -67,6 +79,8 @@ def test_every_variant_gets_the_same_engine(tmp_path: Path) -> None:
     assert made["max_model_len"] >= prompt + 64
     assert made["load_format"] == "dummy"
     assert made["attention_backend"] == "TRITON_ATTN"
+    assert made["seed"] == 7
+    assert made["compilation_config"] == {"mode": 0}
     assert "load_format" not in cli.engine_options(
         options, models.BenchmarkModel("x", tmp_path, 8, 7, 56, dummy=False), cuda=False, eager=True
     )
@@ -92,3 +106,41 @@ def test_a_published_shape_on_disk(tmp_path: Path) -> None:
     assert models.write_model("0.5b", tmp_path) == model
     assert (model.path / "config.json").stat().st_mtime_ns == stamp
     assert models.write_model(str(model.path), tmp_path).dummy
+
+
+def test_one_engine_takes_the_breakdown_of_the_eager_run_before(
+    raw: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+
+    def run_job(job: dict[str, Any], work: Path, cuda: bool, timeout: int) -> dict[str, Any]:
+        """Leaves what the real one leaves in `work`."""
+        started.append(job["parts"])
+        figures = raw(3.0 if job["engine"]["enforce_eager"] else 1.0)
+        if "breakdown" not in job["parts"]:
+            del figures["breakdown"]
+        stem = work / f"{job['name']}-{'-'.join(job['parts'])}"
+        out = stem.with_suffix(".raw.json")
+        stem.with_suffix(".job.json").write_text(json.dumps({**job, "out": str(out)}))
+        out.write_text(json.dumps(figures))
+        return figures
+
+    monkeypatch.setattr(cli, "run_job", run_job)
+    model = models.BenchmarkModel("7b", tmp_path, 28, 27, 384, dummy=True)
+    stock = variants.variants(64, 27, ["stock"])[0]
+
+    def measured(*flags: str) -> dict[str, Any]:
+        return cli.measure(stock, cli.arguments(["--work", str(tmp_path), *flags]), model, True)
+
+    assert "breakdown" not in measured("--one-engine")  # nothing was measured before
+    eager = measured("--one-engine", "--eager")
+    graphs = measured("--one-engine")
+    assert graphs["breakdown"] == eager["breakdown"]
+    assert graphs["levels"] != eager["levels"]
+    for other in (["--text-tokens", "30"], ["--engine", '{"attention_backend": "TRITON_ATTN"}']):
+        assert "breakdown" not in measured("--one-engine", *other)  # that was another workload
+    assert started == [["serve"], ["serve", "breakdown"], ["serve"], ["serve"], ["serve"]]
+    (tmp_path / "stock-serve-breakdown.raw.json").unlink()  # it failed
+    assert "breakdown" not in measured("--one-engine")
+    assert "breakdown" in measured()
+    assert started[-2:] == [["serve"], ["breakdown"]]

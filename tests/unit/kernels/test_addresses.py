@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.kernels.common import ROOT, plain_environment
 
+pytestmark = pytest.mark.no_gpu  # the memory is the host's
 CASES = 12
 
 

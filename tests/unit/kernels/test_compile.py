@@ -21,6 +21,8 @@ from metok_kernels.variants import SPILL_BOUND, narrow_addresses, problems, vari
 
 from tests.support.kernels.common import ROOT, plain_environment, run_python
 
+pytestmark = pytest.mark.no_gpu
+
 
 @pytest.fixture(scope="module")
 def reports() -> list[dict[str, Any]]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import ast
 import sys
 
+import pytest
+
 from tests.support.kernels.common import ROOT, run_python
 
+pytestmark = pytest.mark.no_gpu
 PACKAGE = ROOT / "kernels" / "metok_kernels"
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
