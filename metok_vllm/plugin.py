@@ -11,7 +11,7 @@ def register() -> None:
     """Tell vLLM of METok's models, KV cache format, video loader and media connector.
 
     Takes `--plugin metok` off the command line first. May be called several times in one process. With a vLLM
-    that METok is not made for, a server that asks for METok does not start; all others get a warning and go on.
+    that METok is not made for, a server that asks for METok does not start; others get a warning and go on.
 
     Raises:
         SystemExit: METok is asked for and cannot be had.

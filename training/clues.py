@@ -1,10 +1,11 @@
 """Clues: what training tells the language model besides the answers, read off the scene graph.
 
-An answer teaches one word of a whole video. Three read-outs, thrown away after training, teach more: after a few layers
-every visual token must tell what it shows and how that came about, some layers later the last token of every phrase that
-stands for something in the video ("the red star") must tell all about that thing, and later still the last token of every
-option whether it is the right one. In a sentence that tells of one thing after another, every token must tell all about the
-thing that comes next, or that none does. Nothing here knows of METok, and nothing of it is in the exported model.
+An answer teaches one word of a whole video. Three read-outs, thrown away after training, teach more: after a
+few layers every visual token must tell what it shows and how that came about, some layers later the last
+token of every phrase that stands for something in the video ("the red star") must tell all about that thing,
+and later still the last token of every option whether it is the right one. In a sentence that tells of one
+thing after another, every token must tell all about the thing that comes next, or that none does. Nothing
+here knows of METok, and nothing of it is in the exported model.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ def when(positions: Tensor) -> Tensor:
 
 
 def meant(video: Video, things: tuple[Item | Scene, ...], starts: list[int]) -> Tensor:
-    """What a phrase for ``things`` stands for: uint8 ``[WIDTH]``; ``starts`` are the positions at which frames begin."""
+    """What a phrase for ``things`` stands for: uint8 ``[WIDTH]``; ``starts`` are the positions at which
+    frames begin.
+    """
     out = torch.zeros(WIDTH, dtype=torch.uint8)
     if not things:
         out[_COLUMN["absent", "yes"]] = 1
@@ -117,8 +120,8 @@ def phrases(question: Question) -> list[tuple[int, tuple[Item | Scene, ...]]]:
 def sequel(question: Question) -> list[tuple[int, int, tuple[Item | Scene, ...]]]:
     """What comes next while the answer tells of one thing after another: (first, last, things).
 
-    ``first`` and ``last`` are ends of words in ``question.answer``; each token from ``first`` to before ``last`` is about
-    ``things``. The word that ends the last phrase is about nothing more.
+    ``first`` and ``last`` are ends of words in ``question.answer``; each token from ``first`` to before
+    ``last`` is about ``things``. The word that ends the last phrase is about nothing more.
     """
     out, now = [], None
     for phrase, things in question.told:
@@ -144,7 +147,8 @@ class Clues:
     Attributes:
         rows: bool ``[B, P]``: visual tokens.
         seen: uint8 ``[M, WIDTH]``: their labels, in order.
-        phrases: int64 ``[K]``: the tokens that end a phrase, and those that tell of a thing, in the flat ``[B * N * L]``.
+        phrases: int64 ``[K]``: the tokens that end a phrase, and those that tell of a thing, in the flat ``[B
+            * N * L]``.
         meant: uint8 ``[K, WIDTH]``: their labels.
         options: int64 ``[O]``: the tokens that end an option, in the flat ``[B * N * L]``.
         right: uint8 ``[O, 1]``: their labels.
@@ -172,8 +176,9 @@ class ReadOuts(nn.Module):
     def loss(self, clues: Clues, states: Mapping[int, Tensor], prefix: int) -> list[Tensor]:
         """Mean over tokens of each read-out's losses, summed over its columns.
 
-        ``states`` are ``[B, P + N * L, H]`` after the three layers, ``prefix`` is P. Visual tokens that show something weigh as
-        much together as all others do, and what needs a look back weighs more: both are rare, and would not be learnt.
+        ``states`` are ``[B, P + N * L, H]`` after the three layers, ``prefix`` is P. Visual tokens that show
+        something weigh as much together as all others do, and what needs a look back weighs more: both are
+        rare, and would not be learnt.
         """
         scale = torch.ones(WIDTH, device=clues.rows.device)
         scale[STATIC:] = 0.25  # neighbouring times say nearly the same

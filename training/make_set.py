@@ -46,8 +46,8 @@ def write_set(
 
 
 def row_of(name: str, video: Video, q: Question) -> dict[str, Any]:
-    """A line of a set. ``prompt`` is the question with its options as the model was trained to read them, ``of`` what a
-    letter stands for or a sentence tells of, ``about`` the frames that must be seen to answer.
+    """A line of a set. ``prompt`` is the question with its options as the model was trained to read them,
+    ``of`` what a letter stands for or a sentence tells of, ``about`` the frames that must be seen to answer.
     """
     return {
         "video": name,

@@ -135,8 +135,9 @@ class Batch:
         targets: int64 ``[B, N * L]``, -100 where nothing is learnt.
         weight: ``[B, N * L]`` of each target.
         positions: int64 ``[B, P + N * L]``.
-        early: int64 ``[B, N * L, 2]``: words that should be on the model's mind before its last layers; the target but where
-            that is an option's letter, there the first two tokens of the answer that it stands for.
+        early: int64 ``[B, N * L, 2]``: words that should be on the model's mind before its last layers; the
+            target but where that is an option's letter, there the first two tokens of the answer that it
+            stands for.
         questions: per video, the questions.
         clues: see :mod:`training.clues`; None without videos that have them.
     """
@@ -274,9 +275,9 @@ def pick(
 ) -> list[Question]:
     """``count`` questions; a question may come twice where the video has too few.
 
-    Kinds are drawn evenly. In training, ``match`` tells how well each kind is answered by now: the worse, the more often it is
-    drawn. Options are then first asked of kinds that can be answered without, and half of the sentences that do not tell of one
-    thing after another are drawn anew: those that do resist most.
+    Kinds are drawn evenly. In training, ``match`` tells how well each kind is answered by now: the worse, the
+    more often it is drawn. Options are then first asked of kinds that can be answered without, and half of
+    the sentences that do not tell of one thing after another are drawn anew: those that do resist most.
     """
     out: list[Question] = []
     match = match or {}

@@ -29,11 +29,11 @@ class Question:
         options: the options in order, empty where the answer is free.
         about: frames ``(start, end)`` that must have been seen to answer.
         of: for ``letter``, the kind of the question underneath, else ``kind``.
-        things: phrases of ``text`` and what they stand for (nothing, where it is not in the video); only training's
-            clues use them (:mod:`training.clues`).
+        things: phrases of ``text`` and what they stand for (nothing, where it is not in the video); only
+            training's clues use them (:mod:`training.clues`).
         plain: for ``letter`` and ``option``, the answer without options, else empty.
-        told: phrases of ``answer`` in order and what they stand for, where it tells of one thing after another; for the
-            clues again.
+        told: phrases of ``answer`` in order and what they stand for, where it tells of one thing after
+            another; for the clues again.
     """
 
     kind: str
@@ -281,7 +281,9 @@ def ask_scenes(v: Video) -> Asked:
 
 
 LESSONS: dict[str, Callable[[Video], Asked]] = {"from": ask_from, "to": ask_to, "scenes": ask_scenes}
-"""Questions that only training asks: steps on the way to ``move`` and ``order``. ``option`` is one on the way to ``letter``."""
+"""Questions that only training asks: steps on the way to ``move`` and ``order``. ``option`` is one on the way
+to ``letter``.
+"""
 _POOLS: dict[str, tuple[str, ...]] = {
     "what": SHAPES,
     "colour": COLOURS,
@@ -320,7 +322,9 @@ def name_an_option(v: Video, rng: random.Random) -> Question:
 
 
 def all_questions(v: Video, lessons: bool = False) -> dict[str, list[Question]]:
-    """Every question of every kind but ``letter`` and ``option``; training's own kinds where ``lessons`` are wanted."""
+    """Every question of every kind but ``letter`` and ``option``; training's own kinds where ``lessons`` are
+    wanted.
+    """
     askers = ASKERS | LESSONS if lessons else ASKERS
     return {kind: [replace(q, of=kind) for q in ask(v)] for kind, ask in askers.items()}
 
@@ -334,7 +338,8 @@ def draw(
 ) -> Question | None:
     """One question of ``kind``, or None if the video has none; yes and no are equally likely.
 
-    ``lettered`` are the kinds that a question with options may be of, where the video has any of them; all by default.
+    ``lettered`` are the kinds that a question with options may be of, where the video has any of them; all by
+    default.
     """
     stock = all_questions(v) if stock is None else stock
     if kind == "option":

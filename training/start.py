@@ -1,13 +1,15 @@
 """Training goes on from an exported model: the inverse of :mod:`training.export`.
 
-The repository keeps the model that came of training, not the runs. This makes a folder of runs of the model, which
-``train_lm``, ``train_aligner``, ``train_tower``, ``evaluate`` and ``export`` take like what they wrote themselves. Usage::
+The repository keeps the model that came of training, not the runs. This makes a folder of runs of the model,
+which ``train_lm``, ``train_aligner``, ``train_tower``, ``evaluate`` and ``export`` take like what they wrote
+themselves. Usage::
 
     python -m training.start --out runs/start
 
-The weights are the exported bfloat16 ones as fp32; an export at once gives the same again, bit for bit. What an export
-does not carry is started anew: optimisers, steps and minutes, how well each kind is answered, and the read-outs of
-stages 1 and 2. The tower's copy of the projector's last layer is the one that stage 2 left: stage 1's own is lost.
+The weights are the exported bfloat16 ones as fp32; an export at once gives the same again, bit for bit. What
+an export does not carry is started anew: optimisers, steps and minutes, how well each kind is answered, and
+the read-outs of stages 1 and 2. The tower's copy of the projector's last layer is the one that stage 2 left:
+stage 1's own is lost.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ BEGINNING = {"step": 0, "spent": 0.0}
 
 
 def tower_config(config: dict[str, Any]) -> TowerConfig:
-    """The tower's shape, from the exported config; the inverse of its part of :func:`training.export.hf_config`."""
+    """The tower's shape, from the exported config; the inverse of its part of
+    :func:`training.export.hf_config`.
+    """
     vision = config["vision_config"]
     return TowerConfig(
         hidden=vision["hidden_size"],
@@ -75,7 +79,8 @@ def read_model(folder: Path) -> tuple[Tower, Model]:
     tower = Tower(tower_config(config))
     model = Model(lm_config(config), tower)
     found, own = load_file(folder / "model.safetensors"), model_weights(tower, model)
-    # The names are the export's own, and what it returns are views of the parameters: filling them fills the model.
+    # The names are the export's own, and what it returns are views of the parameters: filling them fills the
+    # model.
     odd = sorted(found.keys() ^ own.keys())
     odd += [name for name in found.keys() & own.keys() if found[name].shape != own[name].shape]
     if odd:
@@ -95,13 +100,16 @@ def read_aligner(folder: Path, tower: TowerConfig) -> nn.Module:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """An exported folder's tokenizer as training wrote it: transformers adds a post-processor that does nothing."""
+    """An exported folder's tokenizer as training wrote it: transformers adds a post-processor that does
+    nothing.
+    """
     plain = json.loads((folder / "tokenizer.json").read_text()) | {"post_processor": None}
     return Tokenizer.from_str(json.dumps(plain))
 
 
 def start(folder: Path, out: Path) -> None:
-    """Write ``tower/tower.pt``, ``lm/last.pt``, ``lm/tokenizer.json`` and, where the model has one, ``aligner/aligner.pt``.
+    """Write ``tower/tower.pt``, ``lm/last.pt``, ``lm/tokenizer.json`` and, where the model has one,
+    ``aligner/aligner.pt``.
 
     Raises:
         FileExistsError: one of these is there already; nothing is written then.

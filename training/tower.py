@@ -141,7 +141,9 @@ def frame_labels(video: Video, frame: int) -> tuple[dict[int, NDArray[np.float32
 def label_cells(
     video: Video, frame: int, columns: Callable[[Item, int], list[int]], width: int
 ) -> dict[int, NDArray[np.float32]]:
-    """``{stride: [cells, width]}``: 1 in an item's ``columns(item, frame)`` where a cell shows enough of it, else 0."""
+    """``{stride: [cells, width]}``: 1 in an item's ``columns(item, frame)`` where a cell shows enough of it,
+    else 0.
+    """
     labels = {s: np.zeros(((8 // s) ** 2, width), np.float32) for s in STRIDES}
     for item in video.visible(frame):
         mask = item_mask(item, frame).astype(np.float32)

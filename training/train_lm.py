@@ -218,7 +218,8 @@ class Run:
     def train_step(self, lr: float, spent: float = 0.0, stop: bool = False) -> tuple[list[float], bool]:
         """One update; returns the parts of the loss, and whether any process was told to ``stop``.
 
-        ``spent``, seconds, becomes the mean over the processes, as do gradients and matches: all processes stay alike.
+        ``spent``, seconds, becomes the mean over the processes, as do gradients and matches: all processes
+        stay alike.
         """
         batch = self.batch()
         loss, hits, parts = scores(self.model, self.coder, batch, Help(self.args.tap, clues=self.args.clues))
@@ -261,7 +262,8 @@ def settle(last: nn.Linear, rows: Tensor, spread: float = 0.5) -> None:
 
 
 def word_directions(tower: Path, coder: Coder) -> dict[int, Tensor]:
-    """For the tokens of every word the tower can name: the direction, of unit RMS, by which stage 1 recognises it.
+    """For the tokens of every word the tower can name: the direction, of unit RMS, by which stage 1
+    recognises it.
 
     Raises:
         ValueError: stage 1's read-out has not been trained, as in what :mod:`training.start` writes.

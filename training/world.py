@@ -141,7 +141,8 @@ def make_video(
         frames: least and greatest number of frames. Training's curriculum starts below 16; validation and
             test always use the default.
         max_scenes: most scenes (2 at least are made, 1 where ``max_scenes`` is 1 or the video is too short).
-        lively: share of the shapes, of those that can, that move or change colour; validation and test always use the default.
+        lively: share of the shapes, of those that can, that move or change colour; validation and test always
+            use the default.
     """
     rng = random.Random(seed)
     total = rng.randint(*frames)

@@ -1,9 +1,9 @@
 """The questions of the accuracy benchmark: JSON lines, checked line by line before anything runs.
 
-A line is an object with `video` (path, relative to the file), `question`, `answer`, and optionally `options` (list of
-texts, maybe empty), `kind` (a name to report by), `of` (a part of a kind to report by too) and `seed` (of a generated
-video). Other keys are ignored. `training/make_set.py` writes such files; a set like Video-MME's is one line a question with
-its four options and the letter as its answer.
+A line is an object with `video` (path, relative to the file), `question`, `answer`, and optionally `options`
+(list of texts, maybe empty), `kind` (a name to report by), `of` (a part of a kind to report by too) and
+`seed` (of a generated video). Other keys are ignored. `training/make_set.py` writes such files; a set like
+Video-MME's is one line a question with its four options and the letter as its answer.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def load_items(path: Path, limit: int | None = None) -> list[Item]:
     """Read a set; `limit` keeps the first so many questions.
 
     Raises:
-        UsageError: no such file, a line that does not fit, a missing video, a video of the training split, or no line at all.
+        UsageError: no such file, a line that does not fit, a missing video, a video of the training split, or
+            no line at all.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

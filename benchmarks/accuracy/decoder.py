@@ -1,8 +1,10 @@
-"""A Qwen2 decoder for one prompt at a time, in which the rows before the question can be dropped at any layer and shared.
+"""A Qwen2 decoder for one prompt at a time, in which the rows before the question can be dropped at any layer
+and shared.
 
-Plain PyTorch on the checkpoint's own weights, float32. A prompt is `[prefix | question]`. The prefix (chat header, visual
-tokens) does not see the question, so its keys and values serve all questions about the video, until a layer drops rows by
-what a question looks at. Shapes: rows [n, D], queries [Hq, n, d], keys and values [Hkv, n, d].
+Plain PyTorch on the checkpoint's own weights, float32. A prompt is `[prefix | question]`. The prefix (chat
+header, visual tokens) does not see the question, so its keys and values serve all questions about the video,
+until a layer drops rows by what a question looks at. Shapes: rows [n, D], queries [Hq, n, d], keys and values
+[Hkv, n, d].
 """
 
 from __future__ import annotations

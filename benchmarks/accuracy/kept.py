@@ -1,11 +1,12 @@
-"""How much of what is asked about does a method still show the language model? Why methods differ, without the model.
+"""How much of what is asked about does a method still show the language model? Why methods differ, without
+the model.
 
     python -m benchmarks.accuracy.kept                  # 40 validation videos
     python -m benchmarks.accuracy.kept --videos 10
 
-For every thing that a question is about, its cells in stock's grid are known from the scene graph. A thing is **whole** where a
-token of a single such cell enters; a method that pools more coarsely may show it **blurred** only, in a token of several cells.
-Writes `results/accuracy-kept.json`.
+For every thing that a question is about, its cells in stock's grid are known from the scene graph. A thing is
+**whole** where a token of a single such cell enters; a method that pools more coarsely may show it
+**blurred** only, in a token of several cells. Writes `results/accuracy-kept.json`.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ def cells_of(video: Video, thing: Thing) -> Cells:
 
 
 def asked_about(question: Question) -> list[Thing]:
-    """The things that must be seen for the answer; none for questions about scenes or what was never there."""
+    """The things that must be seen for the answer; none for questions about scenes or what was never
+    there.
+    """
     return [t for _, things in (question.things or question.told) for t in things if isinstance(t, Thing)]
 
 

@@ -1,4 +1,6 @@
-"""The local runner: every method in plain PyTorch on the checkpoint, one question at a time, what can be shared shared."""
+"""The local runner: every method in plain PyTorch on the checkpoint, one question at a time, what can be
+shared shared.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +146,8 @@ class LocalRunner:
                 if tokens[-1] in self.stop or len(tokens) > len(fed) or fed[len(tokens) - 1] != tokens[-1]:
                     break
                 tokens.append(following)
-            # What was fed beyond the tokens that hold was never there; layers hold different numbers of tokens.
+            # What was fed beyond the tokens that hold was never there; layers hold different numbers of
+            # tokens.
             excess = len(fed) - (len(tokens) - 1)
             if excess:
                 cache[:] = [(k[:, : k.shape[1] - excess], v[:, : v.shape[1] - excess]) for k, v in cache]

@@ -1,7 +1,7 @@
 """What a method is to the local runner: which visual tokens enter the language model, and which stay where.
 
-A `Reducer` decides before the language model, a `Policy` inside it. Indices of visual tokens count from 0 among those that
-entered.
+A `Reducer` decides before the language model, a `Policy` inside it. Indices of visual tokens count from 0
+among those that entered.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ class Policy(Protocol):
         """
 
     def held(self, layer: int, trace: Trace, layers: int) -> Tensor:
-        """The visual tokens whose keys and values `layer` keeps while decoding, int64, among those computed there."""
+        """The visual tokens whose keys and values `layer` keeps while decoding, int64, among those computed
+        there.
+        """
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ class Dense:
 
 @dataclass(frozen=True)
 class DropFrom:
-    """The probe: no visual token from a layer on, in prefill (and so while decoding) or while decoding alone."""
+    """The probe: no visual token from a layer on, in prefill (and so while decoding) or while decoding
+    alone.
+    """
 
     layer: int
     decoding_only: bool = False
@@ -111,10 +115,11 @@ class DropFrom:
 
 @dataclass(frozen=True)
 class PaperBudget:
-    """The visual tokens of METok's `paper` preset for a video of so many frames: what baselines are matched to.
+    """The visual tokens of METok's `paper` preset for a video of so many frames: what baselines are matched
+    to.
 
-    `entering` the language model (exact), on `average` over its layers in prefill (exact for events of equal length), or whose
-    `kv` its layers hold on average while decoding (exact).
+    `entering` the language model (exact), on `average` over its layers in prefill (exact for events of equal
+    length), or whose `kv` its layers hold on average while decoding (exact).
     """
 
     grid: int
@@ -139,7 +144,9 @@ class PaperBudget:
 
 
 def subset(video: Video, tokens: Tensor, index: Tensor | None = None, positions: Positions = "compact") -> Entering:
-    """The tokens `index` (rising; None: all) of a video's `tokens` [N, D], and the separator that ends a video."""
+    """The tokens `index` (rising; None: all) of a video's `tokens` [N, D], and the separator that ends a
+    video.
+    """
     if index is None:
         index = torch.arange(len(tokens))
     rows = torch.cat([tokens[index], video.newline[None]])

@@ -1,4 +1,6 @@
-"""METok for the local runner: the package's own pure functions (`metok_vllm.compression`), and what ablations switch off."""
+"""METok for the local runner: the package's own pure functions (`metok_vllm.compression`), and what ablations
+switch off.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from metok_vllm.contract.settings import MetokSettings
 
 
 def without_events(frames: int, grid: int) -> MetokSettings:
-    """One event, with as many key frames as bring its tokens nearest to the default's: the same budget, no events."""
+    """One event, with as many key frames as bring its tokens nearest to the default's: the same budget, no
+    events.
+    """
     default = MetokSettings()
     each = tokens_per_frame(grid, grid, default.strides, "bilinear")
 
@@ -38,7 +42,8 @@ def without_events(frames: int, grid: int) -> MetokSettings:
 class Stage1:
     """Events, alignment, tiers and pooling (docs/method.md section 1).
 
-    `ablation`: "events" makes the video one event of as many tokens, "alignment" replaces every frame's score by a random one.
+    `ablation`: "events" makes the video one event of as many tokens, "alignment" replaces every frame's score
+        by a random one.
     """
 
     checkpoint: Checkpoint = field(repr=False)
@@ -99,7 +104,8 @@ class Stage1:
 class Stages23:
     """Pruning at L1, L2 and L3, and what decoding may keep (docs/method.md sections 2 to 4).
 
-    With `release` off stage 3 is left out: decoding keeps whatever a layer computed. `random_scores` replaces the attention.
+    With `release` off stage 3 is left out: decoding keeps whatever a layer computed. `random_scores` replaces
+    the attention.
     """
 
     settings: MetokSettings

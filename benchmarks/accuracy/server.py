@@ -51,7 +51,8 @@ class ServerRunner:
     """Asks one server, one question at a time."""
 
     def __init__(self, url: str, frames: int, layers: int | None = None, model: str | None = None) -> None:
-        """`url` ends in /v1; `frames` is the most that a METok server samples; `model` None: the first one served.
+        """`url` ends in /v1; `frames` is the most that a METok server samples; `model` None: the first one
+        served.
 
         `layers` of the language model, where known, give the mean of visual tokens over layers.
         """
@@ -74,8 +75,8 @@ class ServerRunner:
     def answer(self, item: Item, metok: Settings) -> Outcome:
         """Ask one question. `metok` None: nothing that only a METok server understands is sent.
 
-        Tokens and KV bytes come from METok's report; for "off", from the report of an earlier METok answer to the same
-        question and the server's own count of the prompt. Without either they stay unknown.
+        Tokens and KV bytes come from METok's report; for "off", from the report of an earlier METok answer to
+        the same question and the server's own count of the prompt. Without either they stay unknown.
 
         Raises:
             ServerError: no server, a refusal, no report.

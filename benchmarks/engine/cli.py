@@ -1,10 +1,12 @@
-"""Measure whole requests: stock vLLM, stock vLLM with fewer frames, and METok, on the same model, frames and prompts.
+"""Measure whole requests: stock vLLM, stock vLLM with fewer frames, and METok, on the same model, frames and
+prompts.
 
-    python -m benchmarks.engine --small                    # anywhere: the tiny model on the CPU, a few minutes, ratios only
-    python -m benchmarks.engine --model 7b --frames 64     # a GPU; the published shapes, weights made up
-    python -m benchmarks.engine --plot benchmarks/results/engine-7b.json
+    python -m benchmarks.engine --small                    # anywhere: the tiny model on the CPU, a few
+    minutes, ratios only python -m benchmarks.engine --model 7b --frames 64     # a GPU; the published shapes,
+    weights made up python -m benchmarks.engine --plot benchmarks/results/engine-7b.json
 
-Each variant runs in a process of its own, one after the other. Writes one JSON and two PNGs. See benchmarks/README.md.
+Each variant runs in a process of its own, one after the other. Writes one JSON and two PNGs. See
+benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -166,7 +168,9 @@ def run_job(job: dict[str, Any], work: Path, cuda: bool, timeout: int) -> dict[s
 
 
 def earlier_breakdown(job: dict[str, Any], work: Path) -> dict[str, Any]:
-    """What the job would measure, from the eager run of the same variant in `work`; empty where there is none like it."""
+    """What the job would measure, from the eager run of the same variant in `work`; empty where there is none
+    like it.
+    """
     path = work / f"{job['name']}-serve-breakdown.job.json"
     if not path.exists():
         return {}
@@ -178,7 +182,9 @@ def earlier_breakdown(job: dict[str, Any], work: Path) -> dict[str, Any]:
 
 
 def measure(variant: Variant, options: argparse.Namespace, model: BenchmarkModel, cuda: bool) -> dict[str, Any]:
-    """One variant's summary. Its breakdown needs an eager engine, and so a second process where the first is not."""
+    """One variant's summary. Its breakdown needs an eager engine, and so a second process where the first is
+    not.
+    """
     eager = options.eager or not cuda
     job = {
         "name": variant.name, "model": str(model.path), "dummy": model.dummy, "layers": model.layers,

@@ -1,4 +1,6 @@
-"""Model folders for the engine benchmark: a tiny random checkpoint, and the published shapes without weights."""
+"""Model folders for the engine benchmark: a tiny random checkpoint, and the published shapes without
+weights.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 2
-"""Changes with what `write_model` writes, so that folders of an older version of this file are written anew."""
+"""Changes with what `write_model` writes, so that folders of an older version of this file are written anew.
+"""
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ PUBLISHED = {
     "7b": LanguageShape(28, 3584, 28, 4, 18_944, 152_128, tied=False),
 }
 
-# SigLIP so400m-patch14-384 as the published LLaVA-OneVision checkpoints have it: the 27th layer, whose output the model never
-# uses, is not there.
+# SigLIP so400m-patch14-384 as the published LLaVA-OneVision checkpoints have it: the 27th layer, whose output
+# the model never uses, is not there.
 TOWER: dict[str, Any] = {
     "model_type": "siglip_vision_model",
     "hidden_size": 1152,

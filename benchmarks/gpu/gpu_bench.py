@@ -1,7 +1,8 @@
 """What a short time on a GPU needs on top of the benchmark programs. From the repository's root:
 
 gpu_bench.py kernels OUT.csv [ARGS]    `python -m benchmarks.kernels ARGS`, one operation after the other
-gpu_bench.py merge OUT.json IN...      the variants of several runs of `python -m benchmarks.engine` in one file
+gpu_bench.py merge OUT.json IN...      the variants of several runs of `python -m benchmarks.engine` in one
+file
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 
 
 def kernels(out: str, *arguments: str) -> int:
-    """Each operation is checked, measured and appended to `out` by itself: whatever ends the run keeps what is done.
+    """Each operation is checked, measured and appended to `out` by itself: whatever ends the run keeps what
+    is done.
 
     Returns the worst operation's exit code.
     """
@@ -37,8 +39,9 @@ def kernels(out: str, *arguments: str) -> int:
 def merge(out: str, *paths: str) -> int:
     """Variants that were measured in several calls, in one result; ratios are worked out anew.
 
-    Files that are missing, or hold no variant that ran, are left out. Returns 1, and writes nothing, if there is no
-    other, or if they are of different workloads, devices or versions: such figures must not stand side by side.
+    Files that are missing, or hold no variant that ran, are left out. Returns 1, and writes nothing, if there
+    is no other, or if they are of different workloads, devices or versions: such figures must not stand side
+    by side.
     """
     from benchmarks.engine.report import ratios
 

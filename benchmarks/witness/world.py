@@ -1,10 +1,10 @@
 """Videos made of words, and reading questions about them.
 
-A frame shows one caption. Its grid, as the language model sees it in stock resolution, is one row of 8 cells: the caption's
-words, then line ends. In the grid of the "tower" each word fills a block of 2 x 2 cells, so pooling with stride 2 gives every
-word back exactly; stride 4 averages two neighbouring words into one row, stride 8 four: coarse frames are blurred, as they are
-in a real video.
-(Words repeated side by side in stock resolution would survive stride 4 unblurred, but this model cannot read them: see README.)
+A frame shows one caption. Its grid, as the language model sees it in stock resolution, is one row of 8 cells:
+the caption's words, then line ends. In the grid of the "tower" each word fills a block of 2 x 2 cells, so
+pooling with stride 2 gives every word back exactly; stride 4 averages two neighbouring words into one row,
+stride 8 four: coarse frames are blurred, as they are in a real video. (Words repeated side by side in stock
+resolution would survive stride 4 unblurred, but this model cannot read them: see README.)
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class Video:
 
 
 def make_video(number: int, seed: int) -> Video:
-    """Six facts in random order, each shown for some frames, a distractor behind each: twelve scenes in 32 frames."""
+    """Six facts in random order, each shown for some frames, a distractor behind each: twelve scenes in 32
+    frames.
+    """
     rng = random.Random(seed * 1_000_003 + number)
     kinds = list(FACTS)
     rng.shuffle(kinds)
@@ -130,6 +132,8 @@ class Prompt:
 
 
 def tower_grid(rows: Tensor) -> Tensor:
-    """What the tower would give for frames `rows` [T, 8, D]: every word in a block of 2 x 2 cells, [T, 2, 16, D]."""
+    """What the tower would give for frames `rows` [T, 8, D]: every word in a block of 2 x 2 cells, [T, 2, 16,
+    D].
+    """
     wide = rows.repeat_interleave(TOWER_STRIDE, dim=1)
     return torch.stack([wide] * TOWER_STRIDE, dim=1)

@@ -101,8 +101,8 @@ def survivor_bounds(
     """Most visual tokens of one video that can survive L1, and L2, whatever its content.
 
     How long each event is depends on the content. So these are upper bounds to reserve memory by, not exact
-    maxima. They assume the worst case: every event that is not key has a single frame, one of the coarsest. Each
-    event's share is rounded up by as much as its ratio allows.
+    maxima. They assume the worst case: every event that is not key has a single frame, one of the coarsest.
+    Each event's share is rounded up by as much as its ratio allows.
 
     Args:
         quota: the video's.

@@ -21,7 +21,9 @@ DEFAULT_PROMPTS = 2
 
 
 def bytes_per_token(model_config: ModelConfig) -> int:
-    """Bytes of one deferred token. All tensor-parallel ranks' heads are counted: an upper bound for one rank."""
+    """Bytes of one deferred token. All tensor-parallel ranks' heads are counted: an upper bound for one
+    rank.
+    """
     text = model_config.hf_text_config
     head_dim = model_config.get_head_size()
     width = 2 * text.hidden_size + (text.num_attention_heads + text.num_key_value_heads) * head_dim

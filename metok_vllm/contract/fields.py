@@ -1,4 +1,6 @@
-"""Names of what METok attaches to a video item on its way from the front end to the scheduler and the worker."""
+"""Names of what METok attaches to a video item on its way from the front end to the scheduler and the
+worker.
+"""
 
 PLAN_FIELD = "metok_plan"
 """int64, a `VideoPlan`. Every video has one, METok on or off; read by the scheduler and by the worker."""

@@ -41,7 +41,9 @@ def answer_panel(title: str, answer: Answer) -> Panel:
 
 
 def answers_table(rows: Sequence[tuple[DemoQuestion, Answer, Answer]]) -> Table:
-    """Every question with its answers, METok on and off; where the right one is known, a wrong one is marked."""
+    """Every question with its answers, METok on and off; where the right one is known, a wrong one is
+    marked.
+    """
     right = [question.answer for question, _, _ in rows]
     score = ""
     if None not in right:

@@ -129,7 +129,9 @@ def _fill(event: EventView) -> dict[str, Any]:
 
 
 def _time_limits(view: ReportView) -> tuple[float, float]:
-    """The time axis: half a bar more than the video at both ends, where the first and the last frame stand."""
+    """The time axis: half a bar more than the video at both ends, where the first and the last frame
+    stand.
+    """
     half = view.duration / len(view.frames) / 2
     return -half, view.duration + half
 

@@ -1,4 +1,6 @@
-"""What every METok model adds to its stock class: roles for the layers, an aligner, stage 1, a model state."""
+"""What every METok model adds to its stock class: roles for the layers, an aligner, stage 1, a model
+state.
+"""
 
 from __future__ import annotations
 

@@ -119,7 +119,9 @@ async def state(request: Request) -> JSONResponse:
 
 
 async def report(request_id: str, request: Request) -> JSONResponse:
-    """What METok did to a request that was sent with ``"report": true``; 404 where there is no such report."""
+    """What METok did to a request that was sent with ``"report": true``; 404 where there is no such
+    report.
+    """
     engines = await ask_workers(request.app.state.engine_client, "metok_report", request_id)
     found = next((answer for workers in engines for answer in workers if answer is not None), None)
     if found is None:

@@ -59,7 +59,9 @@ class MetokModelState(DefaultModelState):
         self._reserve.release()
 
     def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
-        """Full graphs for decodes only: a graph of a mixed batch would be replayed in place of a pruned step."""
+        """Full graphs for decodes only: a graph of a mixed batch would be replayed in place of a pruned
+        step.
+        """
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, "METok"
 
     # --- requests ---

@@ -53,7 +53,8 @@ def model_shape(model_config: ModelConfig) -> ModelShape:
 
 
 class Timeline:
-    """What became of every frame of one video. Reading it waits for the device, so that is left to who asks.
+    """What became of every frame of one video. Reading it waits for the device, so that is left to who
+    asks.
     """
 
     def __init__(self, plan: VideoPlan, tags: VideoTags) -> None:

@@ -32,7 +32,9 @@ def pack_tags(event: torch.Tensor, is_key: torch.Tensor, frame: torch.Tensor, ti
 
 @dataclass
 class VideoTags:
-    """What stage 2 and the report need to know of every token of one video; tensors on the device, each [n]."""
+    """What stage 2 and the report need to know of every token of one video; tensors on the device, each
+    [n].
+    """
 
     event: torch.Tensor  # int64
     is_key: torch.Tensor  # bool, whether the token's event is a key event

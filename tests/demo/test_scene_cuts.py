@@ -1,13 +1,15 @@
-"""METok's events against the scene cuts that a trained shot detector found in the same clips (`scene_cuts.json`).
+"""METok's events against the scene cuts that a trained shot detector found in the same clips
+(`scene_cuts.json`).
 
-A video of as many events as the detector has scenes is cut at just as many places, so one number says it all: at how
-many of them the detector cuts too. No tolerance is added to the sampling itself: a cut counts as found if it lies between
-the very two sampled frames that METok cuts between.
+A video of as many events as the detector has scenes is cut at just as many places, so one number says it all:
+at how many of them the detector cuts too. No tolerance is added to the sampling itself: a cut counts as found
+if it lies between the very two sampled frames that METok cuts between.
 
-The features come from no trained tower: from the random stand-in's ("tower", what the untrained demo shows), and from
-plain pixels, as mean 8 x 8 patch ("patches"). On Big Buck Bunny's clean cuts both find all, and nothing else. The band's
-scenes are one dark room seen from many sides: of 18 cuts "patches" find 12 and the random tower 8, where chance gives 2.6.
-So the band is a floor for METok's rule, no measure of what a trained tower would find.
+The features come from no trained tower: from the random stand-in's ("tower", what the untrained demo shows),
+and from plain pixels, as mean 8 x 8 patch ("patches"). On Big Buck Bunny's clean cuts both find all, and
+nothing else. The band's scenes are one dark room seen from many sides: of 18 cuts "patches" find 12 and the
+random tower 8, where chance gives 2.6. So the band is a floor for METok's rule, no measure of what a trained
+tower would find.
 """
 
 from __future__ import annotations

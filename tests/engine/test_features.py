@@ -72,7 +72,9 @@ def allowed(tokenizer: Any, said: str) -> list[int]:
 
 
 def test_a_choice_is_the_best_that_the_grammar_allows(running: Engine, sample: Sample) -> None:
-    """At every token: of those that lead to a choice the engine takes the oracle's best, with the oracle's logprob of it."""
+    """At every token: of those that lead to a choice the engine takes the oracle's best, with the oracle's
+    logprob of it.
+    """
     cases = [Case((scene_video(seed, 24),), metok=metok) for seed, metok in ((1, None), (2, {"decode_retention": 1}))]
     free = Case((scene_video(3, 20),), max_tokens=8)
     ids = [running.add(case, **structured(choice=CHOICES)) for case in cases]
@@ -136,7 +138,8 @@ def test_top_k_and_top_p_choose_among_the_best(running: Engine) -> None:
     running.check_drained()
 
 
-# Last in this file: an engine that does not start ends the distributed state of the one that the fixture holds.
+# Last in this file: an engine that does not start ends the distributed state of the one that the fixture
+# holds.
 def test_lora_is_refused_at_the_start(sample: Sample) -> None:
     with pytest.raises(ValueError, match="does not support LoRA"), engine(sample, enable_lora=True):
         pass

@@ -1,7 +1,8 @@
-"""A Llama inside LLaVA-OneVision: METok prunes whatever decoder the family's stock class builds, and equals the oracle.
+"""A Llama inside LLaVA-OneVision: METok prunes whatever decoder the family's stock class builds, and equals
+the oracle.
 
-The checkpoint is the second witness's (`benchmarks/witness/checkpoint.py`) around a small random Llama: its tower reads word
-embeddings out of pixels.
+The checkpoint is the second witness's (`benchmarks/witness/checkpoint.py`) around a small random Llama: its
+tower reads word embeddings out of pixels.
 """
 
 from __future__ import annotations

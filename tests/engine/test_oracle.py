@@ -1,4 +1,6 @@
-"""The engine against the oracle: same tokens, logprobs within 1e-3, over shapes, settings, lengths and mixtures."""
+"""The engine against the oracle: same tokens, logprobs within 1e-3, over shapes, settings, lengths and
+mixtures.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from tests.support.oracle.samples import load_sample, picture, scene_video
 
 ATOL = 1e-3
 
-# Each shape starts one engine: depth, heads with and without grouped queries, tower grid, seed, server settings.
+# Each shape starts one engine: depth, heads with and without grouped queries, tower grid, seed, server
+# settings.
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "8 layers, grouped queries, 7x7": ({"seed": 0}, {}),
     "3 layers, one KV head, 9x9": (

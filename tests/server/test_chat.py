@@ -77,7 +77,9 @@ def turns(sample: Sample, messages: list[dict[str, Any]]) -> list[int]:
 
 @pytest.mark.parametrize("metok", [None, "off"], ids=["pruned", "off"])
 def test_a_second_turn_about_the_same_video(server: Server, sample: Sample, metok: Any) -> None:
-    """The history grows and the question is another one: the video is compressed for that one, and the answer is right."""
+    """The history grows and the question is another one: the video is compressed for that one, and the answer
+    is right.
+    """
     video = mp4(scene_video(54, 20))
     history = [user(QUESTIONS[0], data_url(video))]
 
@@ -93,7 +95,8 @@ def test_a_second_turn_about_the_same_video(server: Server, sample: Sample, meto
     again = chat(server, history, metok)
     assert_same(expected(QUESTIONS[1]), result(again), 1e-3)
     cached = again.usage.prompt_tokens_details.cached_tokens
-    # Stock vLLM takes the second turn from the cache; a pruned prompt is computed anew, whatever the cache holds.
+    # Stock vLLM takes the second turn from the cache; a pruned prompt is computed anew, whatever the cache
+    # holds.
     assert cached > again.usage.prompt_tokens // 2 if metok == "off" else cached == 0
     # Back to the first turn, after all that.
     del history[1:]

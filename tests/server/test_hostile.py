@@ -1,4 +1,6 @@
-"""Broken files, absurd requests and cancelled ones: each gets a clear answer, and the server stays as it was."""
+"""Broken files, absurd requests and cancelled ones: each gets a clear answer, and the server stays as it
+was.
+"""
 
 from __future__ import annotations
 
@@ -207,9 +209,9 @@ def test_an_hour_of_tiny_frames_is_answered_right_and_soon(server: Server, sampl
 
 
 def test_a_storm_of_cancelled_requests_leaves_nothing(server: Server, sample: Sample) -> None:
-    """100 requests, most dropped: at random moments from 20 ms on (queued, decoding the file, in prefill), or at a
-    random event of their stream. No time in seconds falls into the same part of a request on every machine, so those
-    that are to be dropped while tokens come wait for the tokens.
+    """100 requests, most dropped: at random moments from 20 ms on (queued, decoding the file, in prefill), or
+    at a random event of their stream. No time in seconds falls into the same part of a request on every
+    machine, so those that are to be dropped while tokens come wait for the tokens.
     """
     videos = [mp4(scene_video(seed, 8 + 5 * seed)) for seed in range(4)]
     rng = random.Random(7)

@@ -1,6 +1,7 @@
 """Two engines behind one address, and one engine over two launchers: the same answers as one engine alone.
 
-Both launchers run on this machine, each bound to a core of its own, as two nodes would be to theirs; `docs/multi-node.md`.
+Both launchers run on this machine, each bound to a core of its own, as two nodes would be to theirs;
+`docs/multi-node.md`.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ def second_node(model: Path, log: Path, *options: str) -> Iterator[subprocess.Po
 
 
 def test_one_engine_over_two_nodes(sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensor parallel over vLLM's own multi-node launcher: each node has half of the heads that score the video."""
+    """Tensor parallel over vLLM's own multi-node launcher: each node has half of the heads that score the
+    video.
+    """
     for name, value in (("VLLM_HOST_IP", "127.0.0.1"), ("GLOO_SOCKET_IFNAME", "lo")):
         monkeypatch.setenv(name, value)
     port = str(free_port())

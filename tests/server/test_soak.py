@@ -2,10 +2,11 @@
 
 Short in the suite. `make soak REQUESTS=3000` is the long form.
 
-Memory is the sum, over all processes of the server, of what is resident and theirs alone (USS, from `/proc/*/smaps`). The first
-half of the requests is warm-up: the KV pool becomes resident page by page, vLLM's cache of processed items fills up (the server
-fixture keeps both small), and so do allocators. After it, the median of the last five readings may exceed the median of the
-first five by `GROWTH_MIB`, which does not depend on the number of requests: a leak shows the more, the longer the soak.
+Memory is the sum, over all processes of the server, of what is resident and theirs alone (USS, from
+`/proc/*/smaps`). The first half of the requests is warm-up: the KV pool becomes resident page by page, vLLM's
+cache of processed items fills up (the server fixture keeps both small), and so do allocators. After it, the
+median of the last five readings may exceed the median of the first five by `GROWTH_MIB`, which does not
+depend on the number of requests: a leak shows the more, the longer the soak.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ class Soak:
     refused: int = 0
 
     def one(self, number: int) -> None:
-        """Request `number`: a video under some settings, sometimes none, broken, or dropped while it streams."""
+        """Request `number`: a video under some settings, sometimes none, broken, or dropped while it
+        streams.
+        """
         rng = random.Random(number)
         which = rng.randrange(-1, len(self.videos))
         video = None if which < 0 else self.videos[which]

@@ -1,8 +1,8 @@
 """EVS, efficient video sampling: drop the patches that look as they did one frame before (arXiv 2510.14624).
 
-The whole first frame is kept. Every later patch is measured against the same place one frame earlier, and over the whole
-video those that changed most are kept, at their own positions. The paper measures in pixels; vLLM's implementation measures
-the cosine of the tokens. Both are here.
+The whole first frame is kept. Every later patch is measured against the same place one frame earlier, and
+over the whole video those that changed most are kept, at their own positions. The paper measures in pixels;
+vLLM's implementation measures the cosine of the tokens. Both are here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Pruning by attention inside the language model, without events: FastV (arXiv 2403.06764).
 
-After the first `layer` layers, the visual tokens that the prompt's last token attends to most (mean over heads, in the
-layer just run) stay; the others leave all later layers, and their keys and values with them.
+After the first `layer` layers, the visual tokens that the prompt's last token attends to most (mean over
+heads, in the layer just run) stay; the others leave all later layers, and their keys and values with them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from metok_vllm.compression.ordering import top
 class AttentionPruning:
     """Keeps a `share` of the visual tokens, or as many as give a budget's tokens.
 
-    A budget of point `average` is met on average over all layers, one of point `entering` in the layers after the pruning.
+    A budget of point `average` is met on average over all layers, one of point `entering` in the layers after
+    the pruning.
     """
 
     layer: int

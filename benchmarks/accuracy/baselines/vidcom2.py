@@ -1,8 +1,10 @@
-"""VidCom2: frames that stand out get more tokens, and in each the tokens that stand out stay (arXiv 2505.14454).
+"""VidCom2: frames that stand out get more tokens, and in each the tokens that stand out stay (arXiv
+2505.14454).
 
-A token is the less needed the nearer it is to the mean of the whole video and to the mean of its frame; nearness is a sum
-of Gaussian kernels of several widths between unit vectors, in the half of the channels that varies least. A frame's share of
-the budget grows with a sharp softmax over how far its tokens are from the video's mean on average.
+A token is the less needed the nearer it is to the mean of the whole video and to the mean of its frame;
+nearness is a sum of Gaussian kernels of several widths between unit vectors, in the half of the channels that
+varies least. A frame's share of the budget grows with a sharp softmax over how far its tokens are from the
+video's mean on average.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ def nearness(tokens: Tensor, centre: Tensor) -> Tensor:
 
 
 def redundancy(pooled: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every token (higher: dropped first) and the distinctness of every frame: `pooled` [T, N, D] to [T, N] and [T]."""
+    """Of every token (higher: dropped first) and the distinctness of every frame: `pooled` [T, N, D] to [T,
+    N] and [T].
+    """
     flat = pooled.flatten(0, 1)
     quiet = flat.var(0, unbiased=False).argsort(stable=True)[: max(1, int(flat.shape[1] * CHANNELS))]
     unit = torch.nn.functional.normalize(pooled[..., quiet], dim=-1)
@@ -58,6 +62,7 @@ class VidCom2:
         redundant, distinct = redundancy(pooled)
         rank = redundant.argsort(dim=1, stable=True).argsort(1)  # 0: the frame's most distinctive token
         chosen = rank < torch.tensor(allot(distinct, each, total))[:, None]
-        # Rounding leaves some tokens too many or too few: the whole video's least or most distinctive settle it.
+        # Rounding leaves some tokens too many or too few: the whole video's least or most distinctive settle
+        # it.
         order = torch.where(chosen, redundant - redundant.max() - 1, redundant).flatten().argsort(stable=True)
         return subset(video, pooled.flatten(0, 1), order[:total].sort().values, self.positions)

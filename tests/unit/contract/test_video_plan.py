@@ -89,7 +89,8 @@ def test_the_counts_are_those_of_the_method(settings: dict[str, Any], mode: Pool
 
 
 def test_by_hand() -> None:
-    # 10 frames in 5 events of 2: key events 1 to 3 keep both frames in tier 0, the others' both are key frames in tier 1.
+    # 10 frames in 5 events of 2: key events 1 to 3 keep both frames in tier 0, the others' both are key
+    # frames in tier 1.
     plan = plan_video(10, (4, 4), "bilinear", True, 41, RequestSettings(), "none")
     assert plan.frames_per_tier == (6, 4, 0)
     assert plan.tokens == 6 * 4 + 4 * 1 + 5

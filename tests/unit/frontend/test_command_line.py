@@ -22,7 +22,9 @@ BATCH = ["-i", "in.jsonl", "-o", "out.jsonl"]
 
 @pytest.fixture
 def serve(checkpoint: Path) -> Callable[..., Namespace]:
-    """What vLLM reads after `vllm serve ...` was rewritten; MODEL in an argument stands for the checkpoint."""
+    """What vLLM reads after `vllm serve ...` was rewritten; MODEL in an argument stands for the
+    checkpoint.
+    """
 
     def read(*arguments: str, command: str = "serve") -> Namespace:
         argv = ["vllm", command, *(a.replace("MODEL", str(checkpoint)) for a in arguments)]

@@ -1,4 +1,6 @@
-"""The media connector: what vLLM answers with 5xx becomes a client's error; a list of frames is counted before it is read."""
+"""The media connector: what vLLM answers with 5xx becomes a client's error; a list of frames is counted
+before it is read.
+"""
 
 from __future__ import annotations
 

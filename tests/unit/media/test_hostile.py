@@ -107,7 +107,8 @@ def test_a_truncated_file_gives_the_frames_that_are_there(container: str) -> Non
     assert len({video.total_frames for video in videos}) >= 6
     for video in videos:
         assert video.total_frames < 60
-        # The last frame may be half there; in mpeg-ts a few that are shown before the last are stored after it.
+        # The last frame may be half there; in mpeg-ts a few that are shown before the last are stored after
+        # it.
         shown = [number_of(frame) for frame in video.frames][: -2 if container == "mpegts" else -1]
         assert shown == video.indices[: len(shown)]
         assert video.missing <= 1
@@ -166,7 +167,9 @@ def test_a_damaged_file_gives_the_same_frames_each_time_or_one_sentence(kind: st
 
 
 def test_flipped_bits_in_the_pictures_do_not_lose_the_video() -> None:
-    """Not vacuous: of many damaged files most are answered, some were damaged enough to need a second pass."""
+    """Not vacuous: of many damaged files most are answered, some were damaged enough to need a second
+    pass.
+    """
     data, answered, repaired = SEEDS["mp4"], 0, 0
     media = data.index(b"mdat")
     for seed in range(40):
@@ -198,7 +201,9 @@ def test_huge_frames_are_refused_before_their_memory_is_taken() -> None:
 
 
 def mp4_that_claims(*, samples: int = 0, edits: int = 0, fragment: int = 0, table: int = 4) -> bytes:
-    """An mp4 with one track whose headers claim `samples`, or that an edit list or a fragment repeats them."""
+    """An mp4 with one track whose headers claim `samples`, or that an edit list or a fragment repeats
+    them.
+    """
     sizes = full_box(b"stsz", 1, samples) if samples else full_box(b"stsz", 0, table, *[1] * table)
     count = samples or table
     entry = box(b"mp4v", bytes(6), b"\0\1", bytes(16), struct.pack(">HH", 64, 48), bytes(50))
