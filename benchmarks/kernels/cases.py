@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from metok_kernels import deep_slots as slots_op
 from metok_kernels import event_similarity as similarity_op
 from metok_kernels import gather_rows as gather_op
-from metok_kernels import pruned_slots as slots_op
 from metok_kernels import select_per_event as select_op
 from metok_kernels import text_to_visual_scores as scores_op
 from metok_kernels import tiered_pool as pool_op
@@ -183,7 +183,7 @@ def gather(rows: int, out: int, width: int, device: torch.device) -> Case:
 def slots(batch: int, query: int, groups: int, device: torch.device) -> Case:
     """One step of `batch` requests, each with one video of 3900 tokens behind it or in it."""
     width, length = 512, 3900
-    known = slots_op.PrunedGroups(
+    known = slots_op.DeepGroups(
         [torch.randint(10**6, (batch, width), dtype=INT, device=device) for _ in range(groups)],
         [16] * groups, [index * 3 < groups * 2 for index in range(groups)],
     )  # fmt: skip
@@ -198,17 +198,17 @@ def slots(batch: int, query: int, groups: int, device: torch.device) -> Case:
     tables = torch.stack(known.tables)
     row = torch.arange(batch * query, device=device) // query
 
-    def rank(position: torch.Tensor) -> torch.Tensor:
+    def slot_index(position: torch.Tensor) -> torch.Tensor:
         before = (position - 15).clamp(0, length)
         return position - before + torch.minimum(before, kept)
 
     def plain() -> tuple[torch.Tensor, torch.Tensor]:
         position = computed[row] + torch.arange(batch * query, device=device) - query_start[row]
-        ranks = rank(position)
-        page = (ranks // 16).clamp_max(width - 1)
-        slot = tables[:, row].gather(2, page[..., None])[..., 0].long() * 16 + ranks % 16
+        indices = slot_index(position)
+        page = (indices // 16).clamp_max(width - 1)
+        slot = tables[:, row].gather(2, page[..., None])[..., 0].long() * 16 + indices % 16
         inside = (position >= 15) & (position < 15 + length)
-        return rank(computed + query).to(INT), torch.where(inside, -1, slot)
+        return slot_index(computed + query).to(INT), torch.where(inside, -1, slot)
 
     def run(operation: Callable[..., None]) -> tuple[torch.Tensor, torch.Tensor]:
         operation(known, spans, computed, query_start, seq_lens, mapping)
@@ -216,7 +216,7 @@ def slots(batch: int, query: int, groups: int, device: torch.device) -> Case:
 
     text = batch * (query if query == 1 else max(query - length, 0) + min(15, query))
     return Case(
-        "pruned_slots", f"{groups} groups, {batch} requests x {query} tokens", partial(run, slots_op.pruned_slots),
+        "deep_slots", f"{groups} groups, {batch} requests x {query} tokens", partial(run, slots_op.deep_slots),
         partial(run, slots_op.reference), plain, groups * (batch * query * 8 + text * 4 + batch * 24), 0, 0.0,
     )  # fmt: skip
 

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 import torch
 
 from metok_kernels.aot import SHARED_LIMIT, Usage, compile_launch
-from metok_kernels.event_similarity.launch import plan as plan_similarity
-from metok_kernels.gather_rows.launch import plan as plan_gather
+from metok_kernels.deep_slots.launch import prepare as prepare_slots
+from metok_kernels.deep_slots.tables import DeepGroups, SpanTables
+from metok_kernels.event_similarity.launch import prepare as prepare_similarity
+from metok_kernels.gather_rows.launch import prepare as prepare_gather
 from metok_kernels.launch import Launch
-from metok_kernels.pruned_slots.launch import plan as plan_slots
-from metok_kernels.pruned_slots.tables import PrunedGroups, SpanTables
-from metok_kernels.select_per_event.launch import plan as plan_select
+from metok_kernels.select_per_event.launch import prepare as prepare_select
 from metok_kernels.text_to_visual_scores.keys import Keys, PackedKeys, PagedKeys
-from metok_kernels.text_to_visual_scores.launch import plan as plan_scores
-from metok_kernels.tiered_pool.launch import plan as plan_pool
+from metok_kernels.text_to_visual_scores.launch import prepare as prepare_scores
+from metok_kernels.tiered_pool.launch import prepare as prepare_pool
 from metok_kernels.tiered_pool.reference import Mode
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -81,9 +81,9 @@ def _scores(
         keys = PackedKeys(_meta(9216, kv_heads, dim, dtype=dtype), _meta(2))
     q = _meta(8192, heads * dim, dtype=dtype).view(-1, heads, dim)
     sizes = {"max_rows": 128, "max_visual": 9216, "max_keys": 10240}
-    return plan_scores(q, keys, _meta(200), _meta(3), _meta(9000), _meta(3), scale=0.1, row_index=_meta(200), **sizes)[
-        0
-    ]
+    return prepare_scores(
+        q, keys, _meta(200), _meta(3), _meta(9000), _meta(3), scale=0.1, row_index=_meta(200), **sizes
+    )[0]
 
 
 def _score_variants() -> Iterator[Variant]:
@@ -111,7 +111,7 @@ def _score_variants() -> Iterator[Variant]:
         q = _meta(200, model.heads, model.head_dim, dtype=BF16)
         keys = PackedKeys(_meta(9216, model.kv_heads, model.head_dim, dtype=BF16), _meta(1))
         index = _meta(9000, dtype=torch.int64)
-        launches, _ = plan_scores(
+        launches, _ = prepare_scores(
             q, keys, _meta(200), _meta(2), index, _meta(2), scale=0.1, max_rows=200, max_visual=9000, max_keys=9216
         )[:2]
         for launch in launches:
@@ -119,21 +119,21 @@ def _score_variants() -> Iterator[Variant]:
 
 
 def _slot_variants() -> Iterator[Variant]:
-    groups = PrunedGroups([_meta(256, 2048)] * 9, [16] * 9, [True] * 6 + [False] * 3)
+    groups = DeepGroups([_meta(256, 2048)] * 9, [16] * 9, [True] * 6 + [False] * 3)
     spans = SpanTables(*(_meta(1024) for _ in range(3)), *(_meta(256) for _ in range(2)))
     out = _meta(9, 256), _meta(9, 8192, dtype=torch.int64)
     rows = {"span_row": _meta(256), "table_row": _meta(256)}
-    yield Variant("state rows", plan_slots(groups, spans, _meta(256), _meta(257), *out, **rows))
-    yield Variant("batch rows", plan_slots(groups, spans, _meta(256), _meta(257), *out))
+    yield Variant("state rows", prepare_slots(groups, spans, _meta(256), _meta(257), *out, **rows))
+    yield Variant("batch rows", prepare_slots(groups, spans, _meta(256), _meta(257), *out))
 
 
 def _select_variants() -> Iterator[Variant]:
     for longest in (1, 200, 1500, 4000, 100_000):
-        launch = plan_select(_meta(10_000, dtype=FP32), _meta(6), _meta(5), max_length=longest)[0]
+        launch = prepare_select(_meta(10_000, dtype=FP32), _meta(6), _meta(5), max_length=longest)[0]
         yield Variant(f"events up to {longest}", launch)
     edges, keep = _meta(6, dtype=torch.int64), _meta(5, dtype=torch.int64)
     for longest in (1500, 9000):
-        launch = plan_select(_meta(9000, dtype=FP32), edges, keep, max_length=longest, capacity=5000)[0]
+        launch = prepare_select(_meta(9000, dtype=FP32), edges, keep, max_length=longest, capacity=5000)[0]
         yield Variant(f"one prompt of up to {longest}", launch)
 
 
@@ -143,8 +143,10 @@ def _gather_variants() -> Iterator[Variant]:
         for axes in ((), (3,)):
             positions = _meta(*axes, 8192, dtype=torch.int64)
             hidden = _meta(8192, model.hidden, dtype=BF16)
-            yield Variant(f"{model.name} {len(axes) + 1}-D positions", plan_gather(index, hidden, hidden, positions)[0])
-    yield Variant("hidden alone", plan_gather(index, _meta(8192, 896, dtype=FP32))[0])
+            yield Variant(
+                f"{model.name} {len(axes) + 1}-D positions", prepare_gather(index, hidden, hidden, positions)[0]
+            )
+    yield Variant("hidden alone", prepare_gather(index, _meta(8192, 896, dtype=FP32))[0])
 
 
 def _pool_variants() -> Iterator[Variant]:
@@ -153,13 +155,13 @@ def _pool_variants() -> Iterator[Variant]:
             frames = _meta(64, model.grid, model.grid, model.hidden, dtype=dtype)
             separators = {"separator": _meta(model.hidden, dtype=dtype), "separator_offset": _meta(5)}
             for launch in (
-                *plan_similarity(frames.flatten(1, 2), _meta(3))[0],
-                plan_pool(frames, _meta(64), _meta(64), mode=model.mode, total=6000, min_stride=2, **separators)[0],
+                *prepare_similarity(frames.flatten(1, 2), _meta(3))[0],
+                prepare_pool(frames, _meta(64), _meta(64), mode=model.mode, total=6000, min_stride=2, **separators)[0],
             ):
                 yield Variant(f"{model.name} {dtype}", launch)
             wide = {"separator": separators["separator"], "separator_offset": _meta(5, dtype=torch.int64)}
             strides, offsets = _meta(64, dtype=torch.int64), _meta(64, dtype=torch.int64)
-            launch = plan_pool(frames, strides, offsets, mode=model.mode, total=6000, min_stride=2, **wide)[0]
+            launch = prepare_pool(frames, strides, offsets, mode=model.mode, total=6000, min_stride=2, **wide)[0]
             yield Variant(f"{model.name} {dtype} one video", launch)
 
 

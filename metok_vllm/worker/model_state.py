@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class MetokModelState(DefaultModelState):
-    """Adds to the stock state: which requests are pruned, and where their tokens lie in the pruned groups."""
+    """Adds to the stock state: which requests are pruned, and where their tokens lie in the deep groups."""
 
     def __init__(
         self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: EncoderCache | None, device: torch.device

@@ -124,11 +124,11 @@ class DeepSlots:
         slot_mappings: torch.Tensor,
         groups: Sequence[DeepGroup],
     ) -> None:
-        from metok_kernels.pruned_slots import PrunedGroups, SpanTables, pruned_slots
+        from metok_kernels.deep_slots import DeepGroups, SpanTables, deep_slots
 
         n = input_batch.num_reqs
         starts = input_batch.query_start_loc[: n + 1]
-        tables = PrunedGroups(
+        tables = DeepGroups(
             [block_tables[group.index] for group in groups],
             [group.block_size for group in groups],
             [group.kind == TEXT_AND_RETAINED for group in groups],
@@ -140,7 +140,7 @@ class DeepSlots:
         if [group.index for group in groups] != list(range(first, last)):
             raise RuntimeError("METok: the deep layers' KV cache groups do not stand in a row")
         lengths = torch.empty(len(groups), self.seq_lens.shape[1], dtype=torch.int32, device=self.device)
-        pruned_slots(
+        deep_slots(
             tables,
             spans,
             input_batch.seq_lens[:n] - (starts[1:] - starts[:-1]),

@@ -21,7 +21,7 @@ KERNELS = (
     "text_to_visual_scores",
     "select_per_event",
     "gather_rows",
-    "pruned_slots",
+    "deep_slots",
 )
 
 
@@ -63,7 +63,7 @@ def test_forced_kernels_equal_the_oracle(
     # Prompts that end in the same step share a launch.
     assert 2 <= launches["select_per_event"] <= 4
     assert launches["gather_rows"] >= 2
-    assert launches["pruned_slots"] > 0
+    assert launches["deep_slots"] > 0
 
 
 def test_an_unknown_choice_raises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,9 @@ from metok_kernels.event_similarity.kernel import adjacent_cosine_kernel, frame_
 from metok_kernels.launch import Launch, ceil_div, power_of_two
 
 
-def plan(features: torch.Tensor, cu_frames: torch.Tensor) -> tuple[tuple[Launch, Launch], torch.Tensor, torch.Tensor]:
+def prepare(
+    features: torch.Tensor, cu_frames: torch.Tensor
+) -> tuple[tuple[Launch, Launch], torch.Tensor, torch.Tensor]:
     """Check the arguments of `event_similarity`; returns its launches in order and what they fill."""
     device = features.device
     expect("features", features, (None, None, None), FLOATS, device, layout="rows")
@@ -58,7 +60,7 @@ def event_similarity(features: torch.Tensor, cu_frames: torch.Tensor) -> tuple[t
     Cost: reads `frames * tokens * width` elements once, writes (and reads back) `4 * frames * width` bytes;
     one addition an element.
     """
-    launches, mean, similarity = plan(features, cu_frames)
+    launches, mean, similarity = prepare(features, cu_frames)
     for launch in launches:
         launch.run()
     return mean, similarity

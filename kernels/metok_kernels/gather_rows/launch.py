@@ -11,7 +11,7 @@ from metok_kernels.launch import Launch, ceil_div, power_of_two
 Gathered = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
-def plan(
+def prepare(
     index: torch.Tensor,
     hidden: torch.Tensor,
     residual: torch.Tensor | None = None,
@@ -78,6 +78,6 @@ def gather_rows(
 
     Cost: reads and writes `out * width` elements a tensor, 8 bytes read a row of index; no FLOPs.
     """
-    launch, gathered = plan(index, hidden, residual, positions)
+    launch, gathered = prepare(index, hidden, residual, positions)
     launch.run()
     return gathered

@@ -12,7 +12,7 @@ LARGEST_BLOCK = 4096
 """Keys that one program holds in registers: 8 a thread."""
 
 
-def plan(
+def prepare(
     scores: torch.Tensor,
     cu_events: torch.Tensor,
     keep: torch.Tensor,
@@ -75,6 +75,6 @@ def select_per_event(
     Cost: reads 4 bytes a token (again from L1/L2: 3 times, or 34 where an event exceeds the block of at most
     4096 tokens), writes 8 bytes a row of `capacity`. No FLOPs.
     """
-    launch, index, cu_kept = plan(scores, cu_events, keep, max_length=max_length, capacity=capacity)
+    launch, index, cu_kept = prepare(scores, cu_events, keep, max_length=max_length, capacity=capacity)
     launch.run()
     return index, cu_kept

@@ -19,7 +19,7 @@ KEYS_PER_SPLIT = 1024
 """Keys of one partial log-sum-exp. Fixed: a request's scores must not depend on its neighbours' lengths."""
 
 
-def plan(
+def prepare(
     q: torch.Tensor,
     keys: Keys,
     row_keys: torch.Tensor,
@@ -162,7 +162,7 @@ def text_to_visual_scores(
     A visual index without a key of its own (outside the table, the cache or the tensor) is not read and
     scores 0.
     """
-    launches, out = plan(
+    launches, out = prepare(
         q, keys, row_keys, cu_rows, visual, cu_visual, scale=scale, max_rows=max_rows, max_visual=max_visual,
         max_keys=max_keys, row_index=row_index,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from metok_kernels.tiered_pool.reference import Mode, pooled_grid
 BLOCK_TOKENS = 16
 
 
-def plan(
+def prepare(
     frames: torch.Tensor,
     stride: torch.Tensor,
     offset: torch.Tensor,
@@ -95,7 +95,7 @@ def tiered_pool(
     Cost: average reads `frames * H * W * D` elements once (less the cells no window covers), bilinear at most
     4 an output element; writes `total * D`. About one FLOP an element read.
     """
-    launch, out = plan(
+    launch, out = prepare(
         frames, stride, offset, mode=mode, total=total, min_stride=min_stride, separator=separator,
         separator_offset=separator_offset,
     )  # fmt: skip

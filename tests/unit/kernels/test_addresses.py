@@ -1,6 +1,6 @@
 """Offsets past 2^31: real data there, read and written by every kernel (`far_offsets.py`).
 
-Two more proofs elsewhere: `test_pruned_slots` has slot numbers past 2^31, and `test_compile` finds no pointer
+Two more proofs elsewhere: `test_deep_slots` has slot numbers past 2^31, and `test_compile` finds no pointer
 addition of less than 64 bits in the compiled code of any kernel.
 """
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from metok_kernels.aot import SHARED_LIMIT, Usage
 from metok_kernels.launch import Launch
-from metok_kernels.select_per_event.launch import plan
+from metok_kernels.select_per_event.launch import prepare
 from metok_kernels.variants import SPILL_BOUND, narrow_addresses, problems, variants
 
 from tests.support.kernels.common import ROOT, plain_environment, run_python
@@ -82,7 +82,7 @@ def test_a_launch_refuses_a_device_it_cannot_run_on() -> None:
     """CPU tensors need the interpreter, `meta` ones run nowhere; the message says what to do."""
     meta = torch.device("meta")
     scores, cu = torch.zeros(9, device=meta), torch.zeros(2, dtype=torch.int32, device=meta)
-    launch = plan(scores, cu, torch.zeros(1, dtype=torch.int32, device=meta), max_length=9)[0]
+    launch = prepare(scores, cu, torch.zeros(1, dtype=torch.int32, device=meta), max_length=9)[0]
     with pytest.raises(RuntimeError, match="on 'meta': move them to a GPU, call the operation's `reference`"):
         launch.run()
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from metok_kernels.text_to_visual_scores import Keys, PackedKeys, PagedKeys, reference, text_to_visual_scores
-from metok_kernels.text_to_visual_scores.launch import KEYS_PER_SPLIT, plan
+from metok_kernels.text_to_visual_scores.launch import KEYS_PER_SPLIT, prepare
 
 from tests.support.kernels.common import DTYPES, cumulative, few_examples, ints
 
@@ -259,7 +259,7 @@ def test_nothing_of_rows_times_keys_is_allocated(monkeypatch: pytest.MonkeyPatch
     q = torch.zeros(rows, 28, 128, dtype=torch.bfloat16, device=meta)
     packed = PackedKeys(torch.zeros(keys, 4, 128, dtype=torch.bfloat16, device=meta), index["item"])
     monkeypatch.setattr(torch, "empty", record)
-    plan(
+    prepare(
         q, packed, index["rows"], index["cu"], index["visual"], index["cu"], scale=1.0,
         max_rows=rows, max_visual=visual, max_keys=keys,
     )  # fmt: skip

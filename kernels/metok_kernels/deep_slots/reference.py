@@ -1,4 +1,4 @@
-"""The definition of rank, seq_lens and slots, on the host, one token at a time. This is the truth."""
+"""The definition of the slot index, seq_lens and slots, on the host, one token at a time. This is the truth."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
-from metok_kernels.pruned_slots.tables import PAD_SLOT, PrunedGroups, SpanTables
+from metok_kernels.deep_slots.tables import PAD_SLOT, DeepGroups, SpanTables
 
 
-def rank(position: int, spans: Sequence[tuple[int, int, int]]) -> int:
+def slot_index(position: int, spans: Sequence[tuple[int, int, int]]) -> int:
     """How many of a prompt's first `position` tokens own a slot, for spans (start, length, kept).
 
-    Text owns one slot a token. A span owns `kept`, and for counting they lie at its front: the ranks
-    `rank(start) .. rank(start) + kept - 1` are the span's, whichever of its tokens were retained, and the
-    text after it goes on from `rank(start) + kept`. So rank grows by 0 or 1 a token, and no two owners share
-    a slot. A request's KV order is free, since rotation has been applied before the cache is written.
+    Text owns one slot a token. A span owns `kept`, and for counting they lie at its front: the indices
+    `slot_index(start) .. slot_index(start) + kept - 1` are the span's, whichever of its tokens were retained,
+    and the text after it goes on from `slot_index(start) + kept`. So the slot index grows by 0 or 1 a token,
+    and no two owners share a slot. A request's KV order is free, since rotation has been applied before the
+    cache is written.
     """
     owned = position
     for start, length, kept in spans:
@@ -25,7 +26,7 @@ def rank(position: int, spans: Sequence[tuple[int, int, int]]) -> int:
 
 
 def reference(
-    groups: PrunedGroups,
+    groups: DeepGroups,
     spans: SpanTables,
     num_computed: torch.Tensor,
     query_start: torch.Tensor,
@@ -35,7 +36,7 @@ def reference(
     span_row: torch.Tensor | None = None,
     table_row: torch.Tensor | None = None,
 ) -> None:
-    """Same arguments and effect as `pruned_slots`. Reads everything on the host."""
+    """Same arguments and effect as `deep_slots`. Reads everything on the host."""
     seq_lens.zero_()
     slot_mapping.fill_(PAD_SLOT)
     starts = query_start.tolist()
@@ -50,12 +51,12 @@ def reference(
         length = starts[row + 1] - starts[row]
         for group, (table, block_size) in enumerate(zip(groups.tables, groups.block_sizes, strict=True)):
             known = [(start, size, kept * groups.retains[group]) for start, size, kept in triples]
-            seq_lens[group, row] = rank(computed + length, known)
+            seq_lens[group, row] = slot_index(computed + length, known)
             for token in range(length):
                 position = computed + token
                 if any(start <= position < start + size for start, size, _ in known):
                     continue
-                page, offset = divmod(rank(position, known), block_size)
+                page, offset = divmod(slot_index(position, known), block_size)
                 if page < table.shape[1]:
                     slot = int(table[table_at, page]) * block_size + offset
                     slot_mapping[group, starts[row] + token] = slot

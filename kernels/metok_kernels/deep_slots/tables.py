@@ -1,4 +1,4 @@
-"""What the slots are computed from: each request's visual spans, and the pruned groups' block tables."""
+"""What the slots are computed from: each request's visual spans, and the deep groups' block tables."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class SpanTables:
             expect(f"spans.{name}", getattr(self, name), (requests,), (torch.int32,), device)
 
 
-class PrunedGroups:
-    """The block tables of the pruned KV groups. Build once: kernels keep the tables' addresses.
+class DeepGroups:
+    """The block tables of the deep KV groups. Build once: kernels keep the tables' addresses.
 
     Args:
         tables: one a group, [rows, max_blocks] int32 contiguous, all with the same number of rows. The caller
@@ -56,7 +56,7 @@ class PrunedGroups:
     """
 
     def __init__(self, tables: Sequence[torch.Tensor], block_sizes: Sequence[int], retains: Sequence[bool]) -> None:
-        require(len(tables) > 0, "at least one pruned group is needed")
+        require(len(tables) > 0, "at least one deep group is needed")
         require(len(tables) == len(block_sizes) == len(retains), "tables, block_sizes, retains differ")
         require(min(block_sizes) > 0, "a block holds at least one token")
         device = tables[0].device

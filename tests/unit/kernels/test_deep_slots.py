@@ -1,4 +1,4 @@
-"""`pruned_slots` against its reference, and the reference against a plain simulation of ownership."""
+"""`deep_slots` against its reference, and the reference against a plain simulation of ownership."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from metok_kernels.pruned_slots import PAD_SLOT, PrunedGroups, SpanTables, pruned_slots, rank, reference
+from metok_kernels.deep_slots import PAD_SLOT, DeepGroups, SpanTables, deep_slots, reference, slot_index
 
 from tests.support.kernels.common import cumulative, few_examples, ints
 
@@ -36,16 +36,16 @@ def tables(requests: list[Spans], device: torch.device) -> SpanTables:
     return SpanTables(*columns, cu[:-1].contiguous(), cu[1:].contiguous())
 
 
-def groups(rows: int, width: int, device: torch.device) -> PrunedGroups:
+def groups(rows: int, width: int, device: torch.device) -> DeepGroups:
     gen = torch.Generator().manual_seed(rows)
     sizes = (16, 32)
     blocks = [torch.randperm(rows * width, generator=gen).view(rows, width).int().to(device) for _ in sizes]
-    return PrunedGroups(blocks, sizes, (True, False))
+    return DeepGroups(blocks, sizes, (True, False))
 
 
 def run(
     operation: object,
-    known: PrunedGroups,
+    known: DeepGroups,
     spans: SpanTables,
     computed: list[int],
     lengths: list[int],
@@ -62,7 +62,7 @@ def run(
 
 
 def assert_same(*arguments: object, **rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    actual = run(pruned_slots, *arguments, **rows)  # type: ignore[arg-type]
+    actual = run(deep_slots, *arguments, **rows)  # type: ignore[arg-type]
     expected = run(reference, *arguments, **rows)  # type: ignore[arg-type]
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
@@ -71,13 +71,13 @@ def assert_same(*arguments: object, **rows: torch.Tensor) -> tuple[torch.Tensor,
 
 @few_examples
 @given(spans=span_lists(), tail=st.integers(0, 20))
-def test_rank_counts_owners(spans: Spans, tail: int) -> None:
-    """rank = owners before a position, when the first `kept` tokens of a span are taken as its owners."""
+def test_slot_index_counts_owners(spans: Spans, tail: int) -> None:
+    """slot_index = owners before a position, when the first `kept` tokens of a span are taken as its owners."""
     length = (spans[-1][0] + spans[-1][1] if spans else 0) + tail
     owners = [
         all(not start <= p < start + size or p - start < kept for start, size, kept in spans) for p in range(length)
     ]
-    assert [rank(p, spans) for p in range(length + 1)] == [sum(owners[:p]) for p in range(length + 1)]
+    assert [slot_index(p, spans) for p in range(length + 1)] == [sum(owners[:p]) for p in range(length + 1)]
 
 
 @few_examples
@@ -90,13 +90,13 @@ def test_matches_reference(requests: list[tuple[Spans, int, int]], device: torch
 
 
 def test_every_text_token_owns_one_slot_and_every_retained_one_too(device: torch.device) -> None:
-    """Slots of the text and ranks of the retained tokens together are `seq_lens` different slots."""
+    """Slots of the text and indices of the retained tokens together are `seq_lens` different slots."""
     spans: Spans = [(3, 20, 7), (23, 40, 0), (70, 5, 5)]
     known, length = groups(1, 12, device), 100
     seq_lens, slots = assert_same(known, tables([spans], device), [0], [length], device)
     text = slots[0, :length][slots[0, :length] != PAD_SLOT].tolist()
-    ranks = [rank(start, spans) + i for start, _, kept in spans for i in range(kept)]
-    retained = [int(known.tables[0][0, r // 16]) * 16 + r % 16 for r in ranks]
+    indices = [slot_index(start, spans) + i for start, _, kept in spans for i in range(kept)]
+    retained = [int(known.tables[0][0, r // 16]) * 16 + r % 16 for r in indices]
     assert len(text) == length - 65
     assert len(retained) == 12
     assert len({*text, *retained}) == int(seq_lens[0, 0]) == length - 65 + 12
@@ -110,7 +110,7 @@ def test_chunks_and_decode_steps_continue_one_request(device: torch.device) -> N
     pieces = []
     for computed, length in ((0, 7), (7, 50), (57, 20), (77, 12), (89, 1)):
         seq_lens, slots = assert_same(known, table, [computed], [length], device)
-        assert int(seq_lens[0, 0]) == rank(computed + length, spans)
+        assert int(seq_lens[0, 0]) == slot_index(computed + length, spans)
         pieces.append(slots[:, :length])
     assert torch.equal(torch.cat(pieces, dim=1), whole[:, :90])
 
@@ -138,8 +138,8 @@ def test_persistent_span_table(device: torch.device) -> None:
             for column, value in zip(columns, span, strict=True):
                 column[request * room + index] = value
     known = groups(2, 12, device)
-    expected = run(pruned_slots, known, packed, [0, 3], [50, 30], device)
-    actual = run(pruned_slots, known, persistent, [0, 3], [50, 30], device)
+    expected = run(deep_slots, known, packed, [0, 3], [50, 30], device)
+    actual = run(deep_slots, known, persistent, [0, 3], [50, 30], device)
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
 
@@ -153,7 +153,7 @@ def test_slots_past_the_table_are_padding(device: torch.device) -> None:
 
 def test_slots_past_2_to_the_31(device: torch.device) -> None:
     table = ints(2**28, 2**30, device=device)[None]
-    known = PrunedGroups([table], [16], [False])
+    known = DeepGroups([table], [16], [False])
     seq_lens, slots = assert_same(known, tables([[]], device), [0], [20], device)
     assert slots[0, 3].item() == 2**32 + 3
     assert slots[0, 19].item() == 2**34 + 3
@@ -168,8 +168,8 @@ def test_outputs_are_written_in_place(device: torch.device) -> None:
     addresses = seq_lens.data_ptr(), slots.data_ptr()
     for computed in (40, 41):
         step = ints(computed, computed, device=device), cumulative((1, 1), device)
-        pruned_slots(known, spans, *step, seq_lens, slots)
-        assert seq_lens[0].tolist() == [rank(computed + 1, [(2, 30, 4)]), computed + 1]
+        deep_slots(known, spans, *step, seq_lens, slots)
+        assert seq_lens[0].tolist() == [slot_index(computed + 1, [(2, 30, 4)]), computed + 1]
     assert (seq_lens.data_ptr(), slots.data_ptr()) == addresses
 
 
@@ -178,10 +178,10 @@ def test_refusals(device: torch.device) -> None:
     step = ints(0, 0, 0, device=device), cumulative((1, 1, 1), device)
     out = torch.zeros(2, 3, device=device).int(), torch.zeros(2, 9, device=device).long()
     with pytest.raises(ValueError, match="without span_row, the table needs 3 requests and has 2"):
-        pruned_slots(known, spans, *step, *out)
+        deep_slots(known, spans, *step, *out)
     with pytest.raises(ValueError, match="seq_lens has 1 columns for 3 requests"):
-        pruned_slots(known, spans, *step, out[0][:, :1], out[1])
+        deep_slots(known, spans, *step, out[0][:, :1], out[1])
     with pytest.raises(TypeError, match="slot_mapping is int32, expected int64"):
-        pruned_slots(known, spans, *step, out[0], out[1].int())
+        deep_slots(known, spans, *step, out[0], out[1].int())
     with pytest.raises(ValueError, match="differ"):
-        PrunedGroups(known.tables, [16], [True, True])
+        DeepGroups(known.tables, [16], [True, True])

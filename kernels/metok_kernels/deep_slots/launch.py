@@ -1,17 +1,17 @@
-"""Checks and launch of `pruned_slots`."""
+"""Checks and launch of `deep_slots`."""
 
 from __future__ import annotations
 
 import torch
 
 from metok_kernels.checks import INDEX, expect, require
+from metok_kernels.deep_slots.kernel import deep_slots_kernel
+from metok_kernels.deep_slots.tables import DeepGroups, SpanTables
 from metok_kernels.launch import Launch
-from metok_kernels.pruned_slots.kernel import pruned_slots_kernel
-from metok_kernels.pruned_slots.tables import PrunedGroups, SpanTables
 
 
-def plan(
-    groups: PrunedGroups,
+def prepare(
+    groups: DeepGroups,
     spans: SpanTables,
     num_computed: torch.Tensor,
     query_start: torch.Tensor,
@@ -21,7 +21,7 @@ def plan(
     span_row: torch.Tensor | None = None,
     table_row: torch.Tensor | None = None,
 ) -> Launch:
-    """Check the arguments of `pruned_slots` and build its launch."""
+    """Check the arguments of `deep_slots` and build its launch."""
     device = slot_mapping.device
     expect("num_computed", num_computed, (None,), INDEX, device)
     batch = num_computed.shape[0]
@@ -37,7 +37,7 @@ def plan(
         elif size is not None:
             require(size >= batch, f"without span_row, the table needs {batch} requests and has {size}")
     return Launch(
-        pruned_slots_kernel,
+        deep_slots_kernel,
         (len(groups), batch + 1, 1),
         {
             "p_addresses": groups.addresses, "p_widths": groups.widths, "p_block_sizes": groups.sizes,
@@ -57,8 +57,8 @@ def plan(
     )  # fmt: skip
 
 
-def pruned_slots(
-    groups: PrunedGroups,
+def deep_slots(
+    groups: DeepGroups,
     spans: SpanTables,
     num_computed: torch.Tensor,
     query_start: torch.Tensor,
@@ -68,22 +68,23 @@ def pruned_slots(
     span_row: torch.Tensor | None = None,
     table_row: torch.Tensor | None = None,
 ) -> None:
-    """Write `seq_lens` and `slot_mapping` of every pruned KV group for one step, in one launch.
+    """Write `seq_lens` and `slot_mapping` of every deep KV group for one step, in one launch.
 
     Batch row `b` brings the tokens at prompt positions `num_computed[b] + i`, `i < query_start[b+1] -
-    query_start[b]`. With `rank` as the reference defines it (text owns a slot each, a span owns `kept`, laid
-    at its front; 0 in a group that retains nothing):
+    query_start[b]`. With `slot_index` as the reference defines it (text owns a slot each, a span owns `kept`,
+    laid at its front; 0 in a group that retains nothing):
 
-    - `seq_lens[g, b] = rank(num_computed[b] + query length)`;
-    - text token at position p: slot `table[g][b, rank(p) // block_size] * block_size + rank(p) % block_size`;
-    - visual token of this step: -1, always. The retained ones own the slots of ranks
-      `rank(start) .. rank(start) + kept - 1`, which are written when layer L2 has chosen them.
+    - `seq_lens[g, b] = slot_index(num_computed[b] + query length)`;
+    - text token at position p: slot `table[g][b, slot_index(p) // block_size] * block_size + slot_index(p) %
+      block_size`;
+    - visual token of this step: -1, always. The retained ones own the slots of indices
+      `slot_index(start) .. slot_index(start) + kept - 1`, which are written when layer L2 has chosen them.
 
     Every element of both outputs is written: rows from `len(num_computed)` on get 0 and tokens from
     `query_start[-1]` on get -1, so that a CUDA graph captured at a larger batch may replay over the buffers.
 
     Args:
-        groups: block tables, block sizes and retention of the pruned groups (built once).
+        groups: block tables, block sizes and retention of the deep groups (built once).
         spans: visual spans of the requests. A request without any (text only) has `begin == end`.
         num_computed: [batch] int, tokens of each row's request before this step.
         query_start: [batch + 1] int, cumulative tokens of this step.
@@ -92,8 +93,8 @@ def pruned_slots(
         span_row: [batch] int: request of `spans` of each batch row; -1 for a padding row. Without it, b is b.
         table_row: [batch] int: row of the block tables; -1 for a padding row. Without it, row b is b.
 
-    Tokens whose rank lies past their block table get -1: nothing is read out of range.
+    Tokens whose slot_index lies past their block table get -1: nothing is read out of range.
     Cost: per group, 8 bytes written a token and 4 a row, 4 read a text token; no FLOPs to speak of.
     """
     outputs = seq_lens, slot_mapping
-    plan(groups, spans, num_computed, query_start, *outputs, span_row=span_row, table_row=table_row).run()
+    prepare(groups, spans, num_computed, query_start, *outputs, span_row=span_row, table_row=table_row).run()

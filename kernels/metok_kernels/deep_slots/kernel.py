@@ -7,12 +7,12 @@ import triton.language as tl
 
 
 @triton.jit
-def rank_of(
+def slot_index_of(
     o_position, p_start, p_length, p_kept, span_begin, span_end, retains,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """(slots owned before it [BLOCK_T], spans around it [BLOCK_T], 0 for text) of each prompt position."""
-    b_rank = o_position
+    b_index = o_position
     b_inside = tl.zeros([BLOCK_T], tl.int32)
     for first in range(span_begin, span_end, BLOCK_S):
         o_span = first + tl.arange(0, BLOCK_S)
@@ -24,14 +24,14 @@ def rank_of(
         b_before = tl.maximum(o_position[:, None] - b_start[None, :], 0)
         b_visual = tl.minimum(b_before, b_length[None, :])
         b_owned = tl.minimum(b_before, b_kept[None, :])
-        b_rank -= tl.sum(b_visual - b_owned, axis=1)
+        b_index -= tl.sum(b_visual - b_owned, axis=1)
         m_inside = (o_position[:, None] >= b_start[None, :]) & (b_before < b_length[None, :])
         b_inside += tl.sum(m_inside.to(tl.int32), axis=1)
-    return b_rank, b_inside
+    return b_index, b_inside
 
 
 @triton.jit(do_not_specialize=["batch", "table_rows", "num_requests", "max_requests", "max_tokens"])
-def pruned_slots_kernel(
+def deep_slots_kernel(
     p_addresses, p_widths, p_block_sizes, p_retains, p_start, p_length, p_kept, p_begin, p_end,
     p_span_row, p_table_row, p_num_computed, p_query_start, p_seq_lens, p_slots,
     stride_seq_lens, stride_slots, batch, table_rows, num_requests, max_requests, max_tokens,
@@ -71,18 +71,18 @@ def pruned_slots_kernel(
     token_end = tl.load(p_query_start + (row + 1))
     computed = tl.load(p_num_computed + row).to(tl.int32)
     o_end = tl.full([1], 0, tl.int32) + computed + token_end - token
-    b_total, _ = rank_of(o_end, p_start, p_length, p_kept, span_begin, span_end, retains, 1, BLOCK_S)
+    b_total, _ = slot_index_of(o_end, p_start, p_length, p_kept, span_begin, span_end, retains, 1, BLOCK_S)
     tl.store(p_seq_lens + row + tl.arange(0, 1).to(tl.int64), tl.where(real, b_total, 0))
 
     for first in range(token, token_end, BLOCK_T):
         o_token = first + tl.arange(0, BLOCK_T)
         m_token = o_token < token_end
         o_position = computed + o_token - token
-        b_rank, b_inside = rank_of(
+        b_index, b_inside = slot_index_of(
             o_position, p_start, p_length, p_kept, span_begin, span_end, retains, BLOCK_T, BLOCK_S
         )
-        o_page = b_rank // block_size
+        o_page = b_index // block_size
         m_owner = m_token & (b_inside == 0) & (o_page < pages)
         b_block = tl.load(p_table + o_page.to(tl.int64), mask=m_owner, other=0).to(tl.int64)
-        b_slot = tl.where(m_owner, b_block * block_size + b_rank % block_size, -1)
+        b_slot = tl.where(m_owner, b_block * block_size + b_index % block_size, -1)
         tl.store(p_slots + o_token.to(tl.int64), b_slot, mask=m_token & (o_token < max_tokens))
