@@ -14,7 +14,8 @@ from metok_vllm.contract.settings import MetokSettings
 PREFILL_STEP = 1024
 
 NOT_IN_THE_RUN = {
-    "EVS (--video-pruning-method evs)": "does not apply: vLLM 0.32 has it for Qwen2.5-VL, Qwen3-VL and Nemotron-Nano-VL only",
+    "EVS (--video-pruning-method evs)": "does not apply: vLLM 0.32 has it for Qwen2.5-VL, Qwen3-VL, Qwen3.5, "
+    "Nemotron-Nano-VL and Compass only",
     "VidCom2 (--video-pruning-method vidcom2)": "does not apply: vLLM 0.32 has it for the Qwen3-VL family only",
 }
 
