@@ -1,4 +1,4 @@
-"""The definition of the slot index, seq_lens and slots, on the host, one token at a time. This is the truth."""
+"""The slot index, seq_lens and slots, on the host, one token at a time. This is the definition."""
 
 from __future__ import annotations
 

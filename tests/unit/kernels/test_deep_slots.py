@@ -72,7 +72,7 @@ def assert_same(*arguments: object, **rows: torch.Tensor) -> tuple[torch.Tensor,
 @few_examples
 @given(spans=span_lists(), tail=st.integers(0, 20))
 def test_slot_index_counts_owners(spans: Spans, tail: int) -> None:
-    """slot_index = owners before a position, when the first `kept` tokens of a span are taken as its owners."""
+    """Owners before a position, when the first `kept` tokens of a span are taken as its owners."""
     length = (spans[-1][0] + spans[-1][1] if spans else 0) + tail
     owners = [
         all(not start <= p < start + size or p - start < kept for start, size, kept in spans) for p in range(length)
