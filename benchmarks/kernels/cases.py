@@ -194,13 +194,13 @@ def slots(batch: int, query: int, groups: int, device: torch.device) -> Case:
     query_start = torch.arange(batch + 1, dtype=INT, device=device) * query
     seq_lens = torch.zeros(groups, batch, dtype=INT, device=device)
     mapping = torch.zeros(groups, batch * query, dtype=torch.int64, device=device)
-    kept = torch.tensor([200 * flag for flag in known.retains], device=device)[:, None]
+    retained = torch.tensor([200 * flag for flag in known.retains], device=device)[:, None]
     tables = torch.stack(known.tables)
     row = torch.arange(batch * query, device=device) // query
 
     def slot_index(position: torch.Tensor) -> torch.Tensor:
         before = (position - 15).clamp(0, length)
-        return position - before + torch.minimum(before, kept)
+        return position - before + torch.minimum(before, retained)
 
     def plain() -> tuple[torch.Tensor, torch.Tensor]:
         position = computed[row] + torch.arange(batch * query, device=device) - query_start[row]

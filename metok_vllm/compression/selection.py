@@ -43,7 +43,7 @@ def prune_layers(num_layers: int, override: tuple[int, int, int] | None = None) 
     second = max(first + 1, scaled[1])
     third = max(second + 1, scaled[2])
     if third > num_layers:
-        raise ValueError(f"a model needs at least 3 layers to be pruned in three stages, not {num_layers}")
+        raise ValueError(f"a model needs at least 3 layers for three pruning layers, not {num_layers}")
     return first, second, third
 
 

@@ -98,7 +98,9 @@ def events_table(view: ReportView, timed: bool = True) -> Table:
         )
     table.add_section()
     totals = (sum(event.count(stride) for event in view.events) for stride in view.strides)
-    table.add_row("", "", str(len(view.frames)), f"{view.duration:.1f}", *map(str, totals), str(view.stages[1][1]))
+    table.add_row(
+        "", "", str(len(view.frames)), f"{view.duration:.1f}", *map(str, totals), str(view.visual_tokens[1][1])
+    )
     return table
 
 
@@ -134,13 +136,13 @@ def amounts_table(view: ReportView, on: Answer, off: Answer) -> Table:
     )
     for column in ("", "METok off", "METok", "saved"):
         table.add_column(column, justify="left" if column == "" else "right")
-    stock = view.stages[0][1]
+    stock = view.visual_tokens[0][1]
     rows: list[tuple[str, Amounts]] = [
         ("prompt tokens (text and video)", Amounts(off.prompt_tokens, on.prompt_tokens)),
-        ("visual tokens encoded", Amounts(stock, view.stages[1][1])),
-        (f"visual tokens from layer {layers[0]}", Amounts(stock, view.stages[2][1])),
-        (f"visual tokens from layer {layers[1]}", Amounts(stock, view.stages[3][1])),
-        (f"visual tokens from layer {layers[2]}", Amounts(stock, view.stages[4][1])),
+        ("visual tokens encoded", Amounts(stock, view.visual_tokens[1][1])),
+        (f"visual tokens from layer {layers[0]}", Amounts(stock, view.visual_tokens[2][1])),
+        (f"visual tokens from layer {layers[1]}", Amounts(stock, view.visual_tokens[3][1])),
+        (f"visual tokens from layer {layers[2]}", Amounts(stock, view.visual_tokens[4][1])),
         (f"visual KV kept for decoding, layers {layers[0]}-{layers[2] - 1} (tokens)", Amounts(stock, view.retained)),
     ]
     for name, amounts in rows:
@@ -172,8 +174,8 @@ def plain(renderable: RenderableType, width: int = 120) -> str:
 def _strides(view: ReportView, event: EventView) -> Text:
     text = Text()
     for stride in event.strides:
-        rank = min(view.strides.index(stride), len(_STRIDE_STYLES) - 1)
-        text.append(f"{stride} ", style=_STRIDE_STYLES[rank])
+        tier = min(view.strides.index(stride), len(_STRIDE_STYLES) - 1)
+        text.append(f"{stride} ", style=_STRIDE_STYLES[tier])
     return text
 
 

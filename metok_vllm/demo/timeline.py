@@ -57,7 +57,7 @@ def draw_timeline(view: ReportView, video: SampledVideo, question: str, path: Pa
     _event_band(band, view)
     bars = area(_MARGIN + 0.25, title + 0.5, split - _MARGIN - 0.25, charts - 0.85)
     _token_bars(bars, view, video)
-    _stages(area(split + 1.35, title + 0.15, _WIDTH - split - 1.35 - _MARGIN, charts - 0.5), view)
+    _visual_tokens(area(split + 1.35, title + 0.15, _WIDTH - split - 1.35 - _MARGIN, charts - 0.5), view)
     film = area(_MARGIN, title + charts + 0.5, _WIDTH - 2 * _MARGIN, strip)
     _film_strip(film, view, video, shown, (columns, cell, row))
     figure.savefig(path, dpi=110)
@@ -155,9 +155,9 @@ def _token_bars(axes: Any, view: ReportView, video: SampledVideo) -> None:
     _quiet(axes)
 
 
-def _stages(axes: Any, view: ReportView) -> None:
+def _visual_tokens(axes: Any, view: ReportView) -> None:
     """Visual tokens along the request's way, as horizontal bars."""
-    rows = [*view.stages, ("kept for decoding", view.retained)]
+    rows = [*view.visual_tokens, ("kept for decoding", view.retained)]
     names = ["METok off", "after stage 1", *(name for name, _ in rows[2:])]
     most = max(count for _, count in rows)
     for place, (_, count) in enumerate(rows):

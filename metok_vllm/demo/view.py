@@ -63,7 +63,7 @@ class ReportView:
     duration: float  # s
     prune_layers: tuple[int, ...]
     text_tokens: int
-    stages: tuple[tuple[str, int], ...]  # visual tokens along the request's way: name of the stage, how many
+    visual_tokens: tuple[tuple[str, int], ...]  # along the request's way: name of the place, how many
     retained: int  # visual tokens that keep KV in the layers from the first pruning one to the last while decoding
     kv_bytes: Amounts
     prefill_flops: Amounts
@@ -75,7 +75,7 @@ class ReportView:
 
     @property
     def stock_tokens_per_frame(self) -> float:
-        return self.stages[0][1] / len(self.frames)
+        return self.visual_tokens[0][1] / len(self.frames)
 
 
 def read_report(report: dict[str, Any], times: list[float], duration: float) -> ReportView:
@@ -102,7 +102,7 @@ def read_report(report: dict[str, Any], times: list[float], duration: float) -> 
             for entry, time in zip(entries, times, strict=True)
         )
         first, second, third = report["prune_layers"]
-        stages = (
+        visual_tokens = (
             ("stock", visual["stock"]),
             ("encoded", visual["encoded"]),
             (f"from layer {first}", visual["after_l1"]),
@@ -115,7 +115,7 @@ def read_report(report: dict[str, Any], times: list[float], duration: float) -> 
             duration=duration,
             prune_layers=(first, second, third),
             text_tokens=report["text_tokens"],
-            stages=stages,
+            visual_tokens=visual_tokens,
             retained=visual["retained"],
             kv_bytes=Amounts(**report["kv_bytes"]),
             prefill_flops=Amounts(**report["prefill_flops"]),

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from av.video.frame import VideoFrame
 
-from .sampling import PacketTable, Run, plan_runs, sample_indices
+from .sampling import PacketTable, Run, decode_runs, sample_indices
 from .settings import VideoError, VideoSettings
 from .source import Clock, PacketReader, SeekMissed, VideoFile, frame_rate, open_source, read_packet_table
 
@@ -136,7 +136,7 @@ def _passes(file: VideoFile, table: PacketTable, indices: list[int], settings: V
     libav's threads race when they patch over damage, so a damaged file is read again by one thread: the same
     bytes must give the same frames. Raises `_TimesLie` where the frames are not known by their times.
     """
-    runs = plan_runs(table, indices)
+    runs = decode_runs(table, indices)
     cost = sum(run.cost for run in runs)
     if cost > settings.max_decoded_frames:
         raise VideoError(
@@ -147,7 +147,7 @@ def _passes(file: VideoFile, table: PacketTable, indices: list[int], settings: V
         return
     picker.forget()
     _pass(file, table, runs, settings, picker, strict=False)
-    walk = plan_runs(table, indices, jump=False)
+    walk = decode_runs(table, indices, jump=False)
     if not picker.have.all() and walk != runs and walk[0].cost <= settings.max_decoded_frames:
         _pass(file, table, walk, settings, picker, strict=False)
     if table.timed and not picker.have.any():

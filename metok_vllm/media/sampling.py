@@ -75,7 +75,7 @@ def sample_indices(total: int, duration: float, num_frames: int, fps: float) -> 
     return [int(index) for index in np.linspace(0, total - 1, count, dtype=int)]
 
 
-def plan_runs(table: PacketTable, indices: list[int], *, jump: bool = True) -> list[Run]:
+def decode_runs(table: PacketTable, indices: list[int], *, jump: bool = True) -> list[Run]:
     """Cut the work of decoding frames `indices` (increasing) into runs, in file order and without overlap.
 
     Each wanted frame is decoded from the last key packet stored and shown no later than it. If `jump` is

@@ -79,11 +79,11 @@ def per_frame(tags: VideoTags, frames: int) -> torch.Tensor:
     """Event, key event, tier and number of tokens of every frame: int32 [4, frames], without waiting for the
     device.
     """
-    facts = torch.stack([tags.event, tags.is_key.to(torch.int64), tags.tier])
-    table = facts.new_zeros(4, frames)
-    # All tokens of a frame, its event's separator too, carry the same facts, so it does not matter which is
+    columns = torch.stack([tags.event, tags.is_key.to(torch.int64), tags.tier])
+    table = columns.new_zeros(4, frames)
+    # All tokens of a frame, its event's separator too, carry the same, so it does not matter which is
     # written last.
-    table[:3].scatter_(1, tags.frame.expand(3, -1), facts)
+    table[:3].scatter_(1, tags.frame.expand(3, -1), columns)
     table[3].index_add_(0, tags.frame, torch.ones_like(tags.frame))
     return table.to(torch.int32)
 

@@ -64,17 +64,17 @@ class DeepSlots:
         self.device = device
         self.shift = torch.zeros(len(DEEP_KINDS), max_num_reqs, dtype=torch.int32, device=device)
         self.seq_lens = torch.zeros(len(DEEP_KINDS), max_num_reqs, dtype=torch.int32, device=device)
-        # The same facts as the kernel takes them: one span a request, with what is retained of it.
+        # The same as the kernel takes it: one span a request, with what is retained of it.
         self._start = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self._length = torch.zeros_like(self._start)
-        self._kept = torch.zeros_like(self._start)
+        self._retained = torch.zeros_like(self._start)
         self._begin = torch.arange(max_num_reqs, dtype=torch.int32, device=device)
 
     def reset(self, index: int) -> None:
         """A request without pruned tokens, or one whose prompt is not complete, has taken row `index`."""
         self.shift[:, index] = 0
         self._length[index] = 0
-        self._kept[index] = 0
+        self._retained[index] = 0
 
     def complete(self, index: int, start: int, visual: int, retained: int) -> None:
         """The prompt of the request in row `index` is complete: `visual` tokens from `start` on, `retained`
@@ -87,7 +87,7 @@ class DeepSlots:
         self.shift[DEEP_KINDS.index(TEXT_AND_RETAINED), index] = visual - retained
         self._start[index] = start
         self._length[index] = visual
-        self._kept[index] = retained
+        self._retained[index] = retained
 
     def unshifted(self, seq_lens: torch.Tensor) -> None:
         """No request in the batch has pruned tokens: its deep groups are as long as the others."""
@@ -134,7 +134,7 @@ class DeepSlots:
             [group.kind == TEXT_AND_RETAINED for group in groups],
         )
         spans = SpanTables(
-            self._start, self._length, self._kept, self._begin, self._begin + (self._length > 0).to(torch.int32)
+            self._start, self._length, self._retained, self._begin, self._begin + (self._length > 0).to(torch.int32)
         )
         first, last = groups[0].index, groups[-1].index + 1
         if [group.index for group in groups] != list(range(first, last)):

@@ -13,21 +13,22 @@ import torch
 from metok_vllm.contract.counters import SECOND_BOUNDS, TIMED_PARTS, Histogram
 
 MOST_PENDING = 512
-"""Spans whose events the device has not reached yet; further ones are not measured until some have been read.
+"""Measurements whose events the device has not reached yet; further ones are not measured until some have
+been read.
 """
 
 
 class PartTimes:
     """Durations by part, in seconds.
 
-    On CUDA a span is two events on the current stream. They are read later, and only those that the device
-    has passed, so that no step ever waits. Elsewhere a span is wall time. A span that ends with an exception
+    On CUDA a measurement is two events on the current stream. They are read later, and only those that the
+    device has passed, so that no step ever waits. Elsewhere it is wall time. One that ends with an exception
     is not counted.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.on_cuda = torch.device(device).type == "cuda"
-        self.unmeasured = 0  # spans that found `MOST_PENDING` others before them
+        self.unmeasured = 0  # measurements that found `MOST_PENDING` others before them
         self._seconds = {part: Histogram(SECOND_BOUNDS) for part in TIMED_PARTS}
         self._pending: deque[tuple[Histogram, Any, Any]] = deque()
         self._free: list[Any] = []
@@ -59,7 +60,7 @@ class PartTimes:
         self._pending.append((seconds, start, end))
 
     def snapshot(self) -> dict[str, dict[str, Any]]:
-        """Part to what `Histogram.snapshot` gives, of all spans that the device has finished."""
+        """Part to what `Histogram.snapshot` gives, of all measurements that the device has finished."""
         self._read()
         return {part: seconds.snapshot() for part, seconds in self._seconds.items()}
 
@@ -77,7 +78,7 @@ class PartTimes:
         return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
     def _read(self) -> None:
-        # One stream runs in order: where a span is not over, none behind it is.
+        # One stream runs in order: where a measurement is not over, none behind it is.
         while self._pending and self._pending[0][2].query():
             seconds, start, end = self._pending.popleft()
             seconds.observe(start.elapsed_time(end) / 1000)

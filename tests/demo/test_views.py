@@ -62,7 +62,7 @@ def test_events_cover_the_video_and_account_for_every_token(report: Any, view: R
     assert view.events[-1].end == view.duration == 30
     # The clip's four scene cuts, which METok finds (test_scene_cuts.py), lie within half a sample of these.
     assert [e.end for e in view.events[:-1]] == pytest.approx([1.54, 11.88, 15.75, 23.04], abs=30 / 31 / 2)
-    encoded = dict(view.stages)["encoded"]
+    encoded = dict(view.visual_tokens)["encoded"]
     assert sum(event.tokens for event in view.events) == encoded == report["visual_tokens"]["encoded"]
     assert view.text_tokens == TEXT_TOKENS
     assert view.stock_tokens_per_frame == pytest.approx(16, abs=0.1)

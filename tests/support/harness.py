@@ -77,7 +77,7 @@ class Engine:
         return int(self.managers[0].block_size)
 
     def check_drained(self) -> None:
-        """Nothing of any finished request is left: blocks, facts, buffers, tables."""
+        """Nothing of any finished request is left: blocks, slot counts, buffers, tables."""
         pool = self.scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "blocks are missing (one is the null block)"
         for manager in self.managers:
@@ -210,6 +210,6 @@ def engine(sample: Sample, server: dict[str, Any] | None = None, **llm_kwargs: A
         cleanup_dist_env_and_memory()
 
 
-def pruned_managers(running: Engine) -> list[DeepKVManager]:
-    """Managers of the groups that hold no pruned token."""
+def deep_managers(running: Engine) -> list[DeepKVManager]:
+    """Managers of the deep layers' groups."""
     return [manager for manager in running.managers if isinstance(manager, DeepKVManager)]

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def slot_index_of(
-    o_position, p_start, p_length, p_kept, span_begin, span_end, retains,
+    o_position, p_start, p_length, p_retained, span_begin, span_end, retains,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """(slots owned before it [BLOCK_T], spans around it [BLOCK_T], 0 for text) of each prompt position."""
@@ -19,11 +19,11 @@ def slot_index_of(
         m_span = o_span < span_end
         b_start = tl.load(p_start + o_span.to(tl.int64), mask=m_span, other=0)
         b_length = tl.load(p_length + o_span.to(tl.int64), mask=m_span, other=0)
-        b_kept = tl.load(p_kept + o_span.to(tl.int64), mask=m_span, other=0) * retains
-        b_kept = tl.minimum(tl.maximum(b_kept, 0), b_length)
+        b_retained = tl.load(p_retained + o_span.to(tl.int64), mask=m_span, other=0) * retains
+        b_retained = tl.minimum(tl.maximum(b_retained, 0), b_length)
         b_before = tl.maximum(o_position[:, None] - b_start[None, :], 0)
         b_visual = tl.minimum(b_before, b_length[None, :])
-        b_owned = tl.minimum(b_before, b_kept[None, :])
+        b_owned = tl.minimum(b_before, b_retained[None, :])
         b_index -= tl.sum(b_visual - b_owned, axis=1)
         m_inside = (o_position[:, None] >= b_start[None, :]) & (b_before < b_length[None, :])
         b_inside += tl.sum(m_inside.to(tl.int32), axis=1)
@@ -32,7 +32,7 @@ def slot_index_of(
 
 @triton.jit(do_not_specialize=["batch", "table_rows", "num_requests", "max_requests", "max_tokens"])
 def deep_slots_kernel(
-    p_addresses, p_widths, p_block_sizes, p_retains, p_start, p_length, p_kept, p_begin, p_end,
+    p_addresses, p_widths, p_block_sizes, p_retains, p_start, p_length, p_retained, p_begin, p_end,
     p_span_row, p_table_row, p_num_computed, p_query_start, p_seq_lens, p_slots,
     stride_seq_lens, stride_slots, batch, table_rows, num_requests, max_requests, max_tokens,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -71,7 +71,7 @@ def deep_slots_kernel(
     token_end = tl.load(p_query_start + (row + 1))
     computed = tl.load(p_num_computed + row).to(tl.int32)
     o_end = tl.full([1], 0, tl.int32) + computed + token_end - token
-    b_total, _ = slot_index_of(o_end, p_start, p_length, p_kept, span_begin, span_end, retains, 1, BLOCK_S)
+    b_total, _ = slot_index_of(o_end, p_start, p_length, p_retained, span_begin, span_end, retains, 1, BLOCK_S)
     tl.store(p_seq_lens + row + tl.arange(0, 1).to(tl.int64), tl.where(real, b_total, 0))
 
     for first in range(token, token_end, BLOCK_T):
@@ -79,7 +79,7 @@ def deep_slots_kernel(
         m_token = o_token < token_end
         o_position = computed + o_token - token
         b_index, b_inside = slot_index_of(
-            o_position, p_start, p_length, p_kept, span_begin, span_end, retains, BLOCK_T, BLOCK_S
+            o_position, p_start, p_length, p_retained, span_begin, span_end, retains, BLOCK_T, BLOCK_S
         )
         o_page = b_index // block_size
         m_owner = m_token & (b_inside == 0) & (o_page < pages)

@@ -42,7 +42,7 @@ def prepare(
         {
             "p_addresses": groups.addresses, "p_widths": groups.widths, "p_block_sizes": groups.sizes,
             "p_retains": groups.retain_flags,
-            "p_start": spans.start, "p_length": spans.length, "p_kept": spans.kept,
+            "p_start": spans.start, "p_length": spans.length, "p_retained": spans.retained,
             "p_begin": spans.begin, "p_end": spans.end, "p_span_row": span_row, "p_table_row": table_row,
             "p_num_computed": num_computed, "p_query_start": query_start,
             "p_seq_lens": seq_lens, "p_slots": slot_mapping,
@@ -71,14 +71,14 @@ def deep_slots(
     """Write `seq_lens` and `slot_mapping` of every deep KV group for one step, in one launch.
 
     Batch row `b` brings the tokens at prompt positions `num_computed[b] + i`, `i < query_start[b+1] -
-    query_start[b]`. With `slot_index` as the reference defines it (text owns a slot each, a span owns `kept`,
-    laid at its front; 0 in a group that retains nothing):
+    query_start[b]`. With `slot_index` as the reference defines it (text owns a slot each, a span owns
+    `retained`, laid at its front; 0 in a group that retains nothing):
 
     - `seq_lens[g, b] = slot_index(num_computed[b] + query length)`;
     - text token at position p: slot `table[g][b, slot_index(p) // block_size] * block_size + slot_index(p) %
       block_size`;
-    - visual token of this step: -1, always. The retained ones own the slots of indices
-      `slot_index(start) .. slot_index(start) + kept - 1`, which are written when layer L2 has chosen them.
+    - visual token of this step: -1, always. The retained ones own the slots of indices `slot_index(start) ..
+      slot_index(start) + retained - 1`, which are written when layer L2 has chosen them.
 
     Every element of both outputs is written: rows from `len(num_computed)` on get 0 and tokens from
     `query_start[-1]` on get -1, so that a CUDA graph captured at a larger batch may replay over the buffers.

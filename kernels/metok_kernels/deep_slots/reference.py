@@ -10,18 +10,18 @@ from metok_kernels.deep_slots.tables import PAD_SLOT, DeepGroups, SpanTables
 
 
 def slot_index(position: int, spans: Sequence[tuple[int, int, int]]) -> int:
-    """How many of a prompt's first `position` tokens own a slot, for spans (start, length, kept).
+    """How many of a prompt's first `position` tokens own a slot, for spans (start, length, retained).
 
-    Text owns one slot a token. A span owns `kept`, and for counting they lie at its front: the indices
-    `slot_index(start) .. slot_index(start) + kept - 1` are the span's, whichever of its tokens were retained,
-    and the text after it goes on from `slot_index(start) + kept`. So the slot index grows by 0 or 1 a token,
-    and no two owners share a slot. A request's KV order is free, since rotation has been applied before the
-    cache is written.
+    Text owns one slot a token. A span owns `retained`, and for counting they lie at its front: the indices
+    `slot_index(start) .. slot_index(start) + retained - 1` are the span's, whichever of its tokens were
+    retained, and the text after it goes on from `slot_index(start) + retained`. So the slot index grows by 0
+    or 1 a token, and no two owners share a slot. A request's KV order is free, since rotation has been
+    applied before the cache is written.
     """
     owned = position
-    for start, length, kept in spans:
+    for start, length, retained in spans:
         before = min(max(position - start, 0), length)
-        owned -= before - min(before, max(kept, 0))
+        owned -= before - min(before, max(retained, 0))
     return owned
 
 
@@ -46,11 +46,11 @@ def reference(
         if not (0 <= request < spans.begin.shape[0] and 0 <= table_at < groups.tables[0].shape[0]):
             continue
         owned = slice(int(spans.begin[request]), int(spans.end[request]))
-        columns = (spans.start[owned], spans.length[owned], spans.kept[owned])
+        columns = (spans.start[owned], spans.length[owned], spans.retained[owned])
         triples = list(zip(*(column.tolist() for column in columns), strict=True))
         length = starts[row + 1] - starts[row]
         for group, (table, block_size) in enumerate(zip(groups.tables, groups.block_sizes, strict=True)):
-            known = [(start, size, kept * groups.retains[group]) for start, size, kept in triples]
+            known = [(start, size, retained * groups.retains[group]) for start, size, retained in triples]
             seq_lens[group, row] = slot_index(computed + length, known)
             for token in range(length):
                 position = computed + token

@@ -26,7 +26,7 @@ class SpanTables:
     """[spans] int32: prompt position of the span's first visual token."""
     length: torch.Tensor
     """[spans] int32: visual tokens in the span."""
-    kept: torch.Tensor
+    retained: torch.Tensor
     """[spans] int32: retained visual tokens booked on this span (docs/method.md section 4,
     `decode_retention`). Clamped to 0 .. length. May be written on the device, by the forward pass that
     chooses them, for the steps that follow."""
@@ -38,7 +38,7 @@ class SpanTables:
     def check(self, device: torch.device) -> None:
         """Check shapes, dtypes and devices; raises TypeError or ValueError."""
         spans, requests = self.start.shape[0], self.begin.shape[0]
-        for name in ("start", "length", "kept"):
+        for name in ("start", "length", "retained"):
             expect(f"spans.{name}", getattr(self, name), (spans,), (torch.int32,), device)
         for name in ("begin", "end"):
             expect(f"spans.{name}", getattr(self, name), (requests,), (torch.int32,), device)

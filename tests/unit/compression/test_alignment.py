@@ -12,18 +12,18 @@ from tests.support.compression import naive
 from tests.support.compression.generators import event_ids, property_test, scores
 
 
-def test_paired_takes_the_elementwise_max_over_windows() -> None:
+def test_dual_tower_takes_the_elementwise_max_over_windows() -> None:
     frames = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 4.0], [0.0, 0.0]])
     windows = torch.tensor([[3.0, -9.0], [-7.0, 4.0]])  # together (3, 4), which neither window points along
     torch.testing.assert_close(dual_tower(frames, windows), torch.tensor([0.6, 0.8, 1.0, 0.0]))
 
 
-def test_paired_refuses_a_question_without_windows() -> None:
+def test_dual_tower_refuses_a_question_without_windows() -> None:
     with pytest.raises(ValueError, match="at least one text window"):
         dual_tower(torch.zeros(2, 3), torch.zeros(0, 3))
 
 
-def test_embedding_space_compares_with_the_mean_question_token() -> None:
+def test_embedding_compares_with_the_mean_question_token() -> None:
     frames = torch.tensor([[1.0, 0.0], [0.0, -2.0]], dtype=torch.bfloat16)
     question = torch.tensor([[6.0, 0.0], [0.0, 8.0]], dtype=torch.bfloat16)
     r = embedding(frames, question)
@@ -37,7 +37,7 @@ def test_empty_question_scores_every_frame_zero() -> None:
 
 @property_test
 @given(event_ids(), st.integers(0, 2**31))
-def test_events_only_equals_plain_loops(ids: list[int], seed: int) -> None:
+def test_none_equals_plain_loops(ids: list[int], seed: int) -> None:
     vectors = torch.randn(len(ids), 6, generator=torch.Generator().manual_seed(seed))
     events = ids[-1] + 1
     r, lengths = none(vectors, torch.tensor(ids), events)

@@ -228,7 +228,7 @@ def test_a_model_too_shallow(make_config: Make, tmp_path: Path) -> None:
 
     model = build_checkpoint(tmp_path / "shallow", layers=2)
     sentence = refusal(make_config, model=str(model))
-    assert sentence == "METok (additional_config): a model needs at least 3 layers to be pruned in three stages, not 2."
+    assert sentence == "METok (additional_config): a model needs at least 3 layers for three pruning layers, not 2."
 
 
 def test_a_wrong_video_setting(make_config: Make) -> None:

@@ -72,10 +72,11 @@ def assert_same(*arguments: object, **rows: torch.Tensor) -> tuple[torch.Tensor,
 @few_examples
 @given(spans=span_lists(), tail=st.integers(0, 20))
 def test_slot_index_counts_owners(spans: Spans, tail: int) -> None:
-    """Owners before a position, when the first `kept` tokens of a span are taken as its owners."""
+    """Owners before a position, when the first `retained` tokens of a span are taken as its owners."""
     length = (spans[-1][0] + spans[-1][1] if spans else 0) + tail
     owners = [
-        all(not start <= p < start + size or p - start < kept for start, size, kept in spans) for p in range(length)
+        all(not start <= p < start + size or p - start < retained for start, size, retained in spans)
+        for p in range(length)
     ]
     assert [slot_index(p, spans) for p in range(length + 1)] == [sum(owners[:p]) for p in range(length + 1)]
 
@@ -95,7 +96,7 @@ def test_every_text_token_owns_one_slot_and_every_retained_one_too(device: torch
     known, length = groups(1, 12, device), 100
     seq_lens, slots = assert_same(known, tables([spans], device), [0], [length], device)
     text = slots[0, :length][slots[0, :length] != PAD_SLOT].tolist()
-    indices = [slot_index(start, spans) + i for start, _, kept in spans for i in range(kept)]
+    indices = [slot_index(start, spans) + i for start, _, retained in spans for i in range(retained)]
     retained = [int(known.tables[0][0, r // 16]) * 16 + r % 16 for r in indices]
     assert len(text) == length - 65
     assert len(retained) == 12
@@ -134,7 +135,7 @@ def test_persistent_span_table(device: torch.device) -> None:
                             ints(0, room, device=device), ints(1, room + 2, device=device))  # fmt: skip
     for request, spans in enumerate(requests):
         for index, span in enumerate(spans):
-            columns = persistent.start, persistent.length, persistent.kept
+            columns = persistent.start, persistent.length, persistent.retained
             for column, value in zip(columns, span, strict=True):
                 column[request * room + index] = value
     known = groups(2, 12, device)

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metok_vllm.media.sampling import JUMP_GAP, PacketTable, plan_runs, sample_indices
+from metok_vllm.media.sampling import JUMP_GAP, PacketTable, decode_runs, sample_indices
 
 WISHES = st.one_of(st.just(-1), st.integers(1, 600))
 RATES = st.one_of(st.just(-1.0), st.floats(0.01, 60))
@@ -42,7 +42,7 @@ def test_sampled_indices_rise_and_are_as_many_as_asked(total: int, frames: int, 
 @given(st.data(), tables())
 def test_runs_are_apart_in_order_and_reach_every_frame_from_a_key(data: st.DataObject, table: PacketTable) -> None:
     indices = sorted(data.draw(st.sets(st.integers(0, table.total - 1), min_size=1)))
-    runs = plan_runs(table, indices)
+    runs = decode_runs(table, indices)
     assert sorted(slot for run in runs for slot in run.wanted.values()) == list(range(len(indices)))
     assert all(a.end + JUMP_GAP < b.start for a, b in pairwise(runs))
     if not table.timed:
@@ -56,7 +56,7 @@ def test_runs_are_apart_in_order_and_reach_every_frame_from_a_key(data: st.DataO
             assert run.start <= shown[indices[slot]][1] <= run.end
             before = slice(run.start, shown[indices[slot]][1] + 1)
             assert run.start == 0 or (table.key[before] & (table.pts[before] <= pts)).any()
-    (walk,) = plan_runs(table, indices, jump=False)
+    (walk,) = decode_runs(table, indices, jump=False)
     assert walk.start == 0
     assert sum(run.cost for run in runs) <= walk.cost
 
@@ -65,7 +65,7 @@ def test_sparse_frames_of_a_long_video_cost_little() -> None:
     count = 90_000
     key = np.arange(count) % 250 == 0
     table = PacketTable(np.arange(count), key, np.ones(count, dtype=bool), timed=True)
-    runs = plan_runs(table, sample_indices(count, 3600.0, 16, -1))
+    runs = decode_runs(table, sample_indices(count, 3600.0, 16, -1))
     assert len(runs) == 16
     assert sum(run.cost for run in runs) < 16 * 250
 
@@ -74,5 +74,5 @@ def test_planning_is_quick_where_every_key_is_shown_after_its_followers() -> Non
     count = 200_000
     every = np.ones(count, dtype=bool)
     table = PacketTable(np.arange(count)[::-1].copy(), every, every, timed=True)
-    runs = plan_runs(table, list(range(0, count, 200)))
+    runs = decode_runs(table, list(range(0, count, 200)))
     assert sum(len(run.wanted) for run in runs) == 1000
