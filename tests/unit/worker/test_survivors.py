@@ -1,0 +1,115 @@
+"""The choices at L1, L2 and L3 on prompts of known layout, against plain loops; and which layers score."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from metok_vllm.compression.ratios import MICRO
+from metok_vllm.compression.selection import PruningLayer, keep_count
+from metok_vllm.contract.spans import VideoSpan
+from metok_vllm.worker.attention import RunningStep
+from metok_vllm.worker.batch import DecoderStack, PromptChunk
+from metok_vllm.worker.requests import PrunedRequest, VideoTags
+from metok_vllm.worker.survivors import Survivors, prune_l2, prune_l3, survivors_of_l1
+from metok_vllm.worker.timing import PartTimes
+from tests.support.fakes import plan
+
+RATIO = 760_000
+LENGTHS = ([5, 3], [4, 6])  # tokens of each event of two videos; the first event is key
+GAPS = (3, 2, 4)  # text before, between and behind them
+
+
+def request(retention: int) -> PrunedRequest:
+    spans, tags, text, at = [], [], [], 0
+    for gap, lengths in zip(GAPS, LENGTHS, strict=False):
+        text += range(at, at + gap)
+        at += gap
+        video = replace(plan(sum(lengths), retention=retention), events=len(lengths), keep_ratio_micro=RATIO)
+        spans.append(VideoSpan(at, sum(lengths), video))
+        event = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        tags.append(VideoTags(event, event == 0, torch.zeros_like(event), torch.zeros_like(event)))
+        at += sum(lengths)
+    text += range(at, at + GAPS[-1])
+    behind = np.array([p for p in text if p > spans[0].start])
+    return PrunedRequest(
+        req_id="r",
+        prompt_len=at + GAPS[-1],
+        spans=tuple(spans),
+        text=torch.tensor(text),
+        scoring=torch.from_numpy(behind),
+        scoring_np=behind,
+        scoring_before=(0, GAPS[1]),
+        tags=list(tags),
+    )
+
+
+def chosen(alive: list[int], scores: dict[int, float], span: VideoSpan, tags: Any, layer: PruningLayer) -> list[int]:
+    """Positions of one video that pass a pruning layer, in plain loops."""
+    kept = []
+    for event in range(span.plan.events):
+        own = [p for p in alive if span.start <= p < span.end and tags.event[p - span.start] == event]
+        count = keep_count(len(own), RATIO, event == 0, layer)
+        kept += sorted(sorted(own, key=lambda p: (-scores[p], p))[:count])
+    return kept
+
+
+def random_scores(positions: list[int], seed: int) -> dict[int, float]:
+    values = torch.rand(len(positions), generator=torch.Generator().manual_seed(seed))
+    return dict(zip(positions, values.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("retention", [0, MICRO // 2, MICRO])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_prompt_through_its_three_pruning_layers(seed: int, retention: int) -> None:
+    asked = request(retention)
+    chunk = PromptChunk(asked, 0, 0, asked.prompt_len, 0)
+    text = asked.text.tolist()
+    visual = [p for span in asked.spans for p in range(span.start, span.end)]
+
+    first = random_scores(visual, seed)
+    (survivors,) = survivors_of_l1([chunk], [[of_span(first, span, visual) for span in asked.spans]])
+    alive = [p for s, t in zip(asked.spans, asked.tags, strict=True) for p in chosen(visual, first, s, t, 1)]
+    check(survivors, text, alive)
+
+    second = random_scores(alive, seed + 100)
+    before = survivors.positions.tolist()
+    (rows,) = prune_l2([survivors], [[of_span(second, span, alive) for span in asked.spans]])
+    alive = [p for s, t in zip(asked.spans, asked.tags, strict=True) for p in chosen(alive, second, s, t, 2)]
+    check(survivors, text, alive)
+    assert [before[row] for row in rows.tolist()] == survivors.positions.tolist()
+    count = -(-len(alive) * retention // MICRO)
+    retained = sorted(sorted(alive, key=lambda p: (-second[p], p))[:count])
+    assert survivors.retained == count
+    if count:
+        assert survivors.retained_rows is not None
+        assert survivors.retained_rows_at_l1 is not None
+        assert survivors.positions[survivors.retained_rows].tolist() == retained
+        assert [before[row] for row in survivors.retained_rows_at_l1.tolist()] == retained
+    assert asked.result is not None
+    assert (asked.result.after_l2, asked.result.retained) == (len(alive), count)
+
+    before = survivors.positions.tolist()
+    (rows,) = prune_l3([survivors])
+    check(survivors, text, [])
+    assert [before[row] for row in rows.tolist()] == text
+
+
+def of_span(scores: dict[int, float], span: VideoSpan, alive: list[int]) -> torch.Tensor:
+    return torch.tensor([scores[p] for p in alive if span.start <= p < span.end])
+
+
+def check(survivors: Survivors, text: list[int], alive: list[int]) -> None:
+    """Survivors keep their places in the prompt, and with them their rotary positions."""
+    assert survivors.positions.tolist() == sorted(text + alive)
+    assert survivors.positions[survivors.text].tolist() == text
+
+
+@pytest.mark.parametrize("layers", [(1, 2, 3), (3, 10, 19)])
+def test_the_layers_that_score_are_those_right_before_l1_and_l2(layers: tuple[int, int, int]) -> None:
+    stack = DecoderStack([], torch.nn.Identity(), layers, RunningStep(), PartTimes())
+    assert stack.scoring_layers == (layers[0] - 1, layers[1] - 1)
