@@ -19,6 +19,7 @@ clip: setup
 
 # make serve MODEL=folder [ARGS="..."]: vLLM's server with METok, on this machine's CPU
 serve: setup
+	@[ -n "$(MODEL)" ] || { echo 'make serve: state the checkpoint: make serve MODEL=folder' >&2; exit 2; }
 	@TRITON_INTERPRET=1 VLLM_MEDIA_URL_ALLOW_REDIRECTS=0 VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-4} $(VENV)/vllm serve "$(MODEL)" --plugin metok \
 		--host 127.0.0.1 --allowed-media-domains localhost $(ARGS)
 

@@ -28,8 +28,8 @@ This page is made by `scripts/options.py` from the settings' own descriptions; a
 | one request | `extra_body={"mm_processor_kwargs": {"metok": {"preset": "balanced"}}}` |
 | one request, METok off | `extra_body={"mm_processor_kwargs": {"metok": "off"}}` |
 
-- A request overrides the server. vLLM reads settings from requests only if the server was started with
-  `--trust-request-mm-kwargs`. Without it every request uses the server's settings.
+- A request overrides the server, if the server was started with `--trust-request-mm-kwargs`. Without it vLLM
+  answers a request that states settings with HTTP 400; all others use the server's.
 - In `mm_processor_kwargs` a request may state `metok` and nothing else.
 - An unknown key, a wrong type or an impossible value is answered with one sentence: HTTP 400, or the server
   does not start.

@@ -1,10 +1,13 @@
 """What does compression cost in answers? Stock, METok and its ablations, and other methods, on held-out
 videos.
 
-    python -m benchmarks.accuracy                              # test set, every method locally, three points
-    through vLLM python -m benchmarks.accuracy --short                      # a reduced run for CI python -m
-    benchmarks.accuracy --set my.jsonl --url http://localhost:8000 --plain python -m benchmarks.accuracy
-    --plot benchmarks/results/accuracy.json
+    # The test set: every method locally, three points through vLLM.
+    python -m benchmarks.accuracy
+    # A reduced run for CI.
+    python -m benchmarks.accuracy --short
+    # Your questions, any server.
+    python -m benchmarks.accuracy --set my.jsonl --url http://localhost:8000 --plain
+    python -m benchmarks.accuracy --plot benchmarks/results/accuracy.json
 
 Writes a JSON, a CSV and plots. See the section "Accuracy" of benchmarks/README.md.
 """

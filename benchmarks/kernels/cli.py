@@ -1,9 +1,10 @@
 """Measure every kernel on the GPU, beside plain torch and torch.compile, against ceilings measured in the
 same run.
 
-    python -m benchmarks.kernels                      # on a GPU; appends to benchmarks/results/kernels.csv
-    python -m benchmarks.kernels --small --interpret  # anywhere: checks the results and this program, times
-    nothing
+    # On a GPU; appends to benchmarks/results/kernels.csv.
+    python -m benchmarks.kernels
+    # Anywhere: checks the results and this program, times nothing.
+    python -m benchmarks.kernels --small --interpret
 
 All cases are compared with their float32 references before anything is timed; one difference, and nothing is
 reported. A time is that of the GPU alone (CUDA events), with the L2 overwritten before each call.

@@ -1,8 +1,10 @@
 """METok's stages on a real language model: SmolLM2-135M-Instruct reads "videos" of captions (README: Second
 witness).
 
-python -m benchmarks.witness                    # run what is missing, then write results/witness.json and
-.png python -m benchmarks.witness --limit-s 500      # stop after that time; the next call goes on
+    # Run what is missing, then write results/witness.json and .png.
+    python -m benchmarks.witness
+    # Stop after that time; the next call goes on.
+    python -m benchmarks.witness --limit-s 500
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Every kernel in the configurations in use, built from tensors on `meta`: what is compiled ahead of time.
 
 `python -m metok_kernels.variants` compiles all of them for sm_80 and sm_90 without a GPU, and prints one JSON
-object a
-kernel and chip: registers, spills, shared memory and its limit, and what is wrong, if anything.
+object a kernel and chip: registers, spills, shared memory and its limit, and what is wrong, if anything.
 """
 
 from __future__ import annotations

@@ -5,19 +5,24 @@ the reference must agree on every count, so a ratio is an integer number of mill
 on it is integer arithmetic.
 """
 
+from decimal import Decimal
+
 MICRO = 1_000_000
 """Millionths in one: the fixed denominator of every ratio in this package."""
 
 
 def to_micro(ratio: float) -> int:
-    """Millionths of a ratio in [0, 1], read as the decimal it prints as (at most 6 decimals are kept).
+    """Millionths of a ratio in [0, 1], read as the decimal that it prints as.
 
     Raises:
-        ValueError: the ratio is outside [0, 1] or not a number.
+        ValueError: the ratio is outside [0, 1], is not a number, or has more than six decimals.
     """
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"a ratio must lie between 0 and 1, not {ratio}")
-    return round(ratio * MICRO)
+    scaled = Decimal(str(ratio)) * MICRO
+    if scaled != scaled.to_integral_value():
+        raise ValueError(f"a ratio takes at most six decimals, not {ratio}")
+    return int(scaled)
 
 
 def check_micro(ratio_micro: int) -> None:

@@ -35,8 +35,7 @@ class DeepAttentionSpec(AttentionSpec):
     """KV of a deep layer: pruned visual tokens own no slot.
 
     `retains`: the layer keeps retained visual tokens while decoding (`L1 .. L3-1`). Its group then holds more
-        slots than
-    the layers from L3 up, and cannot share their block table.
+    slots than the layers from L3 up, and cannot share their block table.
     """
 
     retains: bool = False

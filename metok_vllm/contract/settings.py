@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -24,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from metok_vllm.compression.ratios import MICRO
+from metok_vllm.compression.ratios import to_micro
 
 SERVER_ONLY = ("prune_layers", "aligner_model", "max_deferred_bytes", "status_shows_questions")
 """Keys that no request can change: they shape what is allocated at start, or what the operator's status page
@@ -139,10 +138,11 @@ class RequestSettings(MetokSettings):
 
 
 def _micro(name: str, value: float) -> int:
-    scaled = Decimal(str(value)) * MICRO
-    if scaled != scaled.to_integral_value():
-        raise ValueError(f"{name} takes at most six decimals, not {value}")
-    return int(scaled)
+    try:
+        return to_micro(value)
+    except ValueError:
+        # Its range has been checked before.
+        raise ValueError(f"{name} takes at most six decimals, not {value}") from None
 
 
 def explain(error: ValidationError, where: str) -> str:

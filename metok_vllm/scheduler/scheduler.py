@@ -116,14 +116,18 @@ class MetokScheduler(AsyncScheduler):
     def _schedule_chunk(
         self, request: Request, prompt_len: int, computed: int, wanted: int, encoder_budget: int, shift: int
     ) -> EncoderSchedule:
-        """The next chunk of a pruned prompt, and what the encoder does for it."""
+        """The next chunk of a pruned prompt by the four rules of `chunking.py`, and what the encoder does for
+        it.
+        """
         request_id = request.request_id
         item_starts = {feature.mm_position.offset for feature in request.mm_features}
         nothing = EncoderSchedule.nothing(encoder_budget)
-        chunk = longest_chunk(computed, wanted, prompt_len, item_starts)
+        chunk = longest_chunk(computed, wanted, prompt_len, item_starts)  # rules 1 and 2
+        # Rule 4: deferred prompts that end in one step.
         if computed and computed + chunk == prompt_len and not self.ending.admits(request_id, prompt_len):
             return nothing
         while chunk:
+            # Rule 3: memory of deferred prompts.
             if computed + chunk < prompt_len and not self.deferral.admits(request_id, prompt_len):
                 if computed == 0:
                     # It stays in the queue, and must not hold what a look-up below took for it from the

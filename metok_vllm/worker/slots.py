@@ -64,7 +64,7 @@ class DeepSlots:
         self.device = device
         self.shift = torch.zeros(len(DEEP_KINDS), max_num_reqs, dtype=torch.int32, device=device)
         self.seq_lens = torch.zeros(len(DEEP_KINDS), max_num_reqs, dtype=torch.int32, device=device)
-        # The same as the kernel takes it: one span a request, with what is retained of it.
+        # The same shifts as the kernel takes them: of each request one span, and how much of it is retained.
         self._start = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self._length = torch.zeros_like(self._start)
         self._retained = torch.zeros_like(self._start)

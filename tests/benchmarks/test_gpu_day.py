@@ -62,11 +62,11 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-def run(root: Path, *arguments: str, **environment: str) -> str:
-    """What the day prints; all that it writes goes beside `root`."""
+def run(root: Path, *arguments: str, script: str = ".whl", **environment: str) -> str:
+    """What the day prints, run from the folder `script`; all that it writes goes beside `root`."""
     places = {name: str(root.parent / name.lower()) for name in ("WORK", "SITE", "OUT")}
     done = subprocess.run(
-        ["bash", str(root / ".whl" / "gpu_day.sh"), *arguments],
+        ["bash", str(root / script / "gpu_day.sh"), *arguments],
         env={**os.environ, **places, **environment}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -182,6 +182,13 @@ def test_its_short_form_runs(root: Path) -> None:
     (plugin,) = installed.entry_points
     assert (plugin.group, plugin.name) == ("vllm.general_plugins", "metok")
     assert callable(plugin.load())
+
+
+def test_where_vllm_is_installed_it_runs_from_the_repository(root: Path) -> None:
+    shutil.rmtree(root / ".whl")
+    printed = run(root, "100", "install", script="benchmarks/gpu", DRY="1", PY=sys.executable, METOK_COMMIT="fedcba9")
+    assert printed.startswith("commit fedcba9, ")
+    assert printed.count(" s  ok\n") == 2, printed
 
 
 def result(raw: dict[str, Any], *names: str, device: str = "H100") -> dict[str, Any]:

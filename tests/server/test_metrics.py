@@ -214,3 +214,6 @@ def test_a_stock_server_has_no_metrics_and_no_page_of_metok(sample: Sample, tmp_
         assert b"metok" not in body
         for path in ("/metok", "/v1/metok/status", "/v1/metok/state", "/v1/metok/reports/x"):
             assert stock.get(path)[0] == 404
+        # Without --trust-request-mm-kwargs vLLM answers for itself, as docs/options.md says.
+        with pytest.raises(openai.BadRequestError, match="mm_processor_kwargs"):
+            ask(stock, mp4(scene_video(1, 4)), {"events": 3})

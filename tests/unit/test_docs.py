@@ -130,3 +130,10 @@ def test_citations_are_read_in_every_form_in_use() -> None:
 def test_anchors_are_githubs() -> None:
     text = "# vLLM's hooks\n## 1.1 Frames, and more\n## Same\n## Same\n```\n# not a heading\n```\n"
     assert anchors(text) == {"vllms-hooks", "11-frames-and-more", "same", "same-1"}
+
+
+def test_usage_in_a_docstring_has_one_command_a_line() -> None:
+    """`--help` prints it as it stands; a re-wrap would run the commands together."""
+    together = re.compile(r"python -m [a-z]\S* .*\bpython" + " -m [a-z]")
+    found = [str(path) for path in SOURCES if path != Path(__file__) and together.search(path.read_text())]
+    assert not found

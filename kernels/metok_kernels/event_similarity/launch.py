@@ -44,8 +44,8 @@ def prepare(
 
 
 def event_similarity(features: torch.Tensor, cu_frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frame vectors `f_i`, similarities `S_i = cos(f_i, f_{i+1})` of packed videos (docs/method.md 1, rule
-    1).
+    """Frame vectors `f_i`, similarities `S_i = cos(f_i, f_{i+1})` of packed videos
+    (docs/method.md section 1.1).
 
     Args:
         features: [frames, tokens, width] float, frames of all videos one after the other; frame and token

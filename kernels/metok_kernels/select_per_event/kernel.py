@@ -3,8 +3,7 @@
 """One program an event: bisect the bits of the k-th largest score, then write the chosen in order.
 
 Scores become unsigned keys of the same order, so the k-th largest key is found bit by bit with 32 counts and
-no
-sort: the work is linear in the event, whatever its length, and every comparison is exact.
+no sort: the work is linear in the event, whatever its length, and every comparison is exact.
 """
 
 import triton

@@ -65,8 +65,7 @@ def logits(b_q, b_k, b_key_scale, qk_scale, WIDEN: tl.constexpr):
     """Base-2 logits [BLOCK_M, BLOCK_N] in float32; float32 inputs keep their precision (three tf32 products).
 
     WIDEN is for Triton's interpreter alone, whose `dot` multiplies bfloat16 bit patterns as integers. The
-    result
-    is that of tensor cores: products of bfloat16 numbers are exact in float32.
+    result is that of tensor cores: products of bfloat16 numbers are exact in float32.
     """
     if b_k.dtype != b_q.dtype:
         b_k = b_k.to(tl.float32).to(b_q.dtype)  # the formats of quantised caches

@@ -40,6 +40,11 @@ def test_ratios_outside_their_range_are_refused(ratio: float) -> None:
         to_micro(ratio)
 
 
+def test_a_seventh_decimal_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"at most six decimals, not 0\.1234567"):
+        to_micro(0.1234567)
+
+
 @pytest.mark.parametrize("ratio_micro", [0.76, 1.0, -1, MICRO + 1])
 def test_only_integer_millionths_are_taken(ratio_micro: float) -> None:
     with pytest.raises(ValueError, match="in millionths"):

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import metok_vllm
+from metok_vllm.compression.ratios import MICRO
 from metok_vllm.contract.settings import (
-    MICRO,
     SERVER_ONLY,
     MetokSettings,
     RequestSettings,
