@@ -1,5 +1,6 @@
-"""The `metok` command. `metok demo` shows METok at work on a real video; `metok models` lists what it can
-serve.
+"""The `metok` command.
+
+`metok demo` shows METok at work on a real video; `metok models` lists what it can serve.
 
 A user's mistake ends in one sentence and exit status 2, never in a trace.
 """

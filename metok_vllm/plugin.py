@@ -1,5 +1,5 @@
-"""Entry point of the plugin: vLLM calls `register` in every process, before it reads options or builds a
-model.
+"""Entry point of the plugin: vLLM calls `register` in every process,
+before it reads options or builds a model.
 
 Registering only adds names to vLLM's registries. Nothing changes for a server that does not ask for METok.
 """

@@ -1,5 +1,5 @@
-"""Environment of the whole suite: the CPU build of vLLM, its Triton kernels in the interpreter, one process
-an engine.
+"""Environment of the whole suite: the CPU build of vLLM,
+its Triton kernels in the interpreter, one process an engine.
 """
 
 import os

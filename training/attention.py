@@ -62,8 +62,8 @@ class _Backward:
         self.q_off, self.grad_off, self.off = self.q * off, grad * off, off
 
     def block(self, rows: slice, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Probabilities and the scores' gradients of ``rows`` by the keys ``k``: ``[B, H, rows, keys]``
-        each.
+        """Probabilities and the scores' gradients of ``rows`` by the keys ``k``:
+        ``[B, H, rows, keys]`` each.
         """
         p = self.q[:, :, rows] @ k.transpose(-1, -2)
         if bias is not None:

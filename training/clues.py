@@ -91,8 +91,8 @@ def when(positions: Tensor) -> Tensor:
 
 
 def meant(video: Video, things: tuple[Item | Scene, ...], starts: list[int]) -> Tensor:
-    """What a phrase for ``things`` stands for: uint8 ``[WIDTH]``; ``starts`` are the positions at which
-    frames begin.
+    """What a phrase for ``things`` stands for: uint8 ``[WIDTH]``;
+    ``starts`` are the positions at which frames begin.
     """
     out = torch.zeros(WIDTH, dtype=torch.uint8)
     if not things:

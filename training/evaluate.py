@@ -43,8 +43,8 @@ def interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> tuple[dict[str, list[bool]], list[tuple[Video, Question, bool]]]:
-    """Hits per kind (letters and sentences also by :func:`form`), and every question with its video and
-    verdict.
+    """Hits per kind (letters and sentences also by :func:`form`),
+    and every question with its video and verdict.
     """
     tower = load_tower(args.tower)
     model, _ = load_model(args.lm, tower)

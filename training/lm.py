@@ -36,8 +36,8 @@ class LMConfig:
 
 @dataclass
 class Packed:
-    """A batch of packed rows (all tensors on the model's device); ``N`` questions of up to ``L`` tokens each
-    a video.
+    """A batch of packed rows (all tensors on the model's device);
+    ``N`` questions of up to ``L`` tokens each a video.
 
     Attributes:
         embeds: ``[B, P + N * L, H]``, prefix padded at its end to P, every question at its end to L.

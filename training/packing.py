@@ -70,8 +70,8 @@ def pooled_rows(tower: Tower, frames: Tensor) -> Tensor:
 
 
 def plan(frames: int, strides: list[int], separators: set[int]) -> list[int]:
-    """Rows of the prefix: three header tokens, each frame's rows at its stride, separators (one at the end
-    always).
+    """Rows of the prefix: three header tokens, each frame's rows at its stride,
+    separators (one at the end always).
     """
     out = [HEADER] * 3
     for t in range(frames):

@@ -281,8 +281,9 @@ def ask_scenes(v: Video) -> Asked:
 
 
 LESSONS: dict[str, Callable[[Video], Asked]] = {"from": ask_from, "to": ask_to, "scenes": ask_scenes}
-"""Questions that only training asks: steps on the way to ``move`` and ``order``. ``option`` is one on the way
-to ``letter``.
+"""Questions that only training asks: steps on the way to ``move`` and ``order``.
+
+``option`` is one on the way to ``letter``.
 """
 _POOLS: dict[str, tuple[str, ...]] = {
     "what": SHAPES,
@@ -322,8 +323,8 @@ def name_an_option(v: Video, rng: random.Random) -> Question:
 
 
 def all_questions(v: Video, lessons: bool = False) -> dict[str, list[Question]]:
-    """Every question of every kind but ``letter`` and ``option``; training's own kinds where ``lessons`` are
-    wanted.
+    """Every question of every kind but ``letter`` and ``option``;
+    training's own kinds where ``lessons`` are wanted.
     """
     askers = ASKERS | LESSONS if lessons else ASKERS
     return {kind: [replace(q, of=kind) for q in ask(v)] for kind, ask in askers.items()}

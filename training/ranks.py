@@ -1,5 +1,5 @@
-"""Several training processes side by side (``torchrun``), or one alone: their gradients are averaged on the
-CPU.
+"""Several training processes side by side (``torchrun``), or one alone:
+their gradients are averaged on the CPU.
 """
 
 from __future__ import annotations

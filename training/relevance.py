@@ -1,5 +1,5 @@
-"""Which frames a text is about, read off text and scene graph alone: the labels of the paired text/image
-tower.
+"""Which frames a text is about, read off text and scene graph alone:
+the labels of the paired text/image tower.
 """
 
 from __future__ import annotations

@@ -100,16 +100,16 @@ def read_aligner(folder: Path, tower: TowerConfig) -> nn.Module:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """An exported folder's tokenizer as training wrote it: transformers adds a post-processor that does
-    nothing.
+    """An exported folder's tokenizer as training wrote it:
+    transformers adds a post-processor that does nothing.
     """
     plain = json.loads((folder / "tokenizer.json").read_text()) | {"post_processor": None}
     return Tokenizer.from_str(json.dumps(plain))
 
 
 def start(folder: Path, out: Path) -> None:
-    """Write ``tower/tower.pt``, ``lm/last.pt``, ``lm/tokenizer.json`` and, where the model has one,
-    ``aligner/aligner.pt``.
+    """Write ``tower/tower.pt``, ``lm/last.pt``, ``lm/tokenizer.json`` and,
+    where the model has one, ``aligner/aligner.pt``.
 
     Raises:
         FileExistsError: one of these is there already; nothing is written then.

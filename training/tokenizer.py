@@ -1,5 +1,5 @@
-"""The tokenizer: byte-level BPE, so any text can be encoded, trained so that the world's words are one token
-each.
+"""The tokenizer: byte-level BPE, so any text can be encoded,
+trained so that the world's words are one token each.
 """
 
 from __future__ import annotations

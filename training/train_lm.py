@@ -252,8 +252,8 @@ class Run:
 
 @torch.no_grad()
 def settle(last: nn.Linear, rows: Tensor, spread: float = 0.5) -> None:
-    """Centre and scale the projector's output over ``rows``, so that visual tokens start about as large as
-    words.
+    """Centre and scale the projector's output over ``rows``,
+    so that visual tokens start about as large as words.
     """
     out = last(rows)
     scale = spread / (out - out.mean(0)).std()
@@ -262,8 +262,8 @@ def settle(last: nn.Linear, rows: Tensor, spread: float = 0.5) -> None:
 
 
 def word_directions(tower: Path, coder: Coder) -> dict[int, Tensor]:
-    """For the tokens of every word the tower can name: the direction, of unit RMS, by which stage 1
-    recognises it.
+    """For the tokens of every word the tower can name: the direction,
+    of unit RMS, by which stage 1 recognises it.
 
     Raises:
         ValueError: stage 1's read-out has not been trained, as in what :mod:`training.start` writes.

@@ -1,5 +1,5 @@
-"""What does compression cost in answers? Stock, METok and its ablations, and other methods, on held-out
-videos.
+"""What does compression cost in answers? Stock, METok and its ablations,
+and other methods, on held-out videos.
 
     # The test set: every method locally, three points through vLLM.
     python -m benchmarks.accuracy

@@ -1,5 +1,5 @@
-"""A Qwen2 decoder for one prompt at a time, in which the rows before the question can be dropped at any layer
-and shared.
+"""A Qwen2 decoder for one prompt at a time, in which the rows before the
+question can be dropped at any layer and shared.
 
 Plain PyTorch on the checkpoint's own weights, float32. A prompt is `[prefix | question]`. The prefix (chat
 header, visual tokens) does not see the question, so its keys and values serve all questions about the video,

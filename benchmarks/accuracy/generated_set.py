@@ -1,5 +1,5 @@
-"""The benchmark's own questions about generated videos: `training/make_set.py`'s, and more of the two kinds
-that matter most.
+"""The benchmark's own questions about generated videos: `training/make_set.py`'s,
+and more of the two kinds that matter most.
 
 What METok costs shows in one-letter answers (prefill alone gives them) and in sentences (decoding must still
 know the video). A set that draws all kinds evenly has too few of either to tell one point from another.

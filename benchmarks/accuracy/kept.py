@@ -1,5 +1,5 @@
-"""How much of what is asked about does a method still show the language model? Why methods differ, without
-the model.
+"""How much of what is asked about does a method still show the language
+model? Why methods differ, without the model.
 
     python -m benchmarks.accuracy.kept                  # 40 validation videos
     python -m benchmarks.accuracy.kept --videos 10
@@ -68,8 +68,8 @@ def cells_of(video: Video, thing: Thing) -> Cells:
 
 
 def asked_about(question: Question) -> list[Thing]:
-    """The things that must be seen for the answer; none for questions about scenes or what was never
-    there.
+    """The things that must be seen for the answer;
+    none for questions about scenes or what was never there.
     """
     return [t for _, things in (question.things or question.told) for t in things if isinstance(t, Thing)]
 

@@ -1,5 +1,5 @@
-"""The local runner: every method in plain PyTorch on the checkpoint, one question at a time, what can be
-shared shared.
+"""The local runner: every method in plain PyTorch on the checkpoint,
+one question at a time, what can be shared shared.
 """
 
 from __future__ import annotations

@@ -72,8 +72,8 @@ class Policy(Protocol):
         """
 
     def held(self, layer: int, trace: Trace, layers: int) -> Tensor:
-        """The visual tokens whose keys and values `layer` keeps while decoding, int64, among those computed
-        there.
+        """The visual tokens whose keys and values `layer` keeps while decoding,
+        int64, among those computed there.
         """
 
 
@@ -95,8 +95,8 @@ class Dense:
 
 @dataclass(frozen=True)
 class DropFrom:
-    """The probe: no visual token from a layer on, in prefill (and so while decoding) or while decoding
-    alone.
+    """The probe: no visual token from a layer on,
+    in prefill (and so while decoding) or while decoding alone.
     """
 
     layer: int
@@ -115,8 +115,8 @@ class DropFrom:
 
 @dataclass(frozen=True)
 class PaperBudget:
-    """The visual tokens of METok's `paper` preset for a video of so many frames: what baselines are matched
-    to.
+    """The visual tokens of METok's `paper` preset for a video of so many frames:
+    what baselines are matched to.
 
     `entering` the language model (exact), on `average` over its layers in prefill (exact for events of equal
     length), or whose `kv` its layers hold on average while decoding (exact).
@@ -144,8 +144,8 @@ class PaperBudget:
 
 
 def subset(video: Video, tokens: Tensor, index: Tensor | None = None, positions: Positions = "compact") -> Entering:
-    """The tokens `index` (rising; None: all) of a video's `tokens` [N, D], and the separator that ends a
-    video.
+    """The tokens `index` (rising; None: all) of a video's `tokens` [N, D],
+    and the separator that ends a video.
     """
     if index is None:
         index = torch.arange(len(tokens))

@@ -175,8 +175,9 @@ def _other_layers(layers: int) -> list[tuple[int, int, int]]:
 
 
 def _probes(layers: int) -> list[Method]:
-    """Where the language model reads the video: no visual token from a layer on. From layer 0: it is
-    blind.
+    """Where the language model reads the video: no visual token from a layer on.
+
+    From layer 0: it is blind.
     """
     found = []
     for layer in range(layers):

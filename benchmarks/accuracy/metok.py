@@ -1,5 +1,5 @@
-"""METok for the local runner: the package's own pure functions (`metok_vllm.compression`), and what ablations
-switch off.
+"""METok for the local runner: the package's own pure functions (`metok_vllm.compression`),
+and what ablations switch off.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from metok_vllm.contract.settings import MetokSettings
 
 
 def without_events(frames: int, grid: int) -> MetokSettings:
-    """One event, with as many key frames as bring its tokens nearest to the default's: the same budget, no
-    events.
+    """One event, with as many key frames as bring its tokens nearest to the default's:
+    the same budget, no events.
     """
     default = MetokSettings()
     each = tokens_per_frame(grid, grid, default.strides, "bilinear")

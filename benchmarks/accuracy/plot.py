@@ -19,8 +19,8 @@ FAMILIES = {
     "metok": ("tab:red", "o"),
 }
 DODGE = 0.015
-"""Points of equal tokens would hide one another: each family is moved sideways by this share, times its place
-among them.
+"""Points of equal tokens would hide one another: each family is moved sideways by this share,
+times its place among them.
 """
 SHORT_NAMES = {"metok paper": "paper", "metok balanced": "balanced", "metok stage 1": "1", "metok stages 1+2": "1+2"}
 SHORT_NAMES |= {"metok stages 2+3": "2+3", "metok retention 0.5": "0.5"}

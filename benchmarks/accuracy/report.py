@@ -55,8 +55,8 @@ def verdicts(items: Sequence[Item], answers: Answers) -> Verdicts:
 
 
 def summarise(items: Sequence[Item], methods: Mapping[str, Answers]) -> dict[str, Any]:
-    """Each method's means and, for each slice, its share of right answers and the paired difference to the
-    stock run.
+    """Each method's means and, for each slice, its share of right answers
+    and the paired difference to the stock run.
     """
     boot, parts = _bootstrap(items), slices(items)
     right = {name: verdicts(items, answers) for name, answers in methods.items()}
@@ -77,8 +77,8 @@ def summarise(items: Sequence[Item], methods: Mapping[str, Answers]) -> dict[str
 def paired(
     items: Sequence[Item], methods: Mapping[str, Answers], pairs: Sequence[tuple[str, str]]
 ) -> list[dict[str, Any]]:
-    """The difference of the methods of each pair that both ran, over all questions, without sentences, and on
-    each group.
+    """The difference of the methods of each pair that both ran, over all questions,
+    without sentences, and on each group.
     """
     boot, parts = _bootstrap(items), slices(items)
     parts = {name: mask for name, mask in parts.items() if not name.startswith("kind: ")}

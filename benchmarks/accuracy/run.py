@@ -54,8 +54,8 @@ def run_local(
 def run_server(
     runner: ServerRunner, items: Sequence[Item], points: Mapping[str, Settings], say: Say
 ) -> dict[str, Answers]:
-    """Ask a server every question at every operating point; METok's points first, since their reports also
-    count for stock.
+    """Ask a server every question at every operating point; METok's points first,
+    since their reports also count for stock.
     """
     answers = {
         name: Answers("stock" if name == STOCK else "METok", "through the server", str(value))
@@ -74,8 +74,8 @@ def run_server(
 
 
 def agreement(items: Sequence[Item], local: Mapping[str, Answers], served: Mapping[str, Answers]) -> dict[str, Any]:
-    """How the server's answers and counts to `items` compare with the local runner's, for the points that
-    both have.
+    """How the server's answers and counts to `items` compare with the local runner's,
+    for the points that both have.
     """
     table: dict[str, Any] = {}
     counted = ("entering", "after_l1", "after_l2", "retained", "kv_bytes")

@@ -51,8 +51,8 @@ class ServerRunner:
     """Asks one server, one question at a time."""
 
     def __init__(self, url: str, frames: int, layers: int | None = None, model: str | None = None) -> None:
-        """`url` ends in /v1; `frames` is the most that a METok server samples; `model` None: the first one
-        served.
+        """`url` ends in /v1; `frames` is the most that a METok server samples;
+        `model` None: the first one served.
 
         `layers` of the language model, where known, give the mean of visual tokens over layers.
         """

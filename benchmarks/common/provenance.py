@@ -42,8 +42,8 @@ def _checked_out(root: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python's and those of the packages that a figure depends on; a package that is not installed is left
-    out.
+    """Python's and those of the packages that a figure depends on;
+    a package that is not installed is left out.
     """
     # The first one on the path is the one that is imported.
     found = {entry.metadata["Name"]: entry.version for entry in reversed(list(distributions()))}

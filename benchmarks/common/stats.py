@@ -96,8 +96,8 @@ def is_right(text: str, answer: str) -> bool:
 def compare(
     boot: Bootstrap, right: Verdicts, stock: Verdicts | None, slices: dict[str, Verdicts]
 ) -> dict[str, dict[str, Any]]:
-    """Share and, where there is a stock run, paired difference for each slice of the questions; empty slices
-    are left out.
+    """Share and, where there is a stock run, paired difference for each slice of the questions;
+    empty slices are left out.
     """
     table: dict[str, dict[str, Any]] = {}
     for name, chosen in slices.items():

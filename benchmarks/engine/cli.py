@@ -1,5 +1,5 @@
-"""Measure whole requests: stock vLLM, stock vLLM with fewer frames, and METok, on the same model, frames and
-prompts.
+"""Measure whole requests: stock vLLM, stock vLLM with fewer frames,
+and METok, on the same model, frames and prompts.
 
     # Anywhere: the tiny model on the CPU, a few minutes, ratios only.
     python -m benchmarks.engine --small
@@ -170,8 +170,8 @@ def run_job(job: dict[str, Any], work: Path, cuda: bool, timeout: int) -> dict[s
 
 
 def earlier_breakdown(job: dict[str, Any], work: Path) -> dict[str, Any]:
-    """What the job would measure, from the eager run of the same variant in `work`; empty where there is none
-    like it.
+    """What the job would measure, from the eager run of the same variant in `work`;
+    empty where there is none like it.
     """
     path = work / f"{job['name']}-serve-breakdown.job.json"
     if not path.exists():
@@ -184,8 +184,9 @@ def earlier_breakdown(job: dict[str, Any], work: Path) -> dict[str, Any]:
 
 
 def measure(variant: Variant, options: argparse.Namespace, model: BenchmarkModel, cuda: bool) -> dict[str, Any]:
-    """One variant's summary. Its breakdown needs an eager engine, and so a second process where the first is
-    not.
+    """One variant's summary.
+
+    Its breakdown needs an eager engine, and so a second process where the first is not.
     """
     eager = options.eager or not cuda
     job = {

@@ -1,5 +1,5 @@
-"""What goes into a result beside the figures: what is excluded, what decoding a file takes, what may be
-claimed.
+"""What goes into a result beside the figures: what is excluded,
+what decoding a file takes, what may be claimed.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Model folders for the engine benchmark: a tiny random checkpoint, and the published shapes without
-weights.
+"""Model folders for the engine benchmark: a tiny random checkpoint,
+and the published shapes without weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 2
-"""Changes with what `write_model` writes, so that folders of an older version of this file are written anew.
+"""Changes with what `write_model` writes,
+so that folders of an older version of this file are written anew.
 """
 
 

@@ -1,5 +1,6 @@
-"""From raw figures to medians, ratios and plots. Needs no engine: `--plot FILE.json` draws from a result
-alone.
+"""From raw figures to medians, ratios and plots.
+
+Needs no engine: `--plot FILE.json` draws from a result alone.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ def base_over(stock: dict[str, Any], other: dict[str, Any]) -> float:
 
 
 def plot(result: dict[str, Any], path: Path) -> list[Path]:
-    """Draw a result: `path` is the JSON's; writes `*-load.png` and `*-request.png` beside it and returns
-    both.
+    """Draw a result: `path` is the JSON's;
+    writes `*-load.png` and `*-request.png` beside it and returns both.
     """
     import matplotlib
 

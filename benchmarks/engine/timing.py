@@ -18,14 +18,15 @@ PARTS = ("tower", "stage1", "shallow_layers", "scoring", "deep_layers", "rest_of
 """In the order of a request's way. For stock vLLM `stage1` is its pooling, and there is no `scoring`."""
 
 SCORING = "scoring"
-"""The part, and METok's stage of this name: scores, selection and the gathering of survivors, at L1, L2 and
-L3.
+"""The part, and METok's stage of this name: scores,
+selection and the gathering of survivors, at L1, L2 and L3.
 """
 
 
 class Spans:
-    """Time by part. A part that begins inside another one stops that one's clock: the sum is the time that
-    passed.
+    """Time by part.
+
+    A part that begins inside another one stops that one's clock: the sum is the time that passed.
     """
 
     def __init__(self, synchronise: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> None:
@@ -87,8 +88,8 @@ class Spans:
 
 
 class SpannedParts:
-    """Stands where the engine's `PartTimes` stood: passes every part on to it, and puts a span around
-    `SCORING`.
+    """Stands where the engine's `PartTimes` stood: passes every part on to it,
+    and puts a span around `SCORING`.
     """
 
     def __init__(self, spans: Spans, times: Any) -> None:
@@ -103,8 +104,8 @@ class SpannedParts:
 
 
 def attach(spans: Spans, model: Any, first_prune_layer: int) -> None:
-    """Put spans around the parts of a LLaVA-OneVision model, stock or METok; both are cut at METok's first
-    pruning layer.
+    """Put spans around the parts of a LLaVA-OneVision model, stock or METok;
+    both are cut at METok's first pruning layer.
 
     Raises:
         LookupError: METok no longer has the part that is timed here.

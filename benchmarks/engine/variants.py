@@ -1,5 +1,5 @@
-"""What is compared: stock vLLM, stock vLLM with fewer frames, and METok's two presets, all on the same frames
-and prompts.
+"""What is compared: stock vLLM, stock vLLM with fewer frames, and METok's two presets,
+all on the same frames and prompts.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def metok_tokens(frames: int, grid: int) -> int:
 
 
 def frames_at_equal_tokens(frames: int, grid: int) -> int:
-    """Frames with which stock vLLM takes nearest to the visual tokens that METok's first stage leaves of
-    `frames`.
+    """Frames with which stock vLLM takes nearest to the visual tokens
+    that METok's first stage leaves of `frames`.
 
     That is the baseline's most generous reading: METok goes on to prune inside the language model.
     """
@@ -76,8 +76,8 @@ def variants(frames: int, grid: int, names: list[str] | None = None) -> list[Var
 
 
 def prefill_budget(frames: int, grid: int, text: int) -> int:
-    """Tokens a step, the same for all variants: enough for stock's whole prompt, so that nobody's prompt is
-    cut in two.
+    """Tokens a step, the same for all variants: enough for stock's whole prompt,
+    so that nobody's prompt is cut in two.
     """
     prompt = stock_tokens(frames, grid) + text + 256
     return max(8192, -(-prompt // PREFILL_STEP) * PREFILL_STEP)

@@ -1,5 +1,5 @@
-"""One variant, measured in a process of its own: `python -m benchmarks.engine.worker JOB.json`, started by
-`cli.py`.
+"""One variant, measured in a process of its own:
+`python -m benchmarks.engine.worker JOB.json`, started by `cli.py`.
 
 The engine core runs inside this process (no HTTP, no other process), so that the scheduler's block tables and
 the model's parts can be looked at, and so that no transport is measured.
@@ -105,8 +105,9 @@ class Bench:
         return name, str(self.llm.llm_engine.add_request(name, fresh, params))
 
     def step(self, timelines: dict[str, Timeline]) -> int:
-        """One engine step; notes the tokens' times and the blocks held. Returns how many requests
-        finished.
+        """One engine step; notes the tokens' times and the blocks held.
+
+        Returns how many requests finished.
         """
         outputs: list[Any] = [*self.llm.llm_engine.step()]  # of completions: nothing here is pooled
         now = time.perf_counter()
@@ -168,8 +169,8 @@ class Bench:
         return {**counts, **kept}
 
     def kv(self) -> dict[str, Any]:
-        """What a request holds at its largest, from the blocks that requests were really given, and what
-        fits.
+        """What a request holds at its largest,
+        from the blocks that requests were really given, and what fits.
         """
         config = self.scheduler.kv_cache_config
         pool = self.scheduler.kv_cache_manager.block_pool
@@ -189,8 +190,8 @@ class Bench:
         }
 
     def breakdown(self, repeats: int, max_tokens: int) -> dict[str, Any]:
-        """Milliseconds by part, of a request alone: up to its first token, and of each decode step after
-        it.
+        """Milliseconds by part, of a request alone: up to its first token,
+        and of each decode step after it.
         """
         import torch
 
@@ -239,8 +240,8 @@ def capacity(config: Any, blocks: int, of_a_request: int) -> dict[str, float]:
 
 
 def spread_weights(model: Any) -> None:
-    """Refill made-up weights, in place, so that activations keep their scale and frames differ from each
-    other.
+    """Refill made-up weights, in place, so that activations keep their
+    scale and frames differ from each other.
 
     vLLM's own dummy weights are all near zero: every frame would look alike to METok, and its events would be
     degenerate.

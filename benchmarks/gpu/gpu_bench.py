@@ -14,8 +14,8 @@ from typing import Any
 
 
 def kernels(out: str, *arguments: str) -> int:
-    """Each operation is checked, measured and appended to `out` by itself: whatever ends the run keeps what
-    is done.
+    """Each operation is checked, measured and appended to `out` by itself:
+    whatever ends the run keeps what is done.
 
     Returns the worst operation's exit code.
     """

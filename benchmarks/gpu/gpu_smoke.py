@@ -1,5 +1,5 @@
-"""Does anything run at all? From the repository's root: gpu_smoke.py [lib] [metok] [llm]; ends with 1 if
-something is wrong.
+"""Does anything run at all? From the repository's root: gpu_smoke.py [lib] [metok] [llm];
+ends with 1 if something is wrong.
 
 lib:   vLLM's compiled operators and FlashAttention 3, against plain torch
 metok: `metok_vllm.worker.ops` on the GPU against the CPU (without a GPU: METOK_KERNELS=triton in Triton's
@@ -42,8 +42,8 @@ def compare(name: str, run: Callable[[], tuple[Tensor, Tensor]], limit: float) -
 
 
 def lib() -> None:
-    """What the kit brings compiled: two operators, and FlashAttention 3 with the heads of the models in the
-    benchmark.
+    """What the kit brings compiled: two operators,
+    and FlashAttention 3 with the heads of the models in the benchmark.
     """
     import vllm._custom_ops as ops
     from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
@@ -174,8 +174,8 @@ def metok() -> None:
 
 
 def llm() -> None:
-    """Whole requests through vLLM, without METok; on a CPU a very small model, to try this program and not
-    vLLM.
+    """Whole requests through vLLM, without METok; on a CPU a very small model,
+    to try this program and not vLLM.
     """
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt

@@ -1,5 +1,5 @@
-"""What the kernels' benchmark measures: each operation of `metok_kernels` at sizes in use, beside plain
-torch.
+"""What the kernels' benchmark measures: each operation of `metok_kernels` at sizes in use,
+beside plain torch.
 
 A case holds one set of inputs, the operation, its float32 reference, and the same function in plain torch as
 one would write it today (with lengths known on the host, which favours torch). Bytes and FLOPs are those the
@@ -222,8 +222,8 @@ def slots(batch: int, query: int, groups: int, device: torch.device) -> Case:
 
 
 def cases(small: bool, device: torch.device) -> Iterator[Case]:
-    """All cases: sizes of LLaVA-OneVision 0.5B / 7B and LongVA 7B at 64 frames, or ones for the
-    interpreter.
+    """All cases: sizes of LLaVA-OneVision 0.5B / 7B and LongVA 7B at 64 frames,
+    or ones for the interpreter.
     """
     if small:
         yield similarity(5, 30, 60, device)

@@ -1,5 +1,5 @@
-"""Measure every kernel on the GPU, beside plain torch and torch.compile, against ceilings measured in the
-same run.
+"""Measure every kernel on the GPU, beside plain torch and torch.compile,
+against ceilings measured in the same run.
 
     # On a GPU; appends to benchmarks/results/kernels.csv.
     python -m benchmarks.kernels

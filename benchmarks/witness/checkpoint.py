@@ -121,8 +121,8 @@ def _line_end(tokenizer: Any) -> int:
 
 
 def _language(llava: Any, model: Any, words: Tensor) -> None:
-    """The language model's own weights; rows of the new tokens are zero, so none of them is ever the most
-    likely.
+    """The language model's own weights; rows of the new tokens are zero,
+    so none of them is ever the most likely.
     """
     llava.model.language_model.load_state_dict(
         {k: v for k, v in model.model.state_dict().items() if not k.startswith("embed_tokens")}, strict=False

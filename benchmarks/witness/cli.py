@@ -1,5 +1,5 @@
-"""METok's stages on a real language model: SmolLM2-135M-Instruct reads "videos" of captions (README: Second
-witness).
+"""METok's stages on a real language model: SmolLM2-135M-Instruct reads
+"videos" of captions (README: Second witness).
 
     # Run what is missing, then write results/witness.json and .png.
     python -m benchmarks.witness

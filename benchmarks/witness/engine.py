@@ -83,8 +83,8 @@ def load(cache: Path, asked: dict[str, Question]) -> tuple[Captions, torch.Tenso
 def requests(
     sample: Captions, words: torch.Tensor, videos: int, seed: int, metok: dict[str, Any] | str
 ) -> Iterator[Case]:
-    """A request for every question; METok is told the question, since the prompt has worked examples before
-    it.
+    """A request for every question; METok is told the question,
+    since the prompt has worked examples before it.
     """
     for number in range(videos):
         video = make_video(number, seed)
@@ -138,8 +138,8 @@ def judge(running: Engine, sample: Captions, cases: list[Case], batch: int) -> d
 
 
 def difference(expected: Any, answer: Any) -> float:
-    """The largest difference of a stated log-probability, over the steps up to the first token that
-    differs.
+    """The largest difference of a stated log-probability,
+    over the steps up to the first token that differs.
     """
     worst = 0.0
     for row, given, ours, theirs in zip(

@@ -1,5 +1,5 @@
-"""What each method makes of one question: which visual rows enter, which layers drop them, what decoding may
-see.
+"""What each method makes of one question: which visual rows enter,
+which layers drop them, what decoding may see.
 
 Answers are scored against the expected text in one pass: its tokens are fed, and each must be the most likely
 one after those before it. That is exactly "greedy decoding gives this text", without a step for every token.
@@ -35,8 +35,8 @@ class Visual:
 
 
 def stage1(grid: Tensor, question: Tensor, strides: tuple[int, int, int]) -> Visual:
-    """Events, alignment in embedding space, tiers and pooling of `grid` [T, H, W, D] for a question's rows
-    [Q, D].
+    """Events, alignment in embedding space, tiers and pooling of `grid`
+    [T, H, W, D] for a question's rows [Q, D].
 
     Average pooling, no separators; the same function as in the engine.
     """
@@ -72,8 +72,8 @@ def metok_schedule(
 
 
 def one_cut(layer: int, count: int) -> dict[int, Choose]:
-    """FastV-like: the `count` most attended tokens of the whole video stay from `layer` on; nothing more
-    happens.
+    """FastV-like: the `count` most attended tokens of the whole video stay from `layer` on;
+    nothing more happens.
     """
     return {layer: lambda scores: top(scores, count)}
 
@@ -144,8 +144,8 @@ def visual_rows(cache: Cache, video: tuple[int, int]) -> float:
 
 @torch.no_grad()
 def hits(decoder: Decoder, done: Prefill, caches: list[Cache], answer: list[int]) -> list[list[bool]]:
-    """For each of `caches`, what decoding behind one prefill may see: which tokens of `answer` greedy
-    decoding gives.
+    """For each of `caches`, what decoding behind one prefill may see:
+    which tokens of `answer` greedy decoding gives.
 
     Token n is judged behind the right ones before it. Where the first is wrong already, so is the answer:
     nothing more is computed, and the list is `[False]`.

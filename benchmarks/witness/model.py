@@ -100,8 +100,8 @@ def load(cache: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
 @dataclass
 class Cache:
-    """Rotated keys and values that later rows may see, for each layer [n, kv_heads, d], and their positions
-    [n].
+    """Rotated keys and values that later rows may see,
+    for each layer [n, kv_heads, d], and their positions [n].
     """
 
     keys: list[Tensor] = field(default_factory=list)
@@ -165,8 +165,8 @@ class Decoder:
     def layer_of_many(
         self, number: int, hidden: Tensor, positions: Tensor, pasts: list[Cache]
     ) -> tuple[Tensor, list[Seen]]:
-        """The same for several sequences at once, equally many rows of each, one behind the other in
-        `hidden`.
+        """The same for several sequences at once, equally many rows of each,
+        one behind the other in `hidden`.
         """
         layer = self.layers[number]
         attention = layer.self_attn
@@ -203,8 +203,8 @@ class Decoder:
         return torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
 
     def run(self, hidden: Tensor, positions: Tensor, past: Cache, first: int = 0) -> tuple[Tensor, Cache]:
-        """Layers `first` and up over new rows: the output rows, and what those layers (from `first` on)
-        attended to.
+        """Layers `first` and up over new rows: the output rows,
+        and what those layers (from `first` on) attended to.
         """
         held = Cache()
         for number in range(first, len(self.layers)):

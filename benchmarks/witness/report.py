@@ -22,8 +22,8 @@ LAYERS = 30
 
 
 def accuracy_table(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """For each method: mean visual tokens and KV, and shares for all questions, each kind, and the first
-    token alone.
+    """For each method: mean visual tokens and KV, and shares for all questions,
+    each kind, and the first token alone.
     """
     boot = Bootstrap([row["video"] for row in rows])
     kinds = np.array([row["kind"] for row in rows])
@@ -44,8 +44,8 @@ def accuracy_table(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def probe_table(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Shares for each layer from which on there is nothing visual, 0 to 30: for every row, and for the
-    answer's alone.
+    """Shares for each layer from which on there is nothing visual, 0 to 30:
+    for every row, and for the answer's alone.
     """
     groups = {"word": ["word"], "open": [kind for kind in KINDS if kind != "word"]}
     table: dict[str, Any] = {}

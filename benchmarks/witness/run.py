@@ -16,15 +16,15 @@ from metok_vllm.compression import accounting, selection
 FASTV_LAYER = 2  # FastV's own choice: the first two layers see everything
 DELTAS = (0.0, 0.5, 1.0)
 FITTED = (8, 16, 26)
-"""Pruning layers that lie where this model needs them: chosen on videos of seed 99, after a look at the
-probe.
+"""Pruning layers that lie where this model needs them:
+chosen on videos of seed 99, after a look at the probe.
 """
 
 
 @dataclass(frozen=True)
 class Budgets:
-    """Visual tokens, mean over the layers, of METok's stages 2 and 3 at `FITTED` on stock's tokens; what
-    others get.
+    """Visual tokens, mean over the layers, of METok's stages 2 and 3 at
+    `FITTED` on stock's tokens; what others get.
     """
 
     mean: int  # if events had equal length
@@ -78,8 +78,8 @@ class Witness:
         return {name: (methods.with_rows(self.decoder, self.before, rows), len(rows)) for name, rows in chosen.items()}
 
     def answer(self, video: Video, number: int) -> list[dict[str, Any]]:
-        """Every question of a video by every method: token hits, visual tokens and visual KV rows, means over
-        the layers.
+        """Every question of a video by every method: token hits,
+        visual tokens and visual KV rows, means over the layers.
         """
         shared = self.shared(video, number)
         grid = tower_grid(self.frames(video))
@@ -141,8 +141,8 @@ class Witness:
 
     @torch.no_grad()
     def probe(self, video: Video, number: int) -> list[dict[str, Any]]:
-        """Stock, but from layer k on no visual token exists: for all rows, and for the answer's rows
-        alone.
+        """Stock, but from layer k on no visual token exists: for all rows,
+        and for the answer's rows alone.
         """
         cache = methods.with_rows(self.decoder, self.before, self.frames(video).flatten(0, 1))
         begin, text = len(cache.positions[0]), len(self.before.positions[0])

@@ -71,8 +71,8 @@ class Video:
 
 
 def make_video(number: int, seed: int) -> Video:
-    """Six facts in random order, each shown for some frames, a distractor behind each: twelve scenes in 32
-    frames.
+    """Six facts in random order, each shown for some frames,
+    a distractor behind each: twelve scenes in 32 frames.
     """
     rng = random.Random(seed * 1_000_003 + number)
     kinds = list(FACTS)
@@ -132,8 +132,8 @@ class Prompt:
 
 
 def tower_grid(rows: Tensor) -> Tensor:
-    """What the tower would give for frames `rows` [T, 8, D]: every word in a block of 2 x 2 cells, [T, 2, 16,
-    D].
+    """What the tower would give for frames `rows` [T, 8, D]:
+    every word in a block of 2 x 2 cells, [T, 2, 16, D].
     """
     wide = rows.repeat_interleave(TOWER_STRIDE, dim=1)
     return torch.stack([wide] * TOWER_STRIDE, dim=1)

@@ -1,5 +1,5 @@
-"""Puts `metok_cpu_engine.pth` beside the packages: Python runs its line at the start of every process of the
-engine.
+"""Puts `metok_cpu_engine.pth` beside the packages:
+Python runs its line at the start of every process of the engine.
 
 setuptools has no declarative way to install a `.pth` into site-packages, so the build step copies it.
 """

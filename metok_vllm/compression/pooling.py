@@ -67,8 +67,9 @@ def pool_frames(features: Tensor, stride: int, mode: PoolMode) -> Tensor:
 
 
 class VideoLayout(NamedTuple):
-    """Where everything goes in a video's tokens. Sizes are known on the host, the rest stays on the
-    device.
+    """Where everything goes in a video's tokens.
+
+    Sizes are known on the host, the rest stays on the device.
     """
 
     total: int

@@ -1,5 +1,5 @@
-"""How much the question looks at each visual token: the reference of the kernel (docs/method.md section
-2).
+"""How much the question looks at each visual token:
+the reference of the kernel (docs/method.md section 2).
 """
 
 import torch

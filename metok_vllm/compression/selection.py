@@ -57,8 +57,8 @@ def _divisor(is_key: bool, pruning_layer: PruningLayer) -> int | None:
 
 
 def keep_count(length: int, ratio_micro: int, is_key: bool, pruning_layer: PruningLayer) -> int:
-    """Tokens that an event of `length` tokens keeps at a pruning layer, exactly (`ratios.to_micro` gives the
-    ratio).
+    """Tokens that an event of `length` tokens keeps at a pruning layer,
+    exactly (`ratios.to_micro` gives the ratio).
 
     Key event: `ceil(ratio * length)` at L1 and L2; other event: `ceil(ratio * length / 2)` at L1 and 0 at L2;
     nothing at L3. `length` is the event's length just before that layer.

@@ -1,5 +1,5 @@
-"""Stage 1 as one function: a video's features to the tokens that enter the language model
-(docs/method.md section 1).
+"""Stage 1 as one function: a video's features to the tokens that enter
+the language model (docs/method.md section 1).
 
 The engine, the accuracy benchmark and the witness all run this. They differ in the aligner that they pass,
 and in whether the two heavy operations are plain torch or kernels. Nothing here waits for the GPU.

@@ -1,5 +1,5 @@
-"""Tiers: how finely each frame is kept, with counts known before any tensor is (docs/method.md 1.4, 1.5 and
-4).
+"""Tiers: how finely each frame is kept, with counts known before any
+tensor is (docs/method.md 1.4, 1.5 and 4).
 
 Tier 0 is pooled with the first stride (finest), tier 1 with the second, tier 2 with the third.
 """
@@ -78,8 +78,8 @@ def video_tokens(quota: TierQuota, tokens_per_frame: TokensPerFrame, separators:
 
 
 def with_budget(quota: TierQuota, tokens_per_frame: TokensPerFrame, separators: bool, budget: int) -> TierQuota:
-    """Lower a quota until the video fits `budget` tokens, in as few steps as possible
-    (docs/method.md section 4).
+    """Lower a quota until the video fits `budget` tokens,
+    in as few steps as possible (docs/method.md section 4).
 
     One step moves one frame down one tier. Among the shortest ways, the one with most steps from tier 0 to
     tier 1 is taken. A quota that already fits is returned as it is.

@@ -21,8 +21,9 @@ DEFAULT_PROMPTS = 2
 
 
 def bytes_per_token(model_config: ModelConfig) -> int:
-    """Bytes of one deferred token. All tensor-parallel ranks' heads are counted: an upper bound for one
-    rank.
+    """Bytes of one deferred token.
+
+    All tensor-parallel ranks' heads are counted: an upper bound for one rank.
     """
     text = model_config.hf_text_config
     head_dim = model_config.get_head_size()
@@ -41,8 +42,8 @@ def deferral_limit(model_config: ModelConfig) -> int:
 
 
 def ending_limit(vllm_config: VllmConfig) -> int:
-    """Most tokens, whole prompts counted, of the deferred prompts that end in one step; a single one may
-    always end.
+    """Most tokens, whole prompts counted, of the deferred prompts that end in one step;
+    a single one may always end.
     """
     return int(vllm_config.scheduler_config.max_num_batched_tokens)
 

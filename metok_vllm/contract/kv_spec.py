@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 GroupKind = Literal["every token", "text and retained", "text"]
-"""Which tokens own a slot in a group: layers below L1, layers L1 .. L3-1, layers from L3 up. Images count as
-text.
+"""Which tokens own a slot in a group: layers below L1, layers L1 .. L3-1, layers from L3 up.
+
+Images count as text.
 """
 
 EVERY_TOKEN: GroupKind = "every token"
@@ -26,7 +27,9 @@ TEXT: GroupKind = "text"
 
 GROUP_KINDS: tuple[GroupKind, ...] = (EVERY_TOKEN, TEXT_AND_RETAINED, TEXT)
 DEEP_KINDS: tuple[GroupKind, ...] = (TEXT, TEXT_AND_RETAINED)
-"""The kinds of the deep layers' groups. A kind's index here is its row in the tensors of `worker/slots.py`.
+"""The kinds of the deep layers' groups.
+
+A kind's index here is its row in the tensors of `worker/slots.py`.
 """
 
 

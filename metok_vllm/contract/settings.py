@@ -26,8 +26,8 @@ from pydantic import (
 from metok_vllm.compression.ratios import to_micro
 
 SERVER_ONLY = ("prune_layers", "aligner_model", "max_deferred_bytes", "status_shows_questions")
-"""Keys that no request can change: they shape what is allocated at start, or what the operator's status page
-shows.
+"""Keys that no request can change: they shape what is allocated at start,
+or what the operator's status page shows.
 """
 
 Share = Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)]

@@ -29,8 +29,9 @@ class Answer:
 
 
 class Client:
-    """Talks to one OpenAI-compatible server. Every method raises `DemoError` where the server does not play
-    along.
+    """Talks to one OpenAI-compatible server.
+
+    Every method raises `DemoError` where the server does not play along.
     """
 
     def __init__(self, url: str) -> None:
@@ -58,8 +59,8 @@ class Client:
         return self._model
 
     def ask(self, video_url: str, question: str, frames: int, metok: dict[str, Any] | Literal["off"]) -> Answer:
-        """Ask `question` about a video of which the server is to sample `frames` frames; `metok` are the
-        settings.
+        """Ask `question` about a video of which the server is to sample `frames` frames;
+        `metok` are the settings.
         """
         content = [
             {"type": "video_url", "video_url": {"url": video_url}},

@@ -1,5 +1,5 @@
-"""Which checkpoint the demo serves: the user's, the trained one that comes along, or a random one built on
-the spot.
+"""Which checkpoint the demo serves: the user's, the trained one that comes along,
+or a random one built on the spot.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class DemoModel:
         return Path(self.checkpoint).is_dir()
 
     def step_tokens(self, frames: int) -> int | None:
-        """Tokens that a step must hold for a video of `frames` frames with METok off; None if any server's
-        do.
+        """Tokens that a step must hold for a video of `frames` frames with METok off;
+        None if any server's do.
 
         vLLM refuses a video that has more tokens than a step may have.
         """

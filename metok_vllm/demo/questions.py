@@ -19,8 +19,8 @@ class DemoQuestion:
 
 
 class _Row(pydantic.BaseModel):
-    """A line of a file of questions, as `training/make_set.py` writes it; what else it holds is not read
-    here.
+    """A line of a file of questions, as `training/make_set.py` writes it;
+    what else it holds is not read here.
     """
 
     video: str

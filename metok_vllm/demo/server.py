@@ -1,5 +1,5 @@
-"""Start the real `vllm serve` with METok on the loopback interface, wait until it answers, and always stop
-it.
+"""Start the real `vllm serve` with METok on the loopback interface,
+wait until it answers, and always stop it.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ def answer_panel(title: str, answer: Answer) -> Panel:
 
 
 def answers_table(rows: Sequence[tuple[DemoQuestion, Answer, Answer]]) -> Table:
-    """Every question with its answers, METok on and off; where the right one is known, a wrong one is
-    marked.
+    """Every question with its answers, METok on and off;
+    where the right one is known, a wrong one is marked.
     """
     right = [question.answer for question, _, _ in rows]
     score = ""

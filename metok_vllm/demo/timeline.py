@@ -1,5 +1,5 @@
-"""A picture of what METok made of a video: its events in time, its frames as finely as they are kept, the
-tokens.
+"""A picture of what METok made of a video: its events in time,
+its frames as finely as they are kept, the tokens.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def _fill(event: EventView) -> dict[str, Any]:
 
 
 def _time_limits(view: ReportView) -> tuple[float, float]:
-    """The time axis: half a bar more than the video at both ends, where the first and the last frame
-    stand.
+    """The time axis: half a bar more than the video at both ends,
+    where the first and the last frame stand.
     """
     half = view.duration / len(view.frames) / 2
     return -half, view.duration + half

@@ -86,8 +86,8 @@ class AlignerProcessor:
         return ids
 
     def windows(self, question: str) -> torch.Tensor:
-        """Token ids, int64 [windows, window length]; a question longer than the tower's window is cut into
-        several.
+        """Token ids, int64 [windows, window length];
+        a question longer than the tower's window is cut into several.
         """
         ids = self._encode(question, special=False)
         room = self.window - len(self.prefix) - len(self.suffix)

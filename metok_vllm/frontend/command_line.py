@@ -31,8 +31,8 @@ CONNECTOR_VARIABLE, CONNECTOR = "VLLM_MEDIA_CONNECTOR", "metok"
 
 
 def apply_plugin_option() -> bool:
-    """Rewrite `sys.argv` in place where it asks for METok and choose its media connector; change nothing
-    everywhere else.
+    """Rewrite `sys.argv` in place where it asks for METok and choose its media connector;
+    change nothing everywhere else.
 
     Returns:
         Whether it asked.
@@ -85,8 +85,8 @@ def rewritten(argv: Sequence[str]) -> list[str]:
 
 
 def _refuse_lonely_settings(arguments: Sequence[str]) -> None:
-    """vLLM ignores what it does not know in its additional config, so settings for METok would be ignored
-    without a word.
+    """vLLM ignores what it does not know in its additional config,
+    so settings for METok would be ignored without a word.
     """
     if any("METok" in argument for argument in arguments):
         return  # asked for by its architecture, as `metok_vllm.enable` does it
@@ -114,8 +114,9 @@ def _take_option(arguments: list[str]) -> bool:
 
 
 def _parsed(arguments: list[str]) -> Namespace:
-    """What vLLM reads in a command line, from the command on. Its parser is built the way its `main` builds
-    it.
+    """What vLLM reads in a command line, from the command on.
+
+    Its parser is built the way its `main` builds it.
     """
     from vllm.entrypoints.cli.run_batch import RunBatchSubcommand
     from vllm.entrypoints.cli.serve import ServeSubcommand

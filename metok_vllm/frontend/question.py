@@ -14,8 +14,8 @@ _FIRST, _REPLY, _LAST = "\u2460first\u2460", "\u2461reply\u2461", "\u2462last\u2
 
 @dataclass(frozen=True)
 class TurnMarkers:
-    """Strings that a chat template puts before and after the text of a user's turn; empty where it has
-    none.
+    """Strings that a chat template puts before and after the text of a user's turn;
+    empty where it has none.
     """
 
     start: str

@@ -1,5 +1,5 @@
-"""What is checked and set when vLLM builds the configuration of a METok model: before anything is loaded or
-allocated.
+"""What is checked and set when vLLM builds the configuration of a METok model:
+before anything is loaded or allocated.
 """
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
-"""Video decoding: `decoder` (PyAV and numpy alone) and its vLLM adapter, `loader`. Runs in the API server's
-process.
+"""Video decoding: `decoder` (PyAV and numpy alone) and its vLLM adapter, `loader`.
+
+Runs in the API server's process.
 """

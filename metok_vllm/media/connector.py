@@ -81,8 +81,8 @@ class MetokMediaConnector(MediaConnector):
             raise VLLMValidationError(f"There is no video_backend {name!r:.60} (media_io_kwargs).")
 
     def _video_limits(self) -> VideoSettings:
-        """The loader's limits, which hold for frames in a list too; vLLM has keys of its own for these, left
-        to vLLM.
+        """The loader's limits, which hold for frames in a list too;
+        vLLM has keys of its own for these, left to vLLM.
         """
         known = {field.name for field in fields(VideoSettings)}
         given = {key: value for key, value in self.media_io_kwargs.get("video", {}).items() if key in known}
@@ -141,8 +141,8 @@ def _picture_size(part: str) -> tuple[int, int]:
 
 @contextmanager
 def client_errors(url: str) -> Iterator[None]:
-    """Turn what goes wrong with a request's media into a client's error that tells nothing of the network
-    behind us.
+    """Turn what goes wrong with a request's media into a client's error
+    that tells nothing of the network behind us.
     """
     try:
         yield

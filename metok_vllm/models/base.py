@@ -1,5 +1,5 @@
-"""What every METok model adds to its stock class: roles for the layers, an aligner, stage 1, a model
-state.
+"""What every METok model adds to its stock class: roles for the layers,
+an aligner, stage 1, a model state.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 class MetokModel:
-    """Mixed in before a stock multimodal model; the family's class calls `init_metok` at the end of its
-    constructor.
+    """Mixed in before a stock multimodal model;
+    the family's class calls `init_metok` at the end of its constructor.
     """
 
     pool_mode: PoolMode

@@ -55,8 +55,8 @@ class MetokLlavaOnevisionMultiModalProcessor(MetokProcessing, LlavaOnevisionMult
     dummy_inputs=LlavaOnevisionDummyInputsBuilder,
 )
 class MetokLlavaOnevisionForConditionalGeneration(MetokModel, LlavaOnevisionForConditionalGeneration):
-    """The stock model, its video path replaced by stage 1 and its forward by the pruned step where one is
-    due.
+    """The stock model, its video path replaced by stage 1 and its
+    forward by the pruned step where one is due.
     """
 
     pool_mode: PoolMode = "bilinear"
@@ -83,8 +83,8 @@ class MetokLlavaOnevisionForConditionalGeneration(MetokModel, LlavaOnevisionForC
         return features.view(pixels.shape[0], side, side, -1)
 
     def stock_video(self, features: torch.Tensor) -> torch.Tensor:
-        """What stock vLLM makes of a video's features [T, H, W, D]: every frame pooled by 2, one separator at
-        the end.
+        """What stock vLLM makes of a video's features [T, H, W, D]:
+        every frame pooled by 2, one separator at the end.
         """
         pooled = pool_frames(features, 2, self.pool_mode).flatten(0, 1)
         return torch.cat([pooled, self.image_newline[None].to(pooled.dtype)])

@@ -12,8 +12,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SupportedModel:
-    """One family: the stock architecture in a checkpoint's config, and the class that serves it with
-    METok.
+    """One family: the stock architecture in a checkpoint's config,
+    and the class that serves it with METok.
     """
 
     stock: str

@@ -1,5 +1,5 @@
-"""The four rules by which a pruned prompt is cut into chunks (a chunk: the part of a prompt that one step
-computes).
+"""The four rules by which a pruned prompt is cut into chunks
+(a chunk: the part of a prompt that one step computes).
 
 1. No chunk crosses the end of the prompt. What a preempted request had generated attends to the KV that
    decoding keeps, as it did the first time. So it is computed in steps of its own.
@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 
 class EncoderSchedule(NamedTuple):
-    """What vLLM's `_try_schedule_encoder_inputs` answers about one request; vLLM takes it apart as a plain
-    tuple.
+    """What vLLM's `_try_schedule_encoder_inputs` answers about one request;
+    vLLM takes it apart as a plain tuple.
     """
 
     encoder_inputs: list[int]  # which of the request's items the encoder runs in this step
@@ -36,8 +36,8 @@ class EncoderSchedule(NamedTuple):
 
 
 def longest_chunk(computed: int, wanted: int, prompt_len: int, item_starts: Collection[int]) -> int:
-    """Rules 1 and 2: the longest chunk that keeps them, of at most `wanted` tokens from position `computed`
-    on.
+    """Rules 1 and 2: the longest chunk that keeps them,
+    of at most `wanted` tokens from position `computed` on.
 
     Args:
         computed: tokens of the prompt computed so far.
@@ -79,8 +79,8 @@ class DeferralBudget:
         self.offered[request_id] = self.needs(prompt_len)
 
     def settle(self, deferred: Mapping[str, int]) -> None:
-        """After a step: `deferred` are the prompt lengths of the requests whose prompts have begun and not
-        ended.
+        """After a step: `deferred` are the prompt lengths of the requests
+        whose prompts have begun and not ended.
 
         A request that was offered a chunk may have found no blocks for it, so what was really scheduled
         counts.

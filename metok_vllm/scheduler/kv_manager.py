@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 class DeepKVManager(SingleTypeKVCacheManager):
-    """Allocates blocks for the tokens that own a slot, and never publishes a block that a pruned video
-    precedes.
+    """Allocates blocks for the tokens that own a slot,
+    and never publishes a block that a pruned video precedes.
 
     `slot_counts` is the scheduler's table of pruned requests; a request that is not in it is an ordinary one.
     """

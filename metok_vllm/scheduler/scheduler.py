@@ -1,5 +1,5 @@
-"""vLLM's async scheduler, with what pruned requests need: their slot counts, chunk borders, and a bound on
-deferral.
+"""vLLM's async scheduler, with what pruned requests need: their slot counts,
+chunk borders, and a bound on deferral.
 
 vLLM takes it through `scheduler_cls`. It overrides five methods of vllm/v1/core/sched/scheduler.py.
 `schedule`, `add_request` and `_free_blocks` keep the tables; `_try_schedule_encoder_inputs` is where vLLM
@@ -116,8 +116,8 @@ class MetokScheduler(AsyncScheduler):
     def _schedule_chunk(
         self, request: Request, prompt_len: int, computed: int, wanted: int, encoder_budget: int, shift: int
     ) -> EncoderSchedule:
-        """The next chunk of a pruned prompt by the four rules of `chunking.py`, and what the encoder does for
-        it.
+        """The next chunk of a pruned prompt by the four rules of `chunking.py`,
+        and what the encoder does for it.
         """
         request_id = request.request_id
         item_starts = {feature.mm_position.offset for feature in request.mm_features}

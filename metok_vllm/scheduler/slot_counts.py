@@ -10,8 +10,9 @@ from metok_vllm.contract.spans import VideoSpan
 
 @dataclass(frozen=True)
 class SlotCounts:
-    """Slots of one pruned request in the KV cache groups of the deep layers. Worked out once, when it
-    arrives.
+    """Slots of one pruned request in the KV cache groups of the deep layers.
+
+    Worked out once, when it arrives.
 
     The layout of those slots is drawn in `metok_vllm/worker/slots.py`.
     """

@@ -41,8 +41,9 @@ class Latest(Generic[T]):
         return float("nan") if self._at is None else monotonic() - self._at
 
     async def refresh(self) -> T | None:
-        """Ask again, unless the answer is fresh; wait for at most `patience` seconds. Returns the latest
-        answer.
+        """Ask again, unless the answer is fresh; wait for at most `patience` seconds.
+
+        Returns the latest answer.
 
         A question that is not answered in time stays asked, and its answer serves whoever comes next.
         """
@@ -83,8 +84,8 @@ async def ask_first_ranks(engine_client: Any, method: str) -> list[Any]:
 
 
 async def engine_figures(engine_client: Any) -> dict[str, Any]:
-    """``engines``, and the sum over them of ``worker`` (`metok_stats`) and ``scheduler``
-    (`SchedulerCounters.snapshot`).
+    """``engines``, and the sum over them of ``worker`` (`metok_stats`) and
+    ``scheduler`` (`SchedulerCounters.snapshot`).
     """
     workers, schedulers = await asyncio.gather(
         ask_first_ranks(engine_client, "metok_stats"),

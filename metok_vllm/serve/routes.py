@@ -25,8 +25,8 @@ PAGE = "/metok"  # without any data, so outside
 
 
 class MetokRoutes:
-    """ASGI middleware: METok's routes and metrics from the start of the app's lifespan on, and a check of
-    chat requests.
+    """ASGI middleware: METok's routes and metrics from the start of the app's lifespan on,
+    and a check of chat requests.
     """
 
     def __init__(self, app: Any) -> None:
@@ -111,16 +111,16 @@ def attach_routes(app: FastAPI) -> Latest[dict[str, Any]]:
 
 
 async def state(request: Request) -> JSONResponse:
-    """What METok holds in each worker right now: deferred prompts, and KV blocks by request and kind of
-    group.
+    """What METok holds in each worker right now: deferred prompts,
+    and KV blocks by request and kind of group.
     """
     engines = await ask_workers(request.app.state.engine_client, "metok_state")
     return JSONResponse({"workers": [worker for workers in engines for worker in workers]})
 
 
 async def report(request_id: str, request: Request) -> JSONResponse:
-    """What METok did to a request that was sent with ``"report": true``; 404 where there is no such
-    report.
+    """What METok did to a request that was sent with ``"report": true``;
+    404 where there is no such report.
     """
     engines = await ask_workers(request.app.state.engine_client, "metok_report", request_id)
     found = next((answer for workers in engines for answer in workers if answer is not None), None)

@@ -30,8 +30,9 @@ PAGE = "status.html"
 
 @cache
 def page() -> tuple[str, dict[str, str]]:
-    """The page and its headers. Its only script and its only style are allowed by their hashes, and nothing
-    else is.
+    """The page and its headers.
+
+    Its only script and its only style are allowed by their hashes, and nothing else is.
     """
     text = (files(__package__) / PAGE).read_text("utf-8")
     policy = [

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunningStep:
-    """The pruned step that is running through the layers, if any. One object, shared by all layers of a
-    model.
+    """The pruned step that is running through the layers, if any.
+
+    One object, shared by all layers of a model.
     """
 
     step: PrunedStep | None = None

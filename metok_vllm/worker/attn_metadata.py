@@ -1,5 +1,5 @@
-"""Attention metadata of a step in which a prompt is being pruned: where its tokens stand, and what the others
-attend to.
+"""Attention metadata of a step in which a prompt is being pruned:
+where its tokens stand, and what the others attend to.
 """
 
 from __future__ import annotations

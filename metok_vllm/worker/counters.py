@@ -1,5 +1,5 @@
-"""What a worker counts of the requests that METok prunes: plain numbers, added up once a prompt and read by
-HTTP requests.
+"""What a worker counts of the requests that METok prunes: plain numbers,
+added up once a prompt and read by HTTP requests.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The dual tower beside the model's own: frames and question to embeddings that can be compared
-(docs/method.md section 1.3).
+"""The dual tower beside the model's own: frames and question to embeddings
+that can be compared (docs/method.md section 1.3).
 """
 
 from __future__ import annotations

@@ -67,8 +67,9 @@ class PruningMemory:
 
 
 class MemoryReserve:
-    """Holds `PruningMemory` while vLLM profiles. Does nothing on CPU, where the KV cache has a size of its
-    own.
+    """Holds `PruningMemory` while vLLM profiles.
+
+    Does nothing on CPU, where the KV cache has a size of its own.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:

@@ -1,5 +1,5 @@
-"""Worker-side state of a METok model in Model Runner V2: attention metadata by kind of group, and the pruned
-steps.
+"""Worker-side state of a METok model in Model Runner V2:
+attention metadata by kind of group, and the pruned steps.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class MetokModelState(DefaultModelState):
         self._reserve.release()
 
     def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
-        """Full graphs for decodes only: a graph of a mixed batch would be replayed in place of a pruned
-        step.
+        """Full graphs for decodes only: a graph of a mixed batch would
+        be replayed in place of a pruned step.
         """
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, "METok"
 

@@ -1,5 +1,5 @@
-"""The token-sized operations of a pruned step: plain torch on CPU, METok's Triton kernels and flash attention
-on CUDA.
+"""The token-sized operations of a pruned step: plain torch on CPU,
+METok's Triton kernels and flash attention on CUDA.
 
 `METOK_KERNELS` chooses by hand: `auto` (the default: by device), `torch`, or `triton`, which on CPU means
 Triton's interpreter and is what the tests force to run the kernels inside the real engine.
@@ -102,8 +102,8 @@ def select(scores: torch.Tensor, lengths: torch.Tensor, keep: torch.Tensor, tota
 
 
 def event_similarity(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frame vectors float32 [T, D] and adjacent similarities float32 [T - 1] of one video, `features` [T, N,
-    D].
+    """Frame vectors float32 [T, D] and adjacent similarities float32 [T - 1] of one video,
+    `features` [T, N, D].
     """
     if not uses_triton(features.device):
         return events.similarity(features)
@@ -151,8 +151,8 @@ STAGE_1 = Operations(event_similarity, pool_video)
 def gather(
     index: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows `index` (int64 [n]) of hidden state [m, D], residual [m, D] and positions int64 [m], in one
-    launch.
+    """Rows `index` (int64 [n]) of hidden state [m, D],
+    residual [m, D] and positions int64 [m], in one launch.
     """
     if not uses_triton(hidden.device):
         return hidden[index], residual[index], positions[index]
@@ -191,8 +191,8 @@ def causal_attention(
 def _cuda_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], scale: float, out: torch.Tensor
 ) -> None:
-    """vLLM's varlen flash attention where it is built for the device and dtype, else its Triton prefill
-    kernel.
+    """vLLM's varlen flash attention where it is built for the device and dtype,
+    else its Triton prefill kernel.
     """
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version, is_flash_attn_varlen_func_available
 

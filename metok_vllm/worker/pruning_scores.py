@@ -1,5 +1,5 @@
-"""The scores that a pruned step chooses by: how much the question looks at each visual token
-(docs/method.md section 2).
+"""The scores that a pruned step chooses by: how much the question looks at
+each visual token (docs/method.md section 2).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What METok did to each request: one log line, totals, and a record of the latest for the status page and
-for reports.
+"""What METok did to each request: one log line, totals,
+and a record of the latest for the status page and for reports.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ KEPT_RECENT = 50
 """Requests that the status page shows."""
 
 REMEMBERED = 4096
-"""So many of the latest requests are remembered, so that a prompt computed again after a preemption is not
-counted twice.
+"""So many of the latest requests are remembered,
+so that a prompt computed again after a preemption is not counted twice.
 """
 
 
@@ -53,8 +53,9 @@ def model_shape(model_config: ModelConfig) -> ModelShape:
 
 
 class Timeline:
-    """What became of every frame of one video. Reading it waits for the device, so that is left to who
-    asks.
+    """What became of every frame of one video.
+
+    Reading it waits for the device, so that is left to who asks.
     """
 
     def __init__(self, plan: VideoPlan, tags: VideoTags) -> None:
@@ -76,8 +77,8 @@ class Timeline:
 
 
 def per_frame(tags: VideoTags, frames: int) -> torch.Tensor:
-    """Event, key event, tier and number of tokens of every frame: int32 [4, frames], without waiting for the
-    device.
+    """Event, key event, tier and number of tokens of every frame:
+    int32 [4, frames], without waiting for the device.
     """
     columns = torch.stack([tags.event, tags.is_key.to(torch.int64), tags.tier])
     table = columns.new_zeros(4, frames)
@@ -137,8 +138,9 @@ class Reports:
         self._counted: OrderedDict[int, None] = OrderedDict()  # by the hash of the id, which a client may make long
 
     def add(self, request: PrunedRequest, features: Sequence[MultiModalFeatureSpec] = ()) -> None:
-        """Log, count and remember one pruned request. Its tags must still be there; nothing waits for the
-        device.
+        """Log, count and remember one pruned request.
+
+        Its tags must still be there; nothing waits for the device.
 
         Args:
             request: a request whose prompt has just been pruned.
@@ -220,8 +222,8 @@ class Reports:
         }
 
     def find(self, request_id: str) -> dict[str, Any] | None:
-        """The report of a request that asked for one, by the id that the client saw: vLLM appends to it
-        inside the engine.
+        """The report of a request that asked for one, by the id that the client saw:
+        vLLM appends to it inside the engine.
         """
         for req_id in reversed(self._asked_for):
             if req_id == request_id or req_id.startswith(f"{request_id}-"):

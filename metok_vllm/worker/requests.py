@@ -22,8 +22,8 @@ They travel through the encoder cache as part of the embedding; a byte is exact 
 
 
 def pack_tags(event: torch.Tensor, is_key: torch.Tensor, frame: torch.Tensor, tier: torch.Tensor) -> torch.Tensor:
-    """What is known of each token, each int64 (or bool) [n], to int64 [n, TAG_CHANNELS] with entries below
-    256.
+    """What is known of each token, each int64 (or bool) [n],
+    to int64 [n, TAG_CHANNELS] with entries below 256.
     """
     return torch.stack(
         [event % 256, event // 256, is_key.to(torch.int64), frame % 256, frame // 256, tier.to(torch.int64)], dim=1
@@ -32,8 +32,8 @@ def pack_tags(event: torch.Tensor, is_key: torch.Tensor, frame: torch.Tensor, ti
 
 @dataclass
 class VideoTags:
-    """What stage 2 and the report need to know of every token of one video; tensors on the device, each
-    [n].
+    """What stage 2 and the report need to know of every token of one video;
+    tensors on the device, each [n].
     """
 
     event: torch.Tensor  # int64

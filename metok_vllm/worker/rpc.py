@@ -15,14 +15,14 @@ class MetokWorkerExtension:
     model_runner: Any
 
     def metok_report(self, request_id: str) -> dict[str, Any] | None:
-        """The report of a request that asked for one, by the id that the client saw; None where there is
-        none.
+        """The report of a request that asked for one, by the id that the client saw;
+        None where there is none.
         """
         return self.model_runner.model_state.reports.find(request_id)  # type: ignore[no-any-return]
 
     def metok_stats(self) -> dict[str, Any] | None:
-        """What this worker has counted since its start, as plain numbers; None on all tensor-parallel ranks
-        but the first.
+        """What this worker has counted since its start, as plain numbers;
+        None on all tensor-parallel ranks but the first.
         """
         if get_tensor_model_parallel_rank() != 0:
             return None
@@ -35,16 +35,16 @@ class MetokWorkerExtension:
         }
 
     def metok_recent(self) -> list[dict[str, Any]] | None:
-        """The latest pruned requests, latest first (`Record.status`); None on all tensor-parallel ranks but
-        the first.
+        """The latest pruned requests, latest first (`Record.status`);
+        None on all tensor-parallel ranks but the first.
         """
         if get_tensor_model_parallel_rank() != 0:
             return None
         return self.model_runner.model_state.reports.recent()  # type: ignore[no-any-return]
 
     def metok_state(self) -> dict[str, Any]:
-        """What this worker holds right now: deferred prompts, and the KV blocks of every request in each
-        group.
+        """What this worker holds right now: deferred prompts,
+        and the KV blocks of every request in each group.
 
         What a group holds is one of `contract.kv_spec.GROUP_KINDS`.
         """

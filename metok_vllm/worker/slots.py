@@ -56,8 +56,9 @@ def deep_groups(kv_cache_config: KVCacheConfig) -> tuple[DeepGroup, ...]:
 
 
 class DeepSlots:
-    """Shifts of all requests, and the sequence lengths and slots that follow from them. First dimension:
-    `DEEP_KINDS`.
+    """Shifts of all requests, and the sequence lengths and slots that follow from them.
+
+    First dimension: `DEEP_KINDS`.
     """
 
     def __init__(self, max_num_reqs: int, device: torch.device) -> None:
@@ -77,8 +78,8 @@ class DeepSlots:
         self._retained[index] = 0
 
     def complete(self, index: int, start: int, visual: int, retained: int) -> None:
-        """The prompt of the request in row `index` is complete: `visual` tokens from `start` on, `retained`
-        of them kept.
+        """The prompt of the request in row `index` is complete:
+        `visual` tokens from `start` on, `retained` of them kept.
 
         Text between several videos lies before the end of the prompt. So one span of the videos' total length
         gives the same slots to whatever is computed after the prompt as the videos themselves would.
@@ -100,8 +101,8 @@ class DeepSlots:
         slot_mappings: torch.Tensor,
         groups: Sequence[DeepGroup],
     ) -> None:
-        """Sequence lengths of both kinds, and the deep groups' slots in place, for a step without prompts in
-        pruning.
+        """Sequence lengths of both kinds, and the deep groups' slots in place,
+        for a step without prompts in pruning.
 
         The per-layer views of `slot_mappings` that vLLM has already made see the change.
         """
@@ -160,7 +161,7 @@ def request_of_token(input_batch: InputBatch) -> torch.Tensor:
 
 
 def slots_of(table: torch.Tensor, requests: torch.Tensor, indices: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Slot of each token: block `table` int32 [requests, blocks], `requests` and slot `indices` int64 [n], to
-    int64 [n].
+    """Slot of each token: block `table` int32 [requests, blocks],
+    `requests` and slot `indices` int64 [n], to int64 [n].
     """
     return table[requests, indices // block_size].to(torch.int64) * block_size + indices % block_size

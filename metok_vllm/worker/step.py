@@ -32,8 +32,9 @@ Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class PrunedStep:
-    """One forward pass with pruning. Made anew for each step; the attention layers call `capture` and
-    `attend`.
+    """One forward pass with pruning.
+
+    Made anew for each step; the attention layers call `capture` and `attend`.
     """
 
     def __init__(self, stack: DecoderStack, batch: PrunedBatch) -> None:

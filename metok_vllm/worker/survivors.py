@@ -1,5 +1,5 @@
-"""Which tokens of the prompts in a pruned step are still alive, and the choices at L1, L2 and L3
-(docs/method.md section 2).
+"""Which tokens of the prompts in a pruned step are still alive, and the choices at L1,
+L2 and L3 (docs/method.md section 2).
 """
 
 from __future__ import annotations
@@ -137,8 +137,9 @@ def _select(
     keep: Sequence[torch.Tensor],
     totals: Sequence[int],
 ) -> list[torch.Tensor]:
-    """The choice in every event of all videos at once. Returns for each video ascending indices among its own
-    tokens.
+    """The choice in every event of all videos at once.
+
+    Returns for each video ascending indices among its own tokens.
     """
     chosen = ops.select(torch.cat(list(scores)), torch.cat(list(lengths)), torch.cat(list(keep)), sum(totals))
     kept, start = [], 0

@@ -13,8 +13,8 @@ import torch
 from metok_vllm.contract.counters import SECOND_BOUNDS, TIMED_PARTS, Histogram
 
 MOST_PENDING = 512
-"""Measurements whose events the device has not reached yet; further ones are not measured until some have
-been read.
+"""Measurements whose events the device has not reached yet;
+further ones are not measured until some have been read.
 """
 
 

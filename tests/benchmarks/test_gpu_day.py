@@ -1,5 +1,5 @@
-"""`benchmarks/gpu`: what a day with a GPU calls is there and takes its arguments, and its short form runs on
-a CPU.
+"""`benchmarks/gpu`: what a day with a GPU calls is there and takes its arguments,
+and its short form runs on a CPU.
 """
 
 from __future__ import annotations

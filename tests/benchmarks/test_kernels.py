@@ -1,5 +1,5 @@
-"""`python -m benchmarks.kernels` in the interpreter: it checks everything, times nothing, and refuses to
-report on red.
+"""`python -m benchmarks.kernels` in the interpreter: it checks everything,
+times nothing, and refuses to report on red.
 """
 
 from __future__ import annotations

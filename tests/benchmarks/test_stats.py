@@ -48,8 +48,8 @@ def test_questions_of_one_video_are_not_counted_as_independent() -> None:
 
 
 def test_pairing_sees_what_the_shares_hide() -> None:
-    """Verdicts vary from video to video, but one method is always worse by one question: the difference is
-    certain.
+    """Verdicts vary from video to video, but one method is always worse by one question:
+    the difference is certain.
     """
     rng = np.random.default_rng(0)
     stock = rng.random(400) < 0.5

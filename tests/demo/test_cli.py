@@ -1,5 +1,5 @@
-"""The `metok` command: what it says to its user, and the demo end to end against a server that is not
-vLLM.
+"""The `metok` command: what it says to its user,
+and the demo end to end against a server that is not vLLM.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""METok's events against the scene cuts that a trained shot detector found in the same clips
-(`scene_cuts.json`).
+"""METok's events against the scene cuts that a trained shot detector
+found in the same clips (`scene_cuts.json`).
 
 A video of as many events as the detector has scenes is cut at just as many places, so one number says it all:
 at how many of them the detector cuts too. No tolerance is added to the sampling itself: a cut counts as found

@@ -1,5 +1,5 @@
-"""The model that comes along: what it is on disk, and that transformers and stock vLLM load it unchanged and
-answer right.
+"""The model that comes along: what it is on disk,
+and that transformers and stock vLLM load it unchanged and answer right.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ LONG_QUESTION = (
 
 
 def windows(tokenizer: Any, question: str) -> torch.Tensor:
-    """The question cut to the tower's window by hand: special tokens around every piece, padded to full
-    length.
+    """The question cut to the tower's window by hand:
+    special tokens around every piece, padded to full length.
     """
     ids = tokenizer(question, add_special_tokens=False).input_ids
     special = tokenizer("", add_special_tokens=True).input_ids

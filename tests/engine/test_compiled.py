@@ -1,5 +1,5 @@
-"""vLLM's default mode: the stock path of the model compiled, pruned steps beside it uncompiled, on the same
-weights.
+"""vLLM's default mode: the stock path of the model compiled,
+pruned steps beside it uncompiled, on the same weights.
 """
 
 from __future__ import annotations

@@ -72,8 +72,8 @@ def allowed(tokenizer: Any, said: str) -> list[int]:
 
 
 def test_a_choice_is_the_best_that_the_grammar_allows(running: Engine, sample: Sample) -> None:
-    """At every token: of those that lead to a choice the engine takes the oracle's best, with the oracle's
-    logprob of it.
+    """At every token: of those that lead to a choice the engine takes the oracle's best,
+    with the oracle's logprob of it.
     """
     cases = [Case((scene_video(seed, 24),), metok=metok) for seed, metok in ((1, None), (2, {"decode_retention": 1}))]
     free = Case((scene_video(3, 20),), max_tokens=8)

@@ -1,5 +1,5 @@
-"""Half precision in the engine: exact counts, nothing left behind, and log-probabilities near those of
-float32.
+"""Half precision in the engine: exact counts, nothing left behind,
+and log-probabilities near those of float32.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from tests.support.harness import Case, Engine, engine
 from tests.support.oracle.samples import load_sample, scene_video
 
 NEAR = {"bfloat16": 0.6, "float16": 0.15}
-"""Of the log-probabilities of the chosen tokens. Wide, since a rounded score may choose another of two near
-equals.
+"""Of the log-probabilities of the chosen tokens.
+
+Wide, since a rounded score may choose another of two near equals.
 """
 
 

@@ -1,5 +1,5 @@
-"""The Triton kernels inside the engine: run by Triton's interpreter in vLLM's CPU worker, against the
-oracle.
+"""The Triton kernels inside the engine: run by Triton's interpreter in vLLM's CPU worker,
+against the oracle.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A Llama inside LLaVA-OneVision: METok prunes whatever decoder the family's stock class builds, and equals
-the oracle.
+"""A Llama inside LLaVA-OneVision: METok prunes whatever decoder the family's stock class builds,
+and equals the oracle.
 
 The checkpoint is the second witness's (`benchmarks/witness/checkpoint.py`) around a small random Llama: its
 tower reads word embeddings out of pixels.

@@ -1,5 +1,5 @@
-"""The engine against the oracle: same tokens, logprobs within 1e-3, over shapes, settings, lengths and
-mixtures.
+"""The engine against the oracle: same tokens, logprobs within 1e-3,
+over shapes, settings, lengths and mixtures.
 """
 
 from __future__ import annotations

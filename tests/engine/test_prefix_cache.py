@@ -1,5 +1,5 @@
-"""Prefix caching stays on: text is shared as in stock vLLM, and nothing that a video stands before is ever
-shared.
+"""Prefix caching stays on: text is shared as in stock vLLM,
+and nothing that a video stands before is ever shared.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def test_an_unpruned_video_hits_but_only_its_own_blocks(running: Engine) -> None
 
 
 def test_text_before_a_video_is_shared_once_it_is_written(running: Engine) -> None:
-    """Requests that share a long system turn with a video request, queued while that one is still being
-    deferred.
+    """Requests that share a long system turn with a video request,
+    queued while that one is still being deferred.
     """
     case = Case((scene_video(4, 30),), before=PREFACE, max_tokens=8)
     text = Case((), before=PREFACE, max_tokens=8)

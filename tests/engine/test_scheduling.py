@@ -20,8 +20,8 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
 
 
 def requests(max_tokens: int = 24) -> list[Case]:
-    """Prompts of several chunks each, whose borders fall inside frames, between videos and inside the
-    question.
+    """Prompts of several chunks each, whose borders fall inside frames,
+    between videos and inside the question.
     """
     return [
         Case((scene_video(1, 30),), metok={"decode_retention": 0.5}, max_tokens=max_tokens),
@@ -99,8 +99,8 @@ def test_an_aborted_request_leaves_nothing(chunked: Engine, steps: int) -> None:
 
 
 def test_several_samples_of_one_request(cramped: Engine) -> None:
-    """n = 2 and one token, so cold that chance decides nothing: vLLM takes no greedy request for several
-    samples.
+    """n = 2 and one token, so cold that chance decides nothing:
+    vLLM takes no greedy request for several samples.
     """
     case = Case((scene_video(30, 20),), max_tokens=1)
     request_id = cramped.add(case, n=2, temperature=1e-3)
@@ -127,8 +127,8 @@ def test_prompt_logprobs_of_a_pruned_prompt_are_refused(cramped: Engine) -> None
 
 # Last in this file: an engine of its own ends the distributed state of those that the fixtures hold.
 def test_the_deferral_buffer_is_bounded(sample: Sample) -> None:
-    """With room for one deferred prompt, two are deferred one after the other, and both are answered
-    right.
+    """With room for one deferred prompt, two are deferred one after the other,
+    and both are answered right.
     """
     asked = [Case((scene_video(seed, 30),), max_tokens=6) for seed in (20, 21)]
     most = 0

@@ -1,5 +1,5 @@
-"""The trained model in the real engine: its answers depend on the video, with METok as without, and are the
-oracle's.
+"""The trained model in the real engine: its answers depend on the video,
+with METok as without, and are the oracle's.
 """
 
 from __future__ import annotations

@@ -77,8 +77,8 @@ def turns(sample: Sample, messages: list[dict[str, Any]]) -> list[int]:
 
 @pytest.mark.parametrize("metok", [None, "off"], ids=["pruned", "off"])
 def test_a_second_turn_about_the_same_video(server: Server, sample: Sample, metok: Any) -> None:
-    """The history grows and the question is another one: the video is compressed for that one, and the answer
-    is right.
+    """The history grows and the question is another one:
+    the video is compressed for that one, and the answer is right.
     """
     video = mp4(scene_video(54, 20))
     history = [user(QUESTIONS[0], data_url(video))]

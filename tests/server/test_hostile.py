@@ -1,5 +1,5 @@
-"""Broken files, absurd requests and cancelled ones: each gets a clear answer, and the server stays as it
-was.
+"""Broken files, absurd requests and cancelled ones: each gets a clear answer,
+and the server stays as it was.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""METok's metrics on the real server's /metrics: exact, bounded in time, and absent where METok was not asked
-for.
+"""METok's metrics on the real server's /metrics: exact, bounded in time,
+and absent where METok was not asked for.
 """
 
 from __future__ import annotations

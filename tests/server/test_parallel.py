@@ -93,8 +93,8 @@ def second_node(model: Path, log: Path, *options: str) -> Iterator[subprocess.Po
 
 
 def test_one_engine_over_two_nodes(sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensor parallel over vLLM's own multi-node launcher: each node has half of the heads that score the
-    video.
+    """Tensor parallel over vLLM's own multi-node launcher:
+    each node has half of the heads that score the video.
     """
     for name, value in (("VLLM_HOST_IP", "127.0.0.1"), ("GLOO_SOCKET_IFNAME", "lo")):
         monkeypatch.setenv(name, value)

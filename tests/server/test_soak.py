@@ -63,8 +63,8 @@ class Soak:
     refused: int = 0
 
     def one(self, number: int) -> None:
-        """Request `number`: a video under some settings, sometimes none, broken, or dropped while it
-        streams.
+        """Request `number`: a video under some settings, sometimes none,
+        broken, or dropped while it streams.
         """
         rng = random.Random(number)
         which = rng.randrange(-1, len(self.videos))

@@ -1,5 +1,5 @@
-"""The status page and its JSON: right figures, no prompt text, nothing from outside, and hostile names stay
-text.
+"""The status page and its JSON: right figures, no prompt text,
+nothing from outside, and hostile names stay text.
 """
 
 from __future__ import annotations

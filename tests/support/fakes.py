@@ -142,8 +142,8 @@ def make_scheduler(base: Any, limits: Limits, monkeypatch: Any) -> MetokSchedule
 
 @dataclass(frozen=True)
 class Step:
-    """One step as it was scheduled; `finish` is the worker's answer, which may come after further steps were
-    scheduled.
+    """One step as it was scheduled; `finish` is the worker's answer,
+    which may come after further steps were scheduled.
     """
 
     scheduler: MetokScheduler

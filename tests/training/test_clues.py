@@ -65,8 +65,8 @@ def test_phrases_end_at_tokens_and_name_what_they_stand_for(coder: Coder) -> Non
 
 
 def test_every_word_of_a_telling_sentence_is_about_what_comes_next(coder: Coder) -> None:
-    """Told of in order, each to the word before its last, and after the last that nothing follows; no word
-    left out between.
+    """Told of in order, each to the word before its last,
+    and after the last that nothing follows; no word left out between.
     """
     seen_lengths = set()
     for seed in range(80):

@@ -1,5 +1,5 @@
-"""Training goes on from the shipped model: nothing of it is lost on the way, and every program takes it from
-there.
+"""Training goes on from the shipped model: nothing of it is lost on the way,
+and every program takes it from there.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def text_checkpoint(checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def make_config(checkpoint: Path) -> Callable[..., Any]:
-    """`make_config(**engine_args)`: vLLM's whole configuration for the checkpoint, with METok unless
-    `metok=False`.
+    """`make_config(**engine_args)`: vLLM's whole configuration for the checkpoint,
+    with METok unless `metok=False`.
     """
     from vllm.engine.arg_utils import EngineArgs
 

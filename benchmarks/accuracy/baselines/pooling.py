@@ -1,5 +1,6 @@
-"""Uniform coarser pooling: every frame with the same stride, whatever it shows. Stride 2 is the stock
-model.
+"""Uniform coarser pooling: every frame with the same stride, whatever it shows.
+
+Stride 2 is the stock model.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from benchmarks.accuracy.video import Asked, Video
 
 @dataclass(frozen=True)
 class RandomTokens:
-    """Tokens of the stock video, drawn evenly without looking; the same ones for every question about the
-    video.
+    """Tokens of the stock video, drawn evenly without looking;
+    the same ones for every question about the video.
     """
 
     budget: PaperBudget

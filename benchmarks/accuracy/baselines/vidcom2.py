@@ -1,5 +1,5 @@
-"""VidCom2: frames that stand out get more tokens, and in each the tokens that stand out stay (arXiv
-2505.14454).
+"""VidCom2: frames that stand out get more tokens,
+and in each the tokens that stand out stay (arXiv 2505.14454).
 
 A token is the less needed the nearer it is to the mean of the whole video and to the mean of its frame;
 nearness is a sum of Gaussian kernels of several widths between unit vectors, in the half of the channels that
@@ -29,8 +29,8 @@ def nearness(tokens: Tensor, centre: Tensor) -> Tensor:
 
 
 def redundancy(pooled: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every token (higher: dropped first) and the distinctness of every frame: `pooled` [T, N, D] to [T,
-    N] and [T].
+    """Of every token (higher: dropped first) and the distinctness of every frame:
+    `pooled` [T, N, D] to [T, N] and [T].
     """
     flat = pooled.flatten(0, 1)
     quiet = flat.var(0, unbiased=False).argsort(stable=True)[: max(1, int(flat.shape[1] * CHANNELS))]

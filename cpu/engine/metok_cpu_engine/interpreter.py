@@ -1,5 +1,5 @@
-"""Two things that Triton's interpreter cannot do with vLLM's sampling kernels, either of which would end the
-engine.
+"""Two things that Triton's interpreter cannot do with vLLM's sampling kernels,
+either of which would end the engine.
 
 - Structured output: the interpreter's comparisons keep the type of their operands beside boolean data, and
   `create_splat` makes numbers of such a scalar, which a store then refuses as a mask. Spreading what is

@@ -44,7 +44,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Watch for torchvision's import. Called from the `.pth` file; imports neither torch nor torchvision
-    itself.
+    """Watch for torchvision's import.
+
+    Called from the `.pth` file; imports neither torch nor torchvision itself.
     """
     sys.meta_path.insert(0, _Finder())

@@ -62,8 +62,8 @@ def gather_rows(
     residual: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
 ) -> Gathered:
-    """Rows `index` of the hidden state, the residual and the positions (docs/method.md section 2: survivors
-    keep theirs).
+    """Rows `index` of the hidden state, the residual and the positions
+    (docs/method.md section 2: survivors keep theirs).
 
     Args:
         index: [out] int, rows to take, in any order, repeats allowed. Indices outside `0 .. rows - 1`, such

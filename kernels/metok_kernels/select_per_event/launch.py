@@ -53,8 +53,8 @@ def select_per_event(
     max_length: int,
     capacity: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the `keep[e]` highest-scored tokens of each event, ties to the lowest index
-    (docs/method.md section 2).
+    """Choose the `keep[e]` highest-scored tokens of each event,
+    ties to the lowest index (docs/method.md section 2).
 
     Deterministic, exact, and without a host read: how many were chosen stays on the device, in the second
     result. Events of several videos or requests go into one call. A run of tokens that is always kept (text

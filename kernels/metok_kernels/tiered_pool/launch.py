@@ -70,8 +70,8 @@ def tiered_pool(
     separator: torch.Tensor | None = None,
     separator_offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Pool each frame's grid by its stride, pack the tokens and the separators (docs/method.md sections 1.5
-    and 1.6).
+    """Pool each frame's grid by its stride,
+    pack the tokens and the separators (docs/method.md sections 1.5 and 1.6).
 
     `average` is `torch.nn.functional.avg_pool2d(stride)`, a window larger than the grid being cut to it;
     `bilinear` is `interpolate(size=ceil(H/s) x ceil(W/s), mode="bilinear")`. Computed in float32, stored in

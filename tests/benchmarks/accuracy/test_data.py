@@ -1,5 +1,5 @@
-"""Questions of the accuracy benchmark: what a line must hold, and that no set comes from what was trained
-on.
+"""Questions of the accuracy benchmark: what a line must hold,
+and that no set comes from what was trained on.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ def graph() -> Video:
 
 
 def test_a_thing_is_where_it_was_drawn(graph: Video) -> None:
-    """Painted away, a thing leaves other pixels only in its own cells and their neighbours, and only while it
-    is there.
+    """Painted away, a thing leaves other pixels only in its own cells and their neighbours,
+    and only while it is there.
     """
     thing = next(i for i in graph.items if i.kind == "shape")
     cells = cells_of(graph, thing)

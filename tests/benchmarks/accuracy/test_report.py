@@ -1,5 +1,5 @@
-"""Tables, files and plots of the accuracy benchmark, and the comparison of its two runners, from made-up
-answers.
+"""Tables, files and plots of the accuracy benchmark,
+and the comparison of its two runners, from made-up answers.
 """
 
 from __future__ import annotations

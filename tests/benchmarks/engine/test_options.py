@@ -61,8 +61,8 @@ def test_fewer_frames_take_nearest_to_as_many_tokens(frames: int, grid: int) -> 
 
 
 def test_tokens_of_the_published_shape() -> None:
-    """64 frames of 27 x 27 patches: 14 x 14, 7 x 7 and 4 x 4 tokens a frame; 18 + 33 + 13 frames; 5
-    separators.
+    """64 frames of 27 x 27 patches: 14 x 14, 7 x 7 and 4 x 4 tokens a frame;
+    18 + 33 + 13 frames; 5 separators.
     """
     assert variants.stock_tokens(64, 27) == 64 * 196 + 1
     sizes = [13, 13, 13, 13, 12]

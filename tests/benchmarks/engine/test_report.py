@@ -237,8 +237,8 @@ def test_plots_from_a_result_alone(raw: Raw, tmp_path: Path, capsys: pytest.Capt
 def test_a_run_records_its_conditions(
     raw: Raw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole program, its engines replaced by canned figures; one variant fails and the others are
-    kept.
+    """The whole program, its engines replaced by canned figures;
+    one variant fails and the others are kept.
     """
     jobs = []
 
@@ -267,8 +267,8 @@ def test_a_run_records_its_conditions(
 
 
 def test_capacity_counts_one_allocation() -> None:
-    """Groups overlay each other in one allocation: 8 groups of a layer hold no more bytes than one group of 8
-    layers.
+    """Groups overlay each other in one allocation:
+    8 groups of a layer hold no more bytes than one group of 8 layers.
     """
     one_group = SimpleNamespace(num_blocks=8192, kv_cache_tensors=[SimpleNamespace(size=2**30)])
     eight = SimpleNamespace(num_blocks=65536, kv_cache_tensors=[SimpleNamespace(size=2**30)] * 8)

@@ -1,5 +1,6 @@
-"""The second witness in the engine: what it asks, and that it can say no. The engine itself:
-`tests/engine/test_llama.py`.
+"""The second witness in the engine: what it asks, and that it can say no.
+
+The engine itself: `tests/engine/test_llama.py`.
 """
 
 from __future__ import annotations

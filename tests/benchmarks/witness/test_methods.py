@@ -87,8 +87,8 @@ def test_tokens_and_survivors_are_the_oracles(model, delta):
 
 
 def test_with_everything_kept_it_is_generate(model):
-    """No pruning: the tokens of transformers' `generate`, whichever way the prompt is run, batched or
-    alone.
+    """No pruning: the tokens of transformers' `generate`,
+    whichever way the prompt is run, batched or alone.
     """
     decoder, visual = sequence(model)
     with torch.no_grad():
@@ -132,8 +132,8 @@ def test_videos_are_the_same_again_and_others_for_another_seed():
 
 
 def test_report(tmp_path: Path):
-    """Shares, paired differences and the probe from hand-made answers; a cut line of an interrupted run is
-    dropped.
+    """Shares, paired differences and the probe from hand-made answers;
+    a cut line of an interrupted run is dropped.
     """
     parts = []
     for video in range(4):

@@ -1,5 +1,5 @@
-"""The second witness on its real model against the oracle; only where `make witness` has fetched the
-model.
+"""The second witness on its real model against the oracle;
+only where `make witness` has fetched the model.
 """
 
 from __future__ import annotations

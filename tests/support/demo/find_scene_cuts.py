@@ -22,8 +22,8 @@ THRESHOLD = 0.5  # the detector's own default
 
 
 def scene_cuts(model: TransNetV2, path: Path) -> dict[str, Any]:
-    """Frame number and second of the first frame of every scene but the first, and how sure the detector
-    is.
+    """Frame number and second of the first frame of every scene but the first,
+    and how sure the detector is.
     """
     with av.open(path) as container:
         rate = float(container.streams.video[0].average_rate)

@@ -43,8 +43,8 @@ class _Model(MetokModel):
 
 
 def real_report(sample: Sample, frames: NDArray[np.uint8], patch: pytest.MonkeyPatch, **settings: Any) -> Any:
-    """The report on a video of `frames` [T, H, W, 3], events only (aligner "none"), as the endpoint sends
-    it.
+    """The report on a video of `frames` [T, H, W, 3],
+    events only (aligner "none"), as the endpoint sends it.
     """
     count = len(frames)
     side = sample.model.config.vision_config.image_size // sample.model.config.vision_config.patch_size

@@ -1,5 +1,5 @@
-"""Every address that the CPU's attention is given, checked before its kernels, which check nothing, read or
-write there.
+"""Every address that the CPU's attention is given, checked before its kernels,
+which check nothing, read or write there.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 
 
 def check_write(key: torch.Tensor, key_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """Rows [rows, Hkv, d] to slots int64 [n] of a cache [blocks, Hkv, block size, d]: inside it, no two rows
-    in one slot.
+    """Rows [rows, Hkv, d] to slots int64 [n] of a cache [blocks, Hkv, block size, d]:
+    inside it, no two rows in one slot.
     """
     assert slot_mapping.shape[0] <= key.shape[0], f"{slot_mapping.shape[0]} slots for {key.shape[0]} rows"
     slots = slot_mapping[slot_mapping >= 0]

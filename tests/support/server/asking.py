@@ -75,8 +75,9 @@ def oracle_on_prompt(
 
 
 def result(answer: Any) -> OracleResult:
-    """What the engine says, for the oracle. Where alternatives were asked for, every token must be the
-    engine's own best.
+    """What the engine says, for the oracle.
+
+    Where alternatives were asked for, every token must be the engine's own best.
     """
     choice = answer.choices[0]
     for step, entry in enumerate(choice.logprobs.content):
@@ -100,8 +101,8 @@ def assert_drained(server: Server) -> None:
 
 
 def measured_after_now(read: Callable[[], tuple[T, float]]) -> T:
-    """What `read` gives once it was measured after this call began; `read` returns a value and its age in
-    seconds.
+    """What `read` gives once it was measured after this call began;
+    `read` returns a value and its age in seconds.
 
     A busy engine answers between two of its steps, and who asks meanwhile rightly gets the figures before.
     """

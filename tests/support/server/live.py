@@ -62,8 +62,8 @@ def free_port() -> int:
 
 @contextmanager
 def serving(model: Path, log: Path, *options: str) -> Iterator[Server]:
-    """Start `vllm serve MODEL OPTIONS`, wait until it is ready, and stop it with all its processes at the
-    end.
+    """Start `vllm serve MODEL OPTIONS`, wait until it is ready,
+    and stop it with all its processes at the end.
     """
     port = free_port()
     command = [vllm(), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]

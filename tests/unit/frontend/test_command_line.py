@@ -22,8 +22,8 @@ BATCH = ["-i", "in.jsonl", "-o", "out.jsonl"]
 
 @pytest.fixture
 def serve(checkpoint: Path) -> Callable[..., Namespace]:
-    """What vLLM reads after `vllm serve ...` was rewritten; MODEL in an argument stands for the
-    checkpoint.
+    """What vLLM reads after `vllm serve ...` was rewritten;
+    MODEL in an argument stands for the checkpoint.
     """
 
     def read(*arguments: str, command: str = "serve") -> Namespace:

@@ -1,5 +1,6 @@
-"""What METok refuses when vLLM's configuration is built, in which words, and what it sets. No engine is
-started.
+"""What METok refuses when vLLM's configuration is built, in which words, and what it sets.
+
+No engine is started.
 """
 
 from __future__ import annotations

@@ -167,8 +167,8 @@ def test_a_damaged_file_gives_the_same_frames_each_time_or_one_sentence(kind: st
 
 
 def test_flipped_bits_in_the_pictures_do_not_lose_the_video() -> None:
-    """Not vacuous: of many damaged files most are answered, some were damaged enough to need a second
-    pass.
+    """Not vacuous: of many damaged files most are answered,
+    some were damaged enough to need a second pass.
     """
     data, answered, repaired = SEEDS["mp4"], 0, 0
     media = data.index(b"mdat")
@@ -201,8 +201,8 @@ def test_huge_frames_are_refused_before_their_memory_is_taken() -> None:
 
 
 def mp4_that_claims(*, samples: int = 0, edits: int = 0, fragment: int = 0, table: int = 4) -> bytes:
-    """An mp4 with one track whose headers claim `samples`, or that an edit list or a fragment repeats
-    them.
+    """An mp4 with one track whose headers claim `samples`,
+    or that an edit list or a fragment repeats them.
     """
     sizes = full_box(b"stsz", 1, samples) if samples else full_box(b"stsz", 0, table, *[1] * table)
     count = samples or table

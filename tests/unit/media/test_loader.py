@@ -1,5 +1,5 @@
-"""The loader inside vLLM: the frames that vLLM's own loader picks, its metadata, and errors that become HTTP
-400.
+"""The loader inside vLLM: the frames that vLLM's own loader picks,
+its metadata, and errors that become HTTP 400.
 """
 
 from __future__ import annotations
@@ -215,8 +215,8 @@ def test_absurd_settings_in_a_request_get_400(server: TestClient, video: dict[st
 
 
 def test_other_frames_of_the_same_video_have_another_hash() -> None:
-    """vLLM keys its caches on the file and the metadata: two samplings of one file must differ, equal ones
-    not.
+    """vLLM keys its caches on the file and the metadata:
+    two samplings of one file must differ, equal ones not.
     """
     data, hashes = clip(60), []
     for num_frames in (8, 9, 8):

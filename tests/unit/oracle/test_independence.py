@@ -10,8 +10,8 @@ JUDGE = {"__init__", "decoder", "result", "run", "settings", "stage1", "stage2"}
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that the file imports anywhere, and every `tests.support.oracle` name among them in
-    full.
+    """Every module that the file imports anywhere,
+    and every `tests.support.oracle` name among them in full.
     """
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):

@@ -1,5 +1,5 @@
-"""The rules by which pruned prompts are cut, each alone; the scheduler that keeps them is in
-`test_scheduler.py`.
+"""The rules by which pruned prompts are cut, each alone;
+the scheduler that keeps them is in `test_scheduler.py`.
 """
 
 from __future__ import annotations

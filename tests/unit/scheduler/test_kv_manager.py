@@ -27,8 +27,8 @@ SPECS = (FULL, RETAINING, TEXT_ONLY)
 
 
 class Groups:
-    """One manager of each kind over one pool, called in the order in which vLLM's `KVCacheManager` calls
-    them.
+    """One manager of each kind over one pool,
+    called in the order in which vLLM's `KVCacheManager` calls them.
     """
 
     def __init__(self, blocks: int, hash_block_size: int = BLOCK) -> None:

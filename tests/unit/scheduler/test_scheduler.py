@@ -1,5 +1,5 @@
-"""How prompts with pruned videos are cut into steps: the rules of every chunk, and that every request
-ends.
+"""How prompts with pruned videos are cut into steps:
+the rules of every chunk, and that every request ends.
 """
 
 from __future__ import annotations
@@ -186,8 +186,8 @@ def test_a_resumed_request_stops_at_the_end_of_its_prompt(run: Any) -> None:
 
 
 def test_two_adjacent_videos_that_share_no_encoder_cache(run: Any) -> None:
-    """A chunk may not end one token before the second video: its encoder output has no room until that token
-    is done.
+    """A chunk may not end one token before the second video:
+    its encoder output has no room until that token is done.
     """
     for step_tokens in range(4, 24):
         alone = run(Limits(step_tokens=step_tokens, encoder_tokens=24))
@@ -215,8 +215,8 @@ def test_a_waiting_request_holds_no_deferral(run: Any) -> None:
 
 
 def test_a_waiting_request_holds_no_encoder_output(run: Any) -> None:
-    """Refused for want of deferral, it must not keep its video's encoder output from making room for
-    another's.
+    """Refused for want of deferral, it must not keep its video's encoder
+    output from making room for another's.
     """
     crowded = run(Limits(step_tokens=16, encoder_tokens=40, deferred_tokens=60))
     crowded.add(Prompt((2, 3), (plan(14),), answer=1))
@@ -229,8 +229,8 @@ def test_a_waiting_request_holds_no_encoder_output(run: Any) -> None:
 
 
 def test_a_prompt_that_fits_but_for_the_encoder_holds_nothing_either(run: Any) -> None:
-    """Its second video has no room yet, so it would have to be deferred, and may not be: back to the queue
-    with nothing.
+    """Its second video has no room yet, so it would have to be deferred,
+    and may not be: back to the queue with nothing.
     """
     crowded = run(Limits(step_tokens=48, encoder_tokens=40, deferred_tokens=54))
     crowded.add(Prompt((2, 3), (plan(14),), answer=1))

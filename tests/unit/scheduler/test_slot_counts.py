@@ -15,8 +15,8 @@ from tests.support.fakes import Prompt, feature, plan
 
 @st.composite
 def prompts(draw: st.DrawFn, fewest: int = 1, most: int = 4) -> Prompt:
-    """Prompts with pruned videos, possibly side by side, at the start, and with one token of text at the
-    end.
+    """Prompts with pruned videos, possibly side by side, at the start,
+    and with one token of text at the end.
     """
     count = draw(st.integers(fewest, most))
     retention = draw(st.sampled_from([0, 1, 333_333, 500_000, 1_000_000]))
@@ -99,8 +99,9 @@ def test_a_video_without_its_plan_is_an_error(lost: str) -> None:
 
 
 def test_what_came_from_the_prefix_cache_may_have_lost_its_data() -> None:
-    """vLLM drops it on the way to the worker. Such a video was not pruned: pruned requests read nothing from
-    that cache.
+    """vLLM drops it on the way to the worker.
+
+    Such a video was not pruned: pruned requests read nothing from that cache.
     """
     off, video = feature(3, plan(10, pruned=0)), feature(13, plan(8, 2))
     off.data = None

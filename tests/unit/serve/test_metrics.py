@@ -1,5 +1,6 @@
-"""What is counted, how the counts of several engines are added, and how Prometheus sees them. No engine is
-started.
+"""What is counted, how the counts of several engines are added, and how Prometheus sees them.
+
+No engine is started.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ def test_nothing_is_reserved_on_cpu(make_config: Make) -> None:
 
 
 def test_the_model_state_holds_and_releases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the hooks that vLLM's runner calls in its profiling run and behind the allocation of the KV
-    cache.
+    """By the hooks that vLLM's runner calls in its profiling run and
+    behind the allocation of the KV cache.
     """
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 

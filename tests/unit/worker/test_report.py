@@ -27,8 +27,8 @@ def make_plan(report: bool) -> VideoPlan:
 
 
 def make_tags(plan: VideoPlan, seed: int = 0) -> VideoTags:
-    """Tags of a video whose tokens are laid out by the plan: frames of random tiers, a separator behind each
-    event.
+    """Tags of a video whose tokens are laid out by the plan:
+    frames of random tiers, a separator behind each event.
     """
     rng = np.random.default_rng(seed)
     tiers = rng.permutation(np.repeat([0, 1, 2], plan.frames_per_tier))

@@ -49,8 +49,8 @@ def test_what_failed_is_not_counted() -> None:
 
 
 class Device:
-    """Stands for a CUDA stream: `now` advances when the test says so, and an event is over when `now` has
-    reached it.
+    """Stands for a CUDA stream: `now` advances when the test says so,
+    and an event is over when `now` has reached it.
     """
 
     def __init__(self) -> None:

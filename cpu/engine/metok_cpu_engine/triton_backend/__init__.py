@@ -1,3 +1,3 @@
-"""Triton backend `cpu`: a driver for Triton's interpreter, found through the entry point group
-`triton.backends`.
+"""Triton backend `cpu`: a driver for Triton's interpreter,
+found through the entry point group `triton.backends`.
 """

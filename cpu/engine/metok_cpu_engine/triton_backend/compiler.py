@@ -1,5 +1,6 @@
-"""The compiler half that Triton's backend discovery asks for. It compiles nothing: kernels are
-interpreted.
+"""The compiler half that Triton's backend discovery asks for.
+
+It compiles nothing: kernels are interpreted.
 """
 
 from __future__ import annotations
