@@ -77,8 +77,8 @@ class Tower(nn.Module):
         self.linear_1, self.linear_2 = nn.Linear(c.hidden, c.out), nn.Linear(c.out, c.out)
 
     def patches(self, frames: Tensor) -> Tensor:
-        """``uint8 [B, 64, 64, 3]`` to normalised patches ``float
-        [B, N, 3 * p * p]`` (mean and deviation 0.5).
+        """``uint8 [B, 64, 64, 3]`` to normalised patches
+        ``float [B, N, 3 * p * p]`` (mean and deviation 0.5).
         """
         b, p, g = len(frames), self.c.patch, self.c.grid
         x = frames.view(b, g, p, g, p, 3).permute(0, 1, 3, 5, 2, 4).reshape(b, g * g, -1)
@@ -98,7 +98,7 @@ class Tower(nn.Module):
 
 def pool(x: Tensor, stride: int) -> Tensor:
     """Bilinear pooling of ``[B, g * g, H]`` to ``[B, t * t, H]``,
-    ``t = ceil(g / stride)``, as LLaVA- OneVision does it.
+    ``t = ceil(g / stride)``, as LLaVA-OneVision does it.
     """
     b, n, width = x.shape
     g = round(n**0.5)

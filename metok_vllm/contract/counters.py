@@ -25,9 +25,6 @@ video; then of one pruned step: the layers below L1, the choice of survivors, th
 SCHEDULER_UTILITY = "scheduler"
 """The name by which vLLM's client reaches `MetokScheduler.__call__`."""
 
-REQUEST_KINDS = ("pruned", "other")
-"""Requests with a pruned video, and all others."""
-
 SECOND_BOUNDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 EVENT_BOUNDS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
 

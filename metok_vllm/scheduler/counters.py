@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
-from metok_vllm.contract.counters import REQUEST_KINDS
 from metok_vllm.contract.kv_spec import GROUP_KINDS, group_kind
 from metok_vllm.contract.refusals import REFUSED_BY_SCHEDULER
 from metok_vllm.scheduler.chunking import DeferralBudget
@@ -22,6 +21,9 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
     from vllm.v1.request import Request
+
+REQUEST_KINDS = ("pruned", "other")
+"""Requests with a pruned video, and all others."""
 
 
 class SchedulerCounters:

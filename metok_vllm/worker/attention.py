@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,7 +47,7 @@ class LayerRole:
 
     index: int
     prune_layers: PruneLayers
-    running: RunningStep = field(default_factory=RunningStep)
+    running: RunningStep
 
     @property
     def is_shallow(self) -> bool:
