@@ -184,7 +184,7 @@ class MetokModelState(DefaultModelState):
             if not chunk.completes or request.result is None or self.pruned.get(request.req_id) is not request:
                 continue
             index = self._index[request.req_id]
-            self.deep_slots.complete(index, request.spans[0].start, request.visual_tokens, request.result.retained)
+            self.deep_slots.complete(index, request.visual_tokens, request.result.retained)
             assert self.encoder_cache is not None
             self.reports.add(request, self.encoder_cache.mm_features[request.req_id])
             request.tags = [None] * len(request.tags)

@@ -65,30 +65,15 @@ class DeepSlots:
         self.device = device
         self.shift = torch.zeros(len(DEEP_KINDS), max_num_reqs, dtype=torch.int32, device=device)
         self.seq_lens = torch.zeros(len(DEEP_KINDS), max_num_reqs, dtype=torch.int32, device=device)
-        # The same shifts as the kernel takes them: of each request one span, and how much of it is retained.
-        self._start = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
-        self._length = torch.zeros_like(self._start)
-        self._retained = torch.zeros_like(self._start)
-        self._begin = torch.arange(max_num_reqs, dtype=torch.int32, device=device)
 
     def reset(self, index: int) -> None:
         """A request without pruned tokens, or one whose prompt is not complete, has taken row `index`."""
         self.shift[:, index] = 0
-        self._length[index] = 0
-        self._retained[index] = 0
 
-    def complete(self, index: int, start: int, visual: int, retained: int) -> None:
-        """The prompt of the request in row `index` is complete:
-        `visual` tokens from `start` on, `retained` of them kept.
-
-        Text between several videos lies before the end of the prompt. So one span of the videos' total length
-        gives the same slots to whatever is computed after the prompt as the videos themselves would.
-        """
+    def complete(self, index: int, visual: int, retained: int) -> None:
+        """The prompt of the request in row `index` is complete: `visual` tokens, `retained` of them kept."""
         self.shift[DEEP_KINDS.index(TEXT), index] = visual
         self.shift[DEEP_KINDS.index(TEXT_AND_RETAINED), index] = visual - retained
-        self._start[index] = start
-        self._length[index] = visual
-        self._retained[index] = retained
 
     def unshifted(self, seq_lens: torch.Tensor) -> None:
         """No request in the batch has pruned tokens: its deep groups are as long as the others."""
@@ -125,33 +110,22 @@ class DeepSlots:
         slot_mappings: torch.Tensor,
         groups: Sequence[DeepGroup],
     ) -> None:
-        from metok_kernels.deep_slots import DeepGroups, SpanTables, deep_slots
+        from metok_kernels.deep_slots import DeepGroups, deep_slots
 
-        n = input_batch.num_reqs
-        starts = input_batch.query_start_loc[: n + 1]
-        tables = DeepGroups(
-            [block_tables[group.index] for group in groups],
-            [group.block_size for group in groups],
-            [group.kind == TEXT_AND_RETAINED for group in groups],
-        )
-        spans = SpanTables(
-            self._start, self._length, self._retained, self._begin, self._begin + (self._length > 0).to(torch.int32)
-        )
-        first, last = groups[0].index, groups[-1].index + 1
-        if [group.index for group in groups] != list(range(first, last)):
-            raise RuntimeError("METok: the deep layers' KV cache groups do not stand in a row")
-        lengths = torch.empty(len(groups), self.seq_lens.shape[1], dtype=torch.int32, device=self.device)
         deep_slots(
-            tables,
-            spans,
-            input_batch.seq_lens[:n] - (starts[1:] - starts[:-1]),
-            starts,
-            lengths,
-            slot_mappings[first:last],
-            span_row=input_batch.idx_mapping.to(torch.int32),
+            DeepGroups(
+                [block_tables[group.index] for group in groups],
+                [group.block_size for group in groups],
+                [group.row for group in groups],
+                [group.index for group in groups],
+            ),
+            self.shift,
+            input_batch.idx_mapping,
+            input_batch.seq_lens,
+            input_batch.query_start_loc,
+            self.seq_lens,
+            slot_mappings,
         )
-        for i, group in enumerate(groups):
-            self.seq_lens[group.row].copy_(lengths[i])
 
 
 def request_of_token(input_batch: InputBatch) -> torch.Tensor:
