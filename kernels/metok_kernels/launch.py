@@ -77,6 +77,9 @@ class Launch:
             raise ValueError(f"grid {self.grid} is too large: split the call into smaller batches")
         for seen in _recorders:
             seen.add(self.key)
+        self._start(device)
+
+    def _start(self, device: torch.device) -> None:
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
             self.kernel[self.grid](**self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)

@@ -107,7 +107,7 @@ def launches(model: Model, dtype: torch.dtype) -> Iterator[Launch]:
     narrow = torch.int32
     tables = [_meta(256, 2048, dtype=narrow) for _ in range(9)]
     groups = DeepGroups(tables, [16] * 9, [0] * 6 + [1] * 3, range(1, 10))
-    step = groups, _meta(2, 256, dtype=narrow), _meta(200, dtype=narrow)
+    step = groups, _meta(2, 256, dtype=narrow), _meta(200)
     lengths = _meta(208, dtype=narrow), _meta(209, dtype=narrow), _meta(2, 256, dtype=narrow)
     yield prepare_slots(*step, *lengths, _meta(10, 8192))
     yield prepare_slots_at(*step, _meta(8192), _meta(3, 4000, dtype=narrow))[0]

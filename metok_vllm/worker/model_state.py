@@ -23,6 +23,7 @@ from metok_vllm.worker.report import Reports
 from metok_vllm.worker.requests import PrunedRequests, VideoTags
 from metok_vllm.worker.slots import DeepSlots, deep_groups
 from metok_vllm.worker.step import PrunedStep
+from metok_vllm.worker.warm_up import ModelShapes, WarmUp, warm_up
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -47,6 +48,7 @@ class MetokModelState(DefaultModelState):
         self.deep_slots = DeepSlots(self.max_num_reqs, device)
         self._step: PrunedStep | None = None
         self._reserve = MemoryReserve(vllm_config, device)
+        self.warm_up: WarmUp | None = None
 
     # --- start ---
 
@@ -57,6 +59,8 @@ class MetokModelState(DefaultModelState):
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
         self._reserve.release()
+        if self.warm_up is None:  # vLLM may come twice: it measures the memory of CUDA graphs first
+            self.warm_up = warm_up(ModelShapes.of(self.model), self.device)
 
     def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
         """Full graphs for decodes only: a graph of a mixed batch would

@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def order_keys(b_score):
-    """uint32 keys in the order of the scores: -0.0 is 0.0, NaN is minus infinity (docs/method.md section 2)."""
+    """uint32 keys in the order of the scores (docs/method.md section 2): -0.0 is 0.0, NaN minus infinity."""
     b_score = tl.where(b_score == 0.0, 0.0, b_score)
     b_score = tl.where(b_score != b_score, float("-inf"), b_score)
     b_bits = b_score.to(tl.uint32, bitcast=True)

@@ -62,7 +62,7 @@ def test_a_key_tells_apart_what_triton_compiles_apart() -> None:
     """Each rule by itself, on a kernel that has arguments of every kind."""
 
     @triton.jit(do_not_specialize=["n", "p_free"], do_not_specialize_on_alignment=["p_any"])
-    def some_kernel(p, p_any, p_free, n, stride, BLOCK):  # type: ignore[no-untyped-def]  # noqa: N803
+    def some_kernel(p, p_any, p_free, n, stride, BLOCK):  # type: ignore[no-untyped-def]
         pass
 
     assert unspecialised(some_kernel) == ({"n", "p_free"}, {"p_any"})
