@@ -8,6 +8,7 @@ depends on one is not compiled in (`metok_kernels/specialisation.py`; `engine/te
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -39,12 +40,14 @@ class ModelShapes:
     dtype: torch.dtype  # of the hidden state, the features, queries and keys
     pool_mode: PoolMode
     separators: bool  # whether a token follows each event
+    deep_layers: tuple[Any, ...] = ()  # attention layers from L1 up, their KV caches bound
 
     @classmethod
     def of(cls, model: Any) -> ModelShapes:
-        """Of a `MetokModel` that is loaded."""
+        """Of a `MetokModel` that is loaded, and whose KV cache is allocated."""
         stack = model.decoder_stack
         attention = stack.attention(stack.scoring_layers[0])
+        deep = range(stack.prune_layers[0], len(stack.layers))
         return cls(
             hidden=stack.norm.weight.shape[0],
             heads=attention.num_heads,
@@ -53,6 +56,7 @@ class ModelShapes:
             dtype=stack.norm.weight.dtype,
             pool_mode=model.pool_mode,
             separators=model.separator() is not None,
+            deep_layers=tuple(stack.attention(index) for index in deep),
         )
 
 
@@ -83,10 +87,11 @@ def warm_up(shapes: ModelShapes, device: torch.device) -> WarmUp:
     with recorded_launches() as variants, torch.inference_mode():
         _stage_1(shapes, device)
         _choices(shapes, device)
-        _attention(shapes, device)
         _slots(device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        if device.type == "cuda":
+            _attention(shapes, device)
+            _kv_writes(shapes, device)
+            torch.cuda.synchronize(device)
     done = WarmUp(perf_counter() - start, frozenset(variants))
     logger.info("METok: %d kernel variants are ready, after %.1f seconds", len(done.variants), done.seconds)
     return done
@@ -136,11 +141,20 @@ def _choices(shapes: ModelShapes, device: torch.device) -> None:
 
 def _attention(shapes: ModelShapes, device: torch.device) -> None:
     """A prompt's dense attention, which is vLLM's: compiled where flash attention is not built."""
-    if device.type != "cuda":
-        return
     query, keys = _projected(shapes, device)
-    for key in keys:
-        ops.causal_attention(query, key, key, [ROWS - 1, 1], 1.0, torch.empty_like(query))
+    for key, value in itertools.product(keys, keys):
+        ops.causal_attention(query, key, value, [ROWS - 1, 1], 1.0, torch.empty_like(query))
+
+
+def _kv_writes(shapes: ModelShapes, device: torch.device) -> None:
+    """The backend's cache update, which is vLLM's and compiled in some backends. It is handed slots that begin
+    at any number of a longer list; -1 owns no slot, so nothing is written.
+    """
+    key = torch.zeros(1, shapes.kv_heads, shapes.head_dim, dtype=shapes.dtype, device=device)
+    slots = torch.full((2,), -1, dtype=torch.int64, device=device)
+    for layer in shapes.deep_layers:
+        for slot in (slots[:1], slots[1:]):
+            layer.impl.do_kv_cache_update(layer, key, key.clone(), layer.kv_cache, slot)
 
 
 def _slots(device: torch.device) -> None:

@@ -171,7 +171,7 @@ def slotting(n: int, m: int, offset: int, dtype: torch.dtype) -> Iterator[Launch
     state = numbers(batch, offset, narrow)
     lengths = numbers(n, offset + 1, narrow), numbers(n + 1, offset, narrow)
     outputs = torch.zeros(2, n + offset, dtype=narrow), torch.zeros(offset + 2, m + offset, dtype=torch.int64)
-    yield from launched(slots(groups, shift, state, *lengths, outputs[0], outputs[1][:, offset:]))
+    yield from launched(slots(groups, shift, state, *lengths, *(out[:, offset:] for out in outputs)))
     tokens = torch.zeros(3, n + offset, dtype=narrow)[:, offset:]
     yield from launched(slots_at(groups, shift, state, numbers(m, offset), tokens))
 
