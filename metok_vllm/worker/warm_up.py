@@ -147,8 +147,8 @@ def _attention(shapes: ModelShapes, device: torch.device) -> None:
 
 
 def _kv_writes(shapes: ModelShapes, device: torch.device) -> None:
-    """The backend's cache update, which is vLLM's and compiled in some backends. It is handed slots that begin
-    at any number of a longer list; -1 owns no slot, so nothing is written.
+    """The backend's cache update: vLLM's, and compiled in some backends. Its slots begin anywhere in a longer
+    list. Slot -1 is nobody's, so nothing is written.
     """
     key = torch.zeros(1, shapes.kv_heads, shapes.head_dim, dtype=shapes.dtype, device=device)
     slots = torch.full((2,), -1, dtype=torch.int64, device=device)

@@ -77,7 +77,7 @@ def deep_slots_kernel(
 
 @triton.jit(
     do_not_specialize=["stride_shift", "stride_tokens", "size", "num_rows", "num_requests", "num_positions"],
-    do_not_specialize_on_alignment=["p_shift", "p_state_row", "p_positions", "p_tokens", "p_out"],
+    do_not_specialize_on_alignment=["p_shift", "p_state_row", "p_positions", "p_tokens"],
 )
 def slots_at_kernel(
     p_groups, p_shift, p_state_row, p_positions, p_tokens, p_out,

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit(
     do_not_specialize=["stride_position_axis", "stride_position_axis_out", "num_out", "num_rows"],
-    do_not_specialize_on_alignment=["p_index", "p_position", "p_position_out"],
+    do_not_specialize_on_alignment=["p_index", "p_position"],
 )
 def gather_kernel(
     p_index, p_hidden, p_residual, p_position, p_hidden_out, p_residual_out, p_position_out,

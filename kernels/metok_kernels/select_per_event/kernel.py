@@ -30,7 +30,7 @@ def load_block(p_score, start, offset, length, BLOCK: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["num_events", "size"],
-    do_not_specialize_on_alignment=["p_score", "p_length", "p_keep", "p_index"],
+    do_not_specialize_on_alignment=["p_score", "p_length", "p_keep"],
 )
 def select_kernel(
     p_score, p_length, p_keep, p_index, num_events, size, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr
