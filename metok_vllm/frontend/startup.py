@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm import envs
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from metok_vllm.compression.selection import prune_layers
 from metok_vllm.contract.budgets import step_tokens
@@ -19,7 +20,7 @@ from metok_vllm.media.loader import prefer_loader
 from metok_vllm.models.registry import SUPPORTED
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import CacheConfig, ModelConfig, VllmConfig
 
 logger = metok_logger(__name__)
 
@@ -41,6 +42,7 @@ class MetokConfig(VerifyAndUpdateConfig):
         if vllm_config.scheduler_config.scheduler_cls is None:  # else a subclass of METok's, as the check has found
             vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
+        choose_kv_cache_layout(vllm_config.cache_config)
         logger.info(
             "METok: prunes before layers %s of %d, keep_ratio %s, decode_retention %s, aligner %s%s",
             "/".join(map(str, choices.prune_layers)),
@@ -50,6 +52,17 @@ class MetokConfig(VerifyAndUpdateConfig):
             choices.aligner,
             f" ({choices.tower})" if choices.tower else "",
         )
+
+
+def choose_kv_cache_layout(cache_config: CacheConfig) -> None:
+    """Blocks outermost, so that each kind of layer has a block size of its own (`contract/kv_layout.py`).
+
+    An operator's `VLLM_KV_CACHE_LAYOUT` holds. vLLM takes a layout that is already set as it is
+    (vllm/v1/attention/backends/utils.py, `resolve_kv_cache_layout`). Inside a block the order is the one that
+    vLLM prefers: heads first on CPU, tokens first elsewhere.
+    """
+    if envs.VLLM_KV_CACHE_LAYOUT is None and cache_config.kv_cache_layout is None:
+        cache_config.kv_cache_layout = "BLHNC" if current_platform.is_cpu() else "BLNHC"
 
 
 def choose(vllm_config: VllmConfig) -> ServerChoices:

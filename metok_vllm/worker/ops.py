@@ -165,7 +165,14 @@ def gather(
 
 
 def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], scale: float, out: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: Sequence[int],
+    starts: torch.Tensor,
+    longest: int,
+    scale: float,
+    out: torch.Tensor,
 ) -> None:
     """Dense causal attention inside each of several packed sequences, into `out`.
 
