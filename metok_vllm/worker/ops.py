@@ -19,6 +19,7 @@ from metok_vllm.compression.scoring import text_to_visual_scores as torch_scores
 from metok_vllm.compression.stage1 import Operations
 from metok_vllm.compression.stage2 import select_survivors
 from metok_vllm.compression.tiers import TierQuota
+from metok_vllm.worker.agreement import agreed
 
 VARIABLE = "METOK_KERNELS"
 CHOICES = ("auto", "torch", "triton")
@@ -144,8 +145,8 @@ def pool_video(
     return PooledVideo(tokens, event_ids[layout.token_frame], layout.token_frame)
 
 
-STAGE_1 = Operations(event_similarity, pool_video)
-"""The operations of `compression.stage1.compress_video`, by device."""
+STAGE_1 = Operations(event_similarity, pool_video, agreed)
+"""The operations of `compression.stage1.compress_video`, by device, with one choice for all ranks."""
 
 
 def gather(
