@@ -13,11 +13,13 @@ Prompts that are not complete with this step leave their state at L1 and go no f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from metok_vllm.worker import ops
 from metok_vllm.worker.attention import MetokAttention
@@ -44,6 +46,8 @@ class PrunedStep:
         self._captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._writes = KVWrites(batch)
         self._l2_has_chosen = False
+        self._lengths: list[int] = []
+        self._starts = torch.empty(0, dtype=torch.int32)
 
     # --- the forward pass ---
 
@@ -60,6 +64,8 @@ class PrunedStep:
         """
         context: Any = get_forward_context()
         context.slot_mapping = {**context.slot_mapping, **self.batch.others_slots}
+        # It marks rows of the padded batch. Experts would take it for marks of the rows that they get here.
+        context.is_padding = None
         with self.stack.running.set_to(self):
             positions, hidden = positions[: self.batch.num_tokens], inputs_embeds[: self.batch.num_tokens]
             hidden, residual = self._shallow(positions, hidden)
@@ -202,14 +208,29 @@ class PrunedStep:
             # Before the others attend: one of them may have hit a block of text that a prompt publishes in
             # this very step.
             self._writes.write(layer, self.survivors, k, v, before_l2=not self._l2_has_chosen)
+            lengths, starts = self._packed(query.device)
             ops.causal_attention(
                 query[n:].view(-1, layer.num_heads, layer.head_size),
                 k[n:],
                 v[n:],
-                [survivors.size for survivors in self.survivors],
+                lengths,
+                starts,
+                max(lengths),
                 layer.impl.scale,
                 out[n:].view(-1, layer.num_heads, layer.head_size),
+                layer.dense,
             )
         if n:
             out[:n] = Attention.forward(layer, query[:n], key[:n], value[:n])
         return out
+
+    def _packed(self, device: torch.device) -> tuple[list[int], torch.Tensor]:
+        """Survivors of each of the n prompts, and where each prompt starts among them, int32 [n + 1].
+
+        Copied to the device once between two pruning layers.
+        """
+        lengths = [survivors.size for survivors in self.survivors]
+        if lengths != self._lengths:
+            self._lengths = lengths
+            self._starts = async_tensor_h2d([0, *accumulate(lengths)], device, torch.int32)
+        return lengths, self._starts

@@ -1,0 +1,67 @@
+"""What a pruned step tells vLLM's layers, and how often it speaks to the device."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context
+
+from metok_vllm.worker import step
+from metok_vllm.worker.attention import RunningStep
+from metok_vllm.worker.batch import DecoderStack, PrunedBatch
+from metok_vllm.worker.step import PrunedStep
+from metok_vllm.worker.timing import PartTimes
+
+
+class Layer(nn.Module):
+    """Notes the mark of padding rows that experts would find."""
+
+    def __init__(self, seen: list[Any]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, positions: Any, hidden: torch.Tensor, residual: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seen.append(get_forward_context().is_padding)
+        return hidden, hidden if residual is None else residual
+
+
+def pruned_step(tokens: int, seen: list[Any]) -> PrunedStep:
+    layers = [Layer(seen) for _ in range(4)]
+    stack = DecoderStack(layers, nn.Identity(), (1, 2, 3), RunningStep(), PartTimes(torch.device("cpu")))
+    return PrunedStep(stack, PrunedBatch([], tokens, torch.arange(tokens), {}, {}, 16))
+
+
+def test_experts_find_no_mark_of_other_rows() -> None:
+    """The mark is of the padded batch, and there are more or fewer rows from L1 up."""
+    seen: list[Any] = []
+    running: Any = pruned_step(3, seen)
+    running._at_l1 = lambda *_: (torch.zeros(9, 2), torch.zeros(9, 2), torch.arange(9))  # rows of earlier chunks
+    running._gathered = lambda _, rows: rows
+    running.stack.norm.forward = lambda hidden, residual: (hidden, residual)
+    context = ForwardContext({}, {}, {}, is_padding=torch.tensor([False, False, False, True]))
+    with override_forward_context(context):
+        running.run(torch.arange(4), torch.zeros(4, 2))
+    assert seen == [None] * 4
+
+
+def test_lengths_go_to_the_device_once_between_two_pruning_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = []
+
+    def noted(data: Any, *arguments: Any) -> torch.Tensor:
+        copies.append(data)
+        return torch.tensor(data, dtype=torch.int32)
+
+    monkeypatch.setattr(step, "async_tensor_h2d", noted)
+    running: Any = pruned_step(0, [])
+    device = torch.device("cpu")
+    for sizes in ([7, 1, 12], [5, 1, 12]):
+        running.survivors = [SimpleNamespace(size=size) for size in sizes]
+        for _ in range(3):  # layers
+            lengths, starts = running._packed(device)
+            assert lengths == sizes
+            assert starts.tolist() == [0, sizes[0], sizes[0] + 1, sizes[0] + 13]
+    assert copies == [[0, 7, 8, 20], [0, 5, 6, 18]]
