@@ -1,10 +1,10 @@
-"""How many tokens a KV block of each kind of layer holds, so that three kinds of layer need three KV cache groups.
+"""How many tokens a KV block holds, by kind of layer, so that three kinds need three KV cache groups.
 
-vLLM gives every group blocks of the same bytes, and decoding pays for each group: blocks to allocate, a block
-table, slots, attention metadata. With one block size for all layers it makes groups of as many layers as the
-smallest kind has (vllm/v1/core/kv_cache_utils.py, `_get_kv_cache_groups_uniform_page_size`): ten for 28 layers
-pruned at 3, 10, 19. With block sizes in the inverse ratio of the layer counts one group a kind is enough
-(`_get_packed_kv_cache_groups`). That needs a physical layout with the blocks outermost.
+vLLM gives every group blocks of the same bytes, and decoding pays for each group: blocks to allocate, a
+block table, slots, attention metadata. With one block size for all layers it makes groups of as many layers
+as the smallest kind has (vllm/v1/core/kv_cache_utils.py, `_get_kv_cache_groups_uniform_page_size`): ten for
+28 layers pruned at 3, 10, 19. With block sizes in the inverse ratio of the layer counts one group a kind is
+enough (`_get_packed_kv_cache_groups`). That needs a physical layout with the blocks outermost.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def divides_evenly(counts: Sequence[int]) -> bool:
 def block_size(cache_config: CacheConfig, num_layers: int, layers: PruneLayers, kind: GroupKind) -> int:
     """Tokens a block in a kind of layer.
 
-    Where an operator has chosen a layout without the blocks outermost (`VLLM_KV_CACHE_LAYOUT`), all kinds have
-    vLLM's block size, and the groups are as many as vLLM then makes.
+    Where an operator has chosen a layout without the blocks outermost (`VLLM_KV_CACHE_LAYOUT`), all kinds
+    have vLLM's block size, and the groups are as many as vLLM then makes.
     """
     size = int(cache_config.block_size)
     if not cache_config.get_resolved_kv_cache_layout().is_block_outermost:

@@ -54,7 +54,7 @@ class DeepAttentionSpec(AttentionSpec):
 
 
 def group_kind(spec: KVCacheSpec) -> GroupKind:
-    """Which tokens own a slot in a KV cache group of this format; vLLM may have wrapped that of its layers."""
+    """Which tokens own a slot in a KV cache group of this format, wrapped by vLLM or its layers' own."""
     layer_spec = next(iter(iter_layer_specs(spec)))
     if not isinstance(layer_spec, DeepAttentionSpec):
         return EVERY_TOKEN

@@ -11,7 +11,9 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from metok_vllm.compression.selection import prune_layers
+from metok_vllm.contract.attention_backends import refused_backend
 from metok_vllm.contract.budgets import step_tokens
+from metok_vllm.contract.kv_layout import cheap_layers
 from metok_vllm.contract.server_choices import ServerChoices, attach_choices
 from metok_vllm.contract.settings import parse_settings
 from metok_vllm.frontend.aligner_inputs import resolve_aligner
@@ -75,7 +77,8 @@ def choose(vllm_config: VllmConfig) -> ServerChoices:
     additional = vllm_config.additional_config
     settings = parse_settings(additional.get("metok") if isinstance(additional, dict) else None)
     try:
-        layers = prune_layers(model_config.hf_text_config.num_hidden_layers, settings.prune_layers)
+        depth = model_config.hf_text_config.num_hidden_layers
+        layers = cheap_layers(depth) if settings.prune_layers == "cheap" else prune_layers(depth, settings.prune_layers)
     except ValueError as error:
         raise ValueError(f"METok (additional_config): {error}.") from None
     aligner, tower = resolve_aligner(model_config.model, settings.aligner, settings.aligner_model)
@@ -90,6 +93,8 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     """
     _refuse_model(vllm_config.model_config)
     _refuse_parallelism(vllm_config)
+    _refuse_experts(vllm_config)
+    _refuse_attention(vllm_config)
     _refuse_caches(vllm_config)
     _refuse_scheduling(vllm_config)
     _refuse_runner(vllm_config)
@@ -129,6 +134,41 @@ def _refuse_parallelism(vllm_config: VllmConfig) -> None:
         )
     if parallel.use_ubatching:
         raise ValueError("METok does not support micro-batching: remove --enable-dbo and --ubatch-size.")
+
+
+def _refuse_experts(vllm_config: VllmConfig) -> None:
+    """From L1 up a layer's experts get other rows than the step has tokens.
+
+    With data parallelism the ranks exchange rows by the number of tokens that each announced for the step
+    (`ForwardContext.dp_metadata`), and with expert parallelism some backends do. The experts of every token
+    cannot be returned either, since a pruned token never reaches those of the deep layers.
+    """
+    if not vllm_config.model_config.is_moe:
+        return
+    parallel = vllm_config.parallel_config
+    if parallel.data_parallel_size > 1 or parallel.enable_expert_parallel:
+        raise ValueError(
+            "METok does not support a mixture of experts with data or expert parallelism: "
+            "use --tensor-parallel-size instead of --data-parallel-size and --enable-expert-parallel."
+        )
+    if vllm_config.aux_output_config.enable_return_routed_experts:
+        raise ValueError(
+            "METok cannot return the experts of pruned tokens, which have none: remove --enable-return-routed-experts."
+        )
+
+
+def _refuse_attention(vllm_config: VllmConfig) -> None:
+    """The backend that the user chose.
+
+    One that vLLM chooses is known in the worker alone, and refused there: `worker/dense_attention.py`.
+    """
+    attention = vllm_config.attention_config
+    # As vLLM resolves it for a language model's layers (`vllm/v1/attention/selector.py: get_attn_backend`).
+    of_kind = attention.backend_per_kind.get("full_attention")
+    backend = of_kind or attention.backend
+    flag = "--attention-config" if of_kind else "--attention-backend"
+    if backend is not None and (sentence := refused_backend(backend.name, flag)):
+        raise ValueError(sentence)
 
 
 def _refuse_caches(vllm_config: VllmConfig) -> None:

@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from metok_vllm.compression.selection import PruneLayers
 from metok_vllm.contract.kv_layout import block_size
 from metok_vllm.contract.kv_spec import EVERY_TOKEN, TEXT, TEXT_AND_RETAINED, DeepAttentionSpec, GroupKind
+from metok_vllm.worker.dense_attention import DenseAttention
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -67,6 +68,7 @@ class MetokAttention(Attention):
     """
 
     metok: LayerRole
+    dense: DenseAttention
 
     @classmethod
     def adopt(cls, attention: nn.Module, role: LayerRole) -> MetokAttention:
@@ -74,12 +76,18 @@ class MetokAttention(Attention):
 
         The model builds its layers itself, deep inside. Changing the class of the built layer keeps its
         parameters, its backend and its registration under its name, and touches no other model.
+
+        Raises:
+            TypeError: the layer is of another class than vLLM's `Attention`.
+            ValueError: it attends in a way that METok cannot, in one sentence.
         """
         if type(attention) is not Attention:
             raise TypeError(f"METok works on vLLM's Attention layers, not on {type(attention).__name__}")
+        dense = DenseAttention.of(attention)
         attention.__class__ = cls
         assert isinstance(attention, cls)
         attention.metok = role
+        attention.dense = dense
         return attention
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:

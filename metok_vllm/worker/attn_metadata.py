@@ -49,7 +49,7 @@ def once_a_kind(
         kinds: those to build.
         block_tables: by KV cache group, int32 [requests, blocks].
         slot_mappings: by KV cache group, int64 [tokens].
-        build: vLLM's builder on the attention groups that it is given; it skips a KV cache group that has none.
+        build: vLLM's builder on the attention groups that it is given; it skips a KV cache group without any.
         ubatch: vLLM's micro-batch, whose builders are used.
 
     Returns:
@@ -142,7 +142,7 @@ def _prompt_slots(
     indices = np.concatenate([np.empty(0, np.int32), *runs(text_ends), *runs(retained_ends)])
     slots = deep_slots.at(input_batch, np.repeat(rows, sizes), indices)
     text, retained = slots.split([sum(texts), sum(bounds)], dim=1)
-    return text, retained.split(bounds, dim=1)
+    return text, torch.split(retained, bounds, dim=1)
 
 
 def others_metadata(

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from metok_vllm.contract.kv_spec import DEEP_KINDS, EVERY_TOKEN, GROUP_KINDS, GroupKind
+from metok_vllm.contract.kv_layout import BlockShape, padding
+from metok_vllm.contract.kv_spec import DEEP_KINDS, EVERY_TOKEN, GROUP_KINDS, GroupKind, group_kind
+from metok_vllm.log import metok_logger
 from metok_vllm.worker.attn_metadata import Groups, once_a_kind, others_metadata, prompt_chunks, pruned_batch
 from metok_vllm.worker.memory import MemoryReserve
 from metok_vllm.worker.report import Reports
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
     from vllm.v1.worker.gpu.states import RequestState
     from vllm.v1.worker.utils import AttentionGroup
+
+
+logger = metok_logger(__name__)
 
 
 class MetokModelState(DefaultModelState):
@@ -58,7 +64,23 @@ class MetokModelState(DefaultModelState):
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
         self.deep_slots.bind(kv_cache_config, block_tables)
+        self._say_groups(kv_cache_config)
         self._reserve.release()
+
+    def _say_groups(self, kv_cache_config: KVCacheConfig) -> None:
+        groups = [
+            (group_kind(group.kv_cache_spec), BlockShape(len(group.layer_names), group.kv_cache_spec.block_size))
+            for group in kv_cache_config.kv_cache_groups
+        ]
+        if get_tensor_model_parallel_rank() == 0:
+            logger.info(
+                "METok: %d KV cache groups (%s), %.1f %% padding",
+                len(groups),
+                "; ".join(
+                    f"{shape.layers} layers for {kind}, blocks of {shape.tokens} tokens" for kind, shape in groups
+                ),
+                100 * float(padding([shape for _, shape in groups])),
+            )
 
     def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
         """Full graphs for decodes only: a graph of a mixed batch would

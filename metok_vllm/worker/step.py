@@ -63,6 +63,8 @@ class PrunedStep:
         """
         context: Any = get_forward_context()
         context.slot_mapping = {**context.slot_mapping, **self.batch.others_slots}
+        # It marks rows of the padded batch. Experts would take it for marks of the rows that they get here.
+        context.is_padding = None
         with self.stack.running.set_to(self):
             positions, hidden = positions[: self.batch.num_tokens], inputs_embeds[: self.batch.num_tokens]
             hidden, residual = self._shallow(positions, hidden)
@@ -229,6 +231,7 @@ class PrunedStep:
                 max(lengths),
                 layer.impl.scale,
                 out[n:].view(-1, layer.num_heads, layer.head_size),
+                layer.dense,
             )
         if n:
             out[:n] = Attention.forward(layer, query[:n], key[:n], value[:n])

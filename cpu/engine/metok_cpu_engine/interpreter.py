@@ -50,10 +50,10 @@ def sample_by_torch(kernels: Any) -> None:
 
 
 def block_tables_by_torch(block_table: Any) -> None:
-    """Give `BlockTables` of `vllm.v1.worker.gpu.block_table` torch operations for its two kernels of every step.
+    """Give `BlockTables` of `vllm.v1.worker.gpu.block_table` torch operations for its two kernels of a step.
 
-    Both write what the kernels write, but for the entries of a block table behind a request's last block,
-    which nothing reads.
+    Both write what the kernels write, but for the entries of a block table behind a request's last block:
+    nothing reads those.
     """
     import torch
 
