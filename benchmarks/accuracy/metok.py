@@ -16,9 +16,9 @@ from metok_vllm.compression import alignment, events, tiers
 from metok_vllm.compression.alignment import Alignment
 from metok_vllm.compression.pooling import tokens_per_frame
 from metok_vllm.compression.retention import retain
-from metok_vllm.contract.kv_layout import chosen_layers
 from metok_vllm.compression.stage1 import Align, FrameChoice, Recipe, choose_frames, compress_video
 from metok_vllm.compression.stage2 import EventCounts, survivor_mask
+from metok_vllm.contract.kv_layout import chosen_layers
 from metok_vllm.contract.settings import MetokSettings
 
 
