@@ -27,6 +27,7 @@ from metok_vllm.worker.report import Reports
 from metok_vllm.worker.requests import PrunedRequests, VideoTags
 from metok_vllm.worker.slots import DeepSlots
 from metok_vllm.worker.step import PrunedStep
+from metok_vllm.worker.warm_up import ModelShapes, WarmUp, warm_up
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -54,6 +55,7 @@ class MetokModelState(DefaultModelState):
         self.deep_slots = DeepSlots(self.max_num_reqs, device)
         self._step: PrunedStep | None = None
         self._reserve = MemoryReserve(vllm_config, device)
+        self.warm_up: WarmUp | None = None
 
     # --- start ---
 
@@ -66,6 +68,8 @@ class MetokModelState(DefaultModelState):
         self.deep_slots.bind(kv_cache_config, block_tables)
         self._say_groups(kv_cache_config)
         self._reserve.release()
+        if self.warm_up is None:  # vLLM may come twice: it measures the memory of CUDA graphs first
+            self.warm_up = warm_up(ModelShapes.of(self.model), self.device)
 
     def _say_groups(self, kv_cache_config: KVCacheConfig) -> None:
         groups = [
