@@ -140,21 +140,25 @@ def _choices(shapes: ModelShapes, device: torch.device) -> None:
 
 
 def _attention(shapes: ModelShapes, device: torch.device) -> None:
-    """A prompt's dense attention, which is vLLM's: compiled where flash attention is not built."""
+    """A prompt's dense attention, which is vLLM's: some of its kernels are compiled at first use."""
     query, keys = _projected(shapes, device)
-    for key, value in itertools.product(keys, keys):
-        ops.causal_attention(query, key, value, [ROWS - 1, 1], 1.0, torch.empty_like(query))
+    lengths = [ROWS - 1, 1]
+    starts = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device)
+    starts[1:] += ROWS - 2
+    for layer, key, value in itertools.product(shapes.deep_layers[:1], keys, keys):
+        out = torch.empty_like(query)
+        ops.causal_attention(query, key, value, lengths, starts, ROWS - 1, 1.0, out, layer.dense)
 
 
 def _kv_writes(shapes: ModelShapes, device: torch.device) -> None:
     """The backend's cache update: vLLM's, and compiled in some backends. Its slots begin anywhere in a longer
     list. Slot -1 is nobody's, so nothing is written.
     """
-    key = torch.zeros(1, shapes.kv_heads, shapes.head_dim, dtype=shapes.dtype, device=device)
-    slots = torch.full((2,), -1, dtype=torch.int64, device=device)
-    for layer in shapes.deep_layers:
-        for slot in (slots[:1], slots[1:]):
-            layer.impl.do_kv_cache_update(layer, key, key.clone(), layer.kv_cache, slot)
+    _, keys = _projected(shapes, device)
+    slots = torch.full((ROWS + 1,), -1, dtype=torch.int64, device=device)
+    for layer, key, value in itertools.product(shapes.deep_layers, keys, keys):
+        for of_rows in (slots[:ROWS], slots[1:]):
+            layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, of_rows)
 
 
 def _slots(device: torch.device) -> None:
