@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from metok_vllm.contract.fields import QUESTION_FIELD
 from metok_vllm.contract.spans import VideoSpan, pruned_spans
 
 if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
     from vllm.v1.core.sched.output import NewRequestData
 
 TAG_CHANNELS = 6
@@ -74,6 +77,16 @@ class PruningResult:
     retained: int
 
 
+def question_ids(features: Sequence[MultiModalFeatureSpec]) -> tuple[int, ...]:
+    """Token ids of the question by which a request's videos are pruned; empty where none is used."""
+    for feature in features:
+        item: Any = feature.data
+        if item is not None and QUESTION_FIELD in item:
+            count, *ids = item[QUESTION_FIELD].data.flatten().tolist()
+            return tuple(int(token) for token in ids[:count])
+    return ()
+
+
 @dataclass
 class PrunedRequest:
     """One request with at least one pruned video.
@@ -93,6 +106,7 @@ class PrunedRequest:
     tags: list[VideoTags | None] = field(default_factory=list)
     chunks: list[ChunkState] = field(default_factory=list)
     result: PruningResult | None = None  # set when the prompt has been pruned
+    question: tuple[int, ...] = ()  # token ids of the question by which it is pruned; empty where none is used
 
     @property
     def visual_tokens(self) -> int:
@@ -137,6 +151,8 @@ class PrunedRequest:
             scoring=scoring.to(device),
             scoring_np=scoring.numpy(),
             scoring_before=tuple(int((scoring < span.end).sum()) for span in spans),
+            # Now, not when it is needed: vLLM 0.33 drops an item's data once its tokens are computed.
+            question=question_ids(data.mm_features),
             tags=[None] * len(spans),
         )
 
