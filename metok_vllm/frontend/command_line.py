@@ -3,9 +3,9 @@
 vLLM loads general plugins while it builds its option parser, before it reads `sys.argv`, and offers a plugin
 no way to add an option to that parser. So the option is taken off `sys.argv` here and what it stands for is
 put in its place, as options that vLLM has: the architecture override and the middleware that adds METok's
-routes (and, by environment variables, the media connector and room for its videos). Everything else METok needs is set when the
-configuration is built (`frontend/startup.py`). This is the one place that touches the command line; it goes
-once vLLM has a hook for plugin options.
+routes (and, by environment variables, the media connector and room for its videos). Everything else METok
+needs is set when the configuration is built (`frontend/startup.py`). This is the one place that touches the
+command line; it goes once vLLM has a hook for plugin options.
 
 The model's name decides the architecture, and only vLLM's own parser can tell it from the value of some
 option, or find it in the file that ``--config`` names. So the rest of the command line is read with that

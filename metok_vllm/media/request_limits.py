@@ -13,7 +13,8 @@ A server with METok gets defaults that leave room for one video of the largest s
 that is. So one video is bounded as with 0.32, and a request keeps a bound, which 0.32 has not. What an
 operator has set holds. With 0.32 nothing is set: vLLM warns of variables that it does not know.
 
-The look at what vLLM knows can go with vLLM 0.32, the rest when vLLM takes such limits as options of a loader.
+The look at what vLLM knows can go with vLLM 0.32, the rest when vLLM has no such limits any more, or charges
+before it decodes and lets a loader state its own (`tests/unit/test_vllm_versions.py`).
 """
 
 from __future__ import annotations
