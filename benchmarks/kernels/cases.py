@@ -181,43 +181,36 @@ def gather(rows: int, out: int, width: int, device: torch.device) -> Case:
 
 
 def slots(batch: int, query: int, groups: int, device: torch.device) -> Case:
-    """One step of `batch` requests, each with one video of 3900 tokens behind it or in it."""
-    width, length = 512, 3900
+    """One step of `batch` requests behind their prompts, each with one pruned video of 3900 tokens."""
+    width, length, retained = 512, 3900, 200
     known = slots_op.DeepGroups(
         [torch.randint(10**6, (batch, width), dtype=INT, device=device) for _ in range(groups)],
-        [16] * groups, [index * 3 < groups * 2 for index in range(groups)],
+        [16] * groups, [int(index * 2 >= groups) for index in range(groups)],
     )  # fmt: skip
+    shift = torch.tensor([[length - retained], [length]], dtype=INT, device=device).repeat(1, batch)
     request = torch.arange(batch, dtype=INT, device=device)
-    full = partial(torch.full, (batch,), dtype=INT, device=device)
-    spans = slots_op.SpanTables(full(15), full(length), full(200), request, request + 1)
-    computed = full(4100 if query == 1 else 0)
+    total = torch.full((batch,), 4100 + query, dtype=INT, device=device)
     query_start = torch.arange(batch + 1, dtype=INT, device=device) * query
-    seq_lens = torch.zeros(groups, batch, dtype=INT, device=device)
+    seq_lens = torch.zeros(2, batch, dtype=INT, device=device)
     mapping = torch.zeros(groups, batch * query, dtype=torch.int64, device=device)
-    retained = torch.tensor([200 * flag for flag in known.retains], device=device)[:, None]
+    kinds = torch.tensor(known.kinds, device=device)
     tables = torch.stack(known.tables)
     row = torch.arange(batch * query, device=device) // query
 
-    def slot_index(position: torch.Tensor) -> torch.Tensor:
-        before = (position - 15).clamp(0, length)
-        return position - before + torch.minimum(before, retained)
-
     def plain() -> tuple[torch.Tensor, torch.Tensor]:
-        position = computed[row] + torch.arange(batch * query, device=device) - query_start[row]
-        indices = slot_index(position)
-        page = (indices // 16).clamp_max(width - 1)
-        slot = tables[:, row].gather(2, page[..., None])[..., 0].long() * 16 + indices % 16
-        inside = (position >= 15) & (position < 15 + length)
-        return slot_index(computed + query).to(INT), torch.where(inside, -1, slot)
+        position = total[row] - query + torch.arange(batch * query, device=device) - query_start[row]
+        indices = position - shift[kinds][:, row]
+        page = indices // 16
+        slot = tables[:, row].gather(2, page[..., None].clamp_max(width - 1))[..., 0].long() * 16 + indices % 16
+        return total - shift, torch.where(page < width, slot, -1)
 
     def run(operation: Callable[..., None]) -> tuple[torch.Tensor, torch.Tensor]:
-        operation(known, spans, computed, query_start, seq_lens, mapping)
+        operation(known, shift, request, total, query_start, seq_lens, mapping)
         return seq_lens, mapping
 
-    text = batch * (query if query == 1 else max(query - length, 0) + min(15, query))
     return Case(
         "deep_slots", f"{groups} groups, {batch} requests x {query} tokens", partial(run, slots_op.deep_slots),
-        partial(run, slots_op.reference), plain, groups * (batch * query * 8 + text * 4 + batch * 24), 0, 0.0,
+        partial(run, slots_op.reference), plain, groups * (batch * query * 12 + batch * 16), 0, 0.0,
     )  # fmt: skip
 
 

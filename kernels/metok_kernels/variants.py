@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from metok_kernels.aot import SHARED_LIMIT, Usage, compile_launch
+from metok_kernels.deep_slots.groups import DeepGroups
 from metok_kernels.deep_slots.launch import prepare as prepare_slots
-from metok_kernels.deep_slots.tables import DeepGroups, SpanTables
+from metok_kernels.deep_slots.launch import prepare_slots_at
 from metok_kernels.event_similarity.launch import prepare as prepare_similarity
 from metok_kernels.gather_rows.launch import prepare as prepare_gather
 from metok_kernels.launch import Launch
@@ -118,12 +119,12 @@ def _score_variants() -> Iterator[Variant]:
 
 
 def _slot_variants() -> Iterator[Variant]:
-    groups = DeepGroups([_meta(256, 2048)] * 9, [16] * 9, [True] * 6 + [False] * 3)
-    spans = SpanTables(*(_meta(1024) for _ in range(3)), *(_meta(256) for _ in range(2)))
-    out = _meta(9, 256), _meta(9, 8192, dtype=torch.int64)
-    rows = {"span_row": _meta(256), "table_row": _meta(256)}
-    yield Variant("state rows", prepare_slots(groups, spans, _meta(256), _meta(257), *out, **rows))
-    yield Variant("batch rows", prepare_slots(groups, spans, _meta(256), _meta(257), *out))
+    groups = DeepGroups([_meta(256, 2048)] * 9, [16] * 9, [0] * 6 + [1] * 3, range(1, 10))
+    of_batch = groups, _meta(2, 256), _meta(200)
+    out = _meta(2, 256), _meta(10, 8192, dtype=torch.int64)
+    yield Variant("a step's slots", prepare_slots(*of_batch, _meta(208), _meta(209), *out))
+    tokens = _meta(3, 4000)
+    yield Variant("slots of any tokens", prepare_slots_at(*of_batch, _meta(8192, dtype=torch.int64), tokens)[0])
 
 
 def _select_variants() -> Iterator[Variant]:

@@ -58,9 +58,9 @@ class MetokModel:
         model_config = vllm_config.model_config
         choices = server_choices(model_config.hf_config)
         prune_layers, running = choices.prune_layers, RunningStep()
-        # The layer before L1 is where L1 scores; those below it stay stock.
-        for index in range(prune_layers[0] - 1, len(decoder.layers)):
-            MetokAttention.adopt(decoder.layers[index].self_attn.attn, LayerRole(index, prune_layers, running))
+        for index, layer in enumerate(decoder.layers):
+            role = LayerRole(index, len(decoder.layers), prune_layers, running)
+            MetokAttention.adopt(layer.self_attn.attn, role)
         times = PartTimes(torch.get_default_device())
         self.decoder_stack = DecoderStack(decoder.layers, decoder.norm, prune_layers, running, times)
         self.metok_aligner = None
