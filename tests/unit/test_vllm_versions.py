@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import vllm
 from vllm import envs
+from vllm.plugins import load_general_plugins
 
 from metok_vllm import plugin
 from metok_vllm.contract.vllm_versions import NEWEST, OLDEST, refuse_version
@@ -62,6 +63,7 @@ def test_refused(version: str) -> None:
 def test_another_vllm_serves_without_metok_or_not_at_all(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
 ) -> None:
+    load_general_plugins()  # once a process, and never again: not while nothing is registered
     said: list[str] = []
     for registers in ("_register_models", "_register_lazily"):
         monkeypatch.setattr(plugin, registers, lambda: pytest.fail("METok registers with a vLLM it does not know"))
