@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from metok_vllm.compression.selection import PruneLayers, prune_layers
 from metok_vllm.contract.kv_spec import EVERY_TOKEN, GROUP_KINDS, TEXT, TEXT_AND_RETAINED, GroupKind
@@ -93,13 +93,23 @@ def divides_evenly(counts: Sequence[int]) -> bool:
 def block_size(cache_config: CacheConfig, num_layers: int, layers: PruneLayers, kind: GroupKind) -> int:
     """Tokens a block in a kind of layer.
 
-    Where an operator has chosen a layout without the blocks outermost (`VLLM_KV_CACHE_LAYOUT`), all kinds
-    have vLLM's block size, and the groups are as many as vLLM then makes.
+    Where an operator has chosen another layout than METok's (`VLLM_KV_CACHE_LAYOUT`), all kinds have vLLM's
+    block size, and the groups are as many as vLLM then makes. vLLM resolves that layout later than it asks
+    for block sizes.
     """
     size = int(cache_config.block_size)
-    if not cache_config.get_resolved_kv_cache_layout().is_block_outermost:
+    if cache_config.kv_cache_layout is None or not cache_config.get_resolved_kv_cache_layout().is_block_outermost:
         return size
     return size * block_multiples(layers_by_kind(num_layers, layers))[kind]
+
+
+def chosen_layers(num_layers: int, wanted: PruneLayers | Literal["cheap"] | None) -> PruneLayers:
+    """The setting `prune_layers` for a model of `num_layers` layers.
+
+    Raises:
+        ValueError: the model has fewer than 3 layers, or not the layers that are wanted.
+    """
+    return cheap_layers(num_layers) if wanted == "cheap" else prune_layers(num_layers, wanted)
 
 
 def cheap_layers(num_layers: int) -> PruneLayers:

@@ -10,10 +10,9 @@ from vllm import envs
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from metok_vllm.compression.selection import prune_layers
 from metok_vllm.contract.attention_backends import refused_backend
 from metok_vllm.contract.budgets import step_tokens
-from metok_vllm.contract.kv_layout import cheap_layers
+from metok_vllm.contract.kv_layout import chosen_layers
 from metok_vllm.contract.server_choices import ServerChoices, attach_choices
 from metok_vllm.contract.settings import parse_settings
 from metok_vllm.frontend.aligner_inputs import resolve_aligner
@@ -63,8 +62,9 @@ def choose_kv_cache_layout(cache_config: CacheConfig) -> None:
     (vllm/v1/attention/backends/utils.py, `resolve_kv_cache_layout`). Inside a block the order is the one that
     vLLM prefers: heads first on CPU, tokens first elsewhere.
     """
-    if envs.VLLM_KV_CACHE_LAYOUT is None and cache_config.kv_cache_layout is None:
-        cache_config.kv_cache_layout = "BLHNC" if current_platform.is_cpu() else "BLNHC"
+    layout = "BLHNC" if current_platform.is_cpu() else "BLNHC"
+    if envs.VLLM_KV_CACHE_LAYOUT in (None, layout) and cache_config.kv_cache_layout is None:
+        cache_config.kv_cache_layout = layout
 
 
 def choose(vllm_config: VllmConfig) -> ServerChoices:
@@ -77,8 +77,7 @@ def choose(vllm_config: VllmConfig) -> ServerChoices:
     additional = vllm_config.additional_config
     settings = parse_settings(additional.get("metok") if isinstance(additional, dict) else None)
     try:
-        depth = model_config.hf_text_config.num_hidden_layers
-        layers = cheap_layers(depth) if settings.prune_layers == "cheap" else prune_layers(depth, settings.prune_layers)
+        layers = chosen_layers(model_config.hf_text_config.num_hidden_layers, settings.prune_layers)
     except ValueError as error:
         raise ValueError(f"METok (additional_config): {error}.") from None
     aligner, tower = resolve_aligner(model_config.model, settings.aligner, settings.aligner_model)

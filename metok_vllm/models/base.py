@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from metok_vllm.compression import alignment
 from metok_vllm.compression.alignment import Alignment
@@ -129,6 +130,6 @@ class MetokModel:
             frames = self.metok_aligner.frames(kwargs[PIXELS_FIELD][item])
             return alignment.dual_tower(frames, self.metok_aligner.text(kwargs[WINDOWS_FIELD][item]))
         field = kwargs[QUESTION_FIELD][item]
-        ids = field[1 : 1 + int(field[0])].to(vectors.device)
+        ids = async_tensor_h2d(field[1 : 1 + int(field[0])], vectors.device)
         embedding: nn.Module = self.language_model.model.embed_tokens  # type: ignore[attr-defined]
         return alignment.embedding(vectors, embedding(ids))

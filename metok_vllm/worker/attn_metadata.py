@@ -141,7 +141,7 @@ def _prompt_slots(
     retained_ends = [(text, text + bound) for text, bound in zip(texts, bounds, strict=True)]
     indices = np.concatenate([np.empty(0, np.int32), *runs(text_ends), *runs(retained_ends)])
     slots = deep_slots.at(input_batch, np.repeat(rows, sizes), indices)
-    text, retained = slots.split([sum(texts), sum(bounds)], dim=1)
+    text, retained = torch.split(slots, [sum(texts), sum(bounds)], dim=1)
     return text, torch.split(retained, bounds, dim=1)
 
 
@@ -159,9 +159,9 @@ def others_metadata(
     keep = np.array([i for i in range(input_batch.num_reqs) if i not in pruned])
     index = async_tensor_h2d(keep, device)
     counts = input_batch.num_scheduled_tokens[keep]
-    starts = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     starts_on_device = async_tensor_h2d(starts, device)
-    bounds = input_batch.seq_lens_cpu_upper_bound[torch.from_numpy(keep)]
+    bounds = input_batch.seq_lens_cpu_upper_bound.numpy()[keep]  # vLLM keeps it on the host
     positions = input_batch.positions.index_select(0, batch.others)
     tables: list[torch.Tensor] = list(block_tables)
     slot_mappings: list[torch.Tensor] = [batch.others] * len(block_tables)
@@ -175,14 +175,14 @@ def others_metadata(
             num_reqs=len(keep),
             num_tokens=batch.num_others,
             query_start_loc_gpu=starts_on_device,
-            query_start_loc_cpu=starts,
+            query_start_loc_cpu=torch.from_numpy(starts),
             max_query_len=int(counts.max()),
             seq_lens=deep_slots.seq_lens[DEEP_KINDS.index(kind)].index_select(0, index),
             max_seq_len=int(bounds.max()),
             block_tables=tables,
             slot_mappings=slot_mappings,  # type: ignore[arg-type]  # indexed by group, as a tensor would be
             kv_cache_config=kv_cache_config,
-            seq_lens_cpu_upper_bound=bounds,
+            seq_lens_cpu_upper_bound=torch.from_numpy(bounds),
             positions=positions,
             is_prefilling=torch.from_numpy(input_batch.is_prefilling_np[keep]),
             req_idx=input_batch.idx_mapping_np[keep],

@@ -27,6 +27,7 @@ from metok_vllm.worker.report import Reports
 from metok_vllm.worker.requests import PrunedRequests, VideoTags
 from metok_vllm.worker.slots import DeepSlots
 from metok_vllm.worker.step import PrunedStep
+from metok_vllm.worker.warm_up import ModelShapes, WarmUp, warm_up
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,6 +39,21 @@ if TYPE_CHECKING:
 
 
 logger = metok_logger(__name__)
+
+
+def say_groups(kv_cache_config: KVCacheConfig) -> None:
+    """One line at start: how many KV cache groups decoding pays for, and what their blocks waste."""
+    groups = [
+        (group_kind(group.kv_cache_spec), BlockShape(len(group.layer_names), group.kv_cache_spec.block_size))
+        for group in kv_cache_config.kv_cache_groups
+    ]
+    if get_tensor_model_parallel_rank() == 0:
+        logger.info(
+            "METok: %d KV cache groups (%s), %.1f %% padding",
+            len(groups),
+            "; ".join(f"{shape.layers} layers for {kind}, blocks of {shape.tokens} tokens" for kind, shape in groups),
+            100 * float(padding([shape for _, shape in groups])),
+        )
 
 
 class MetokModelState(DefaultModelState):
@@ -54,6 +70,7 @@ class MetokModelState(DefaultModelState):
         self.deep_slots = DeepSlots(self.max_num_reqs, device)
         self._step: PrunedStep | None = None
         self._reserve = MemoryReserve(vllm_config, device)
+        self.warm_up: WarmUp | None = None
 
     # --- start ---
 
@@ -64,23 +81,10 @@ class MetokModelState(DefaultModelState):
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
         self.deep_slots.bind(kv_cache_config, block_tables)
-        self._say_groups(kv_cache_config)
         self._reserve.release()
-
-    def _say_groups(self, kv_cache_config: KVCacheConfig) -> None:
-        groups = [
-            (group_kind(group.kv_cache_spec), BlockShape(len(group.layer_names), group.kv_cache_spec.block_size))
-            for group in kv_cache_config.kv_cache_groups
-        ]
-        if get_tensor_model_parallel_rank() == 0:
-            logger.info(
-                "METok: %d KV cache groups (%s), %.1f %% padding",
-                len(groups),
-                "; ".join(
-                    f"{shape.layers} layers for {kind}, blocks of {shape.tokens} tokens" for kind, shape in groups
-                ),
-                100 * float(padding([shape for _, shape in groups])),
-            )
+        if self.warm_up is None:  # vLLM may come twice: it measures the memory of CUDA graphs first
+            say_groups(kv_cache_config)
+            self.warm_up = warm_up(ModelShapes.of(self.model), self.device)
 
     def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
         """Full graphs for decodes only: a graph of a mixed batch would

@@ -61,25 +61,10 @@ def scores(
     """
     if not uses_triton(key.device):
         return torch_scores(query, key, visual_index, row_positions, key_positions, scale)
-    from metok_kernels.text_to_visual_scores import PackedKeys, text_to_visual_scores
+    from metok_kernels.text_to_visual_scores import text_to_visual_scores
 
-    rows, visual = query.shape[0], visual_index.shape[0]
-
-    def edges(count: int) -> torch.Tensor:
-        return torch.tensor([0, count], dtype=torch.int32).to(key.device, non_blocking=True)
-
-    return text_to_visual_scores(
-        query,
-        PackedKeys(key, edges(0)[:1]),
-        torch.searchsorted(key_positions, row_positions, right=True).to(torch.int32),
-        edges(rows),
-        visual_index,
-        edges(visual),
-        scale=scale,
-        max_rows=rows,
-        max_visual=visual,
-        max_keys=key.shape[0],
-    )
+    seen = torch.searchsorted(key_positions, row_positions, right=True)
+    return text_to_visual_scores(query, key, seen, visual_index, scale=scale)
 
 
 def select(scores: torch.Tensor, lengths: torch.Tensor, keep: torch.Tensor, total: int) -> torch.Tensor:
@@ -98,9 +83,7 @@ def select(scores: torch.Tensor, lengths: torch.Tensor, keep: torch.Tensor, tota
         return select_survivors(scores, lengths, keep, total)
     from metok_kernels.select_per_event import select_per_event as kernel
 
-    edges = F.pad(lengths.cumsum(0), (1, 0))
-    index, _ = kernel(scores, edges, keep, max_length=scores.shape[0], capacity=total)
-    return index
+    return kernel(scores, lengths, keep, total)
 
 
 def event_similarity(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,9 +94,7 @@ def event_similarity(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         return events.similarity(features)
     from metok_kernels.event_similarity import event_similarity as kernel
 
-    frames = torch.tensor([0, features.shape[0]], dtype=torch.int32).to(features.device, non_blocking=True)
-    vectors, similarity = kernel(features, frames)
-    return vectors, similarity[:-1]
+    return kernel(features)
 
 
 def pool_video(
@@ -160,10 +141,7 @@ def gather(
         return hidden[index], residual[index], positions[index]
     from metok_kernels.gather_rows import gather_rows
 
-    out_hidden, out_residual, out_positions = gather_rows(index, hidden, residual, positions)
-    assert out_residual is not None
-    assert out_positions is not None
-    return out_hidden, out_residual, out_positions
+    return gather_rows(index, hidden, residual, positions)
 
 
 def causal_attention(

@@ -35,7 +35,7 @@ def load_slots(p_table, width, block_size, o_row, b_index, m):
         "max_requests", "max_tokens",
     ],
     do_not_specialize_on_alignment=[
-        "p_groups", "p_shift", "p_state_row", "p_total", "p_query_start", "p_seq_lens", "p_slots",
+        "p_shift", "p_state_row", "p_total", "p_query_start", "p_seq_lens", "p_slots",
     ],
 )  # fmt: skip
 def deep_slots_kernel(
@@ -77,7 +77,7 @@ def deep_slots_kernel(
 
 @triton.jit(
     do_not_specialize=["stride_shift", "stride_tokens", "size", "num_rows", "num_requests", "num_positions"],
-    do_not_specialize_on_alignment=["p_groups", "p_shift", "p_state_row", "p_positions", "p_tokens", "p_out"],
+    do_not_specialize_on_alignment=["p_shift", "p_state_row", "p_positions", "p_tokens"],
 )
 def slots_at_kernel(
     p_groups, p_shift, p_state_row, p_positions, p_tokens, p_out,
