@@ -21,12 +21,21 @@ def register() -> None:
 
     asked = apply_plugin_option()
     try:
+        _refuse_version()
         _register_models()
         _register_lazily()
     except (ImportError, AttributeError, TypeError) as error:
         if asked:
             raise SystemExit(f"vllm: error: METok cannot be loaded into this vLLM: {error}") from error
         metok_logger(__name__).warning("METok cannot be loaded into this vLLM and is off: %s", error)
+
+
+def _refuse_version() -> None:
+    import vllm
+
+    from metok_vllm.contract.vllm_versions import refuse_version
+
+    refuse_version(vllm.__version__)
 
 
 def _register_models() -> None:

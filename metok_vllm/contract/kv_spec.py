@@ -1,7 +1,8 @@
 """The KV cache format of the deep layers, and the three kinds of KV cache group of a METok model.
 
 `DeepAttentionSpec` derives from `AttentionSpec`, not from `FullAttentionSpec`: vLLM would merge the deep
-layers into the full-attention group otherwise (vllm/v1/core/kv_cache_utils.py, `is_kv_cache_spec_uniform`).
+layers into the full-attention group otherwise (`is_kv_cache_spec_uniform`, in vllm/v1/core/kv_cache_utils.py,
+in vLLM 0.33 in kv_cache_planning.py beside it).
 """
 
 from __future__ import annotations

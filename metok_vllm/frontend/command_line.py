@@ -3,9 +3,9 @@
 vLLM loads general plugins while it builds its option parser, before it reads `sys.argv`, and offers a plugin
 no way to add an option to that parser. So the option is taken off `sys.argv` here and what it stands for is
 put in its place, as options that vLLM has: the architecture override and the middleware that adds METok's
-routes (and, by its environment variable, the media connector). Everything else METok needs is set when the
-configuration is built (`frontend/startup.py`). This is the one place that touches the command line; it goes
-once vLLM has a hook for plugin options.
+routes (and, by environment variables, the media connector and room for its videos). Everything else METok
+needs is set when the configuration is built (`frontend/startup.py`). This is the one place that touches the
+command line; it goes once vLLM has a hook for plugin options.
 
 The model's name decides the architecture, and only vLLM's own parser can tell it from the value of some
 option, or find it in the file that ``--config`` names. So the rest of the command line is read with that
@@ -20,6 +20,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
+from metok_vllm.media.request_limits import leave_room
 from metok_vllm.models.registry import metok_architecture
 
 OPTION, NAME = "--plugin", "metok"
@@ -31,8 +32,8 @@ CONNECTOR_VARIABLE, CONNECTOR = "VLLM_MEDIA_CONNECTOR", "metok"
 
 
 def apply_plugin_option() -> bool:
-    """Rewrite `sys.argv` in place where it asks for METok and choose its media connector;
-    change nothing everywhere else.
+    """Rewrite `sys.argv` in place where it asks for METok, choose its media connector and leave room for its
+    videos; change nothing everywhere else.
 
     Returns:
         Whether it asked.
@@ -42,20 +43,29 @@ def apply_plugin_option() -> bool:
             start.
     """
     try:
-        arguments = rewritten(sys.argv)
+        arguments, options = _read(sys.argv)
+        if options is not None:
+            # vLLM has no options for these. This process and those that it starts serve nothing but METok; an
+            # operator's wish holds.
+            os.environ.setdefault(CONNECTOR_VARIABLE, CONNECTOR)
+            leave_room(options.media_io_kwargs)
     except ValueError as error:
         raise SystemExit(f"vllm: error: {error}") from None
-    asked = arguments != sys.argv
-    if asked:
-        # vLLM has no option for it. This process and those that it starts serve nothing but METok; an
-        # operator's wish holds.
-        os.environ.setdefault(CONNECTOR_VARIABLE, CONNECTOR)
     sys.argv[:] = arguments
-    return asked
+    return options is not None
 
 
 def rewritten(argv: Sequence[str]) -> list[str]:
     """The command line without `--plugin metok`, and with the options that it stands for.
+
+    Raises:
+        ValueError, SystemExit: as `_read`.
+    """
+    return _read(argv)[0]
+
+
+def _read(argv: Sequence[str]) -> tuple[list[str], Namespace | None]:
+    """The command line as `rewritten`, and what vLLM reads in it where it asks for METok, else None.
 
     Raises:
         ValueError: the model on the command line is not one that METok can serve, its config cannot be read,
@@ -65,10 +75,10 @@ def rewritten(argv: Sequence[str]) -> list[str]:
     arguments = list(argv)
     command = arguments[1] if len(arguments) > 1 else ""
     if command not in COMMANDS:
-        return list(argv)
+        return arguments, None
     if not _take_option(arguments):
         _refuse_lonely_settings(arguments)
-        return list(argv)
+        return arguments, None
     options = _parsed(arguments[1:])
     overrides = options.hf_overrides
     if not isinstance(overrides, dict):
@@ -81,7 +91,7 @@ def rewritten(argv: Sequence[str]) -> list[str]:
     arguments = [*_without_overrides(arguments), OVERRIDES, json.dumps(overrides)]
     if command == "serve":
         arguments += ["--middleware", MIDDLEWARE]
-    return arguments
+    return arguments, options
 
 
 def _refuse_lonely_settings(arguments: Sequence[str]) -> None:

@@ -29,7 +29,10 @@ from vllm.multimodal.image import open_image
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, VideoMediaIO
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
+from metok_vllm.contract.refusals import count_refused, refusing
+
 from .loader import VideoRequestError
+from .request_limits import is_exceeded
 from .settings import VideoError, VideoSettings
 
 CONNECTOR_NAME = "metok"
@@ -57,18 +60,19 @@ class MetokMediaConnector(MediaConnector):
         return await super().fetch_video_async(video_url, **kwargs)
 
     def load_from_url(self, url: str, media_io: Any, **kwargs: Any) -> Any:
-        with client_errors(url):
+        with client_errors(url), _counting(media_io):
             self._check(url, media_io)
             return super().load_from_url(url, media_io, **kwargs)
 
     async def load_from_url_async(self, url: str, media_io: Any, **kwargs: Any) -> Any:
-        with client_errors(url):
+        with client_errors(url), _counting(media_io):
             await asyncio.to_thread(self._check, url, media_io)
             return await super().load_from_url_async(url, media_io, **kwargs)
 
     def _check(self, url: str, media_io: Any) -> None:
         if isinstance(media_io, VideoMediaIO) and _starts(url, _FRAMES):
-            check_jpeg_frames(url.partition(",")[2], media_io.num_frames, self._video_limits())
+            with refusing("video"):
+                check_jpeg_frames(url.partition(",")[2], media_io.num_frames, self._video_limits())
         elif _starts(url, _FILE) and self.allowed_local_media_path is None:
             raise VLLMValidationError(
                 "This server takes no files: send a URL that it may fetch, or the data themselves."
@@ -137,6 +141,17 @@ def _picture_size(part: str) -> tuple[int, int]:
         raise VideoRequestError("A frame of the video has far more pixels than a picture may have.") from None
     except (OSError, binascii.Error):
         raise VideoRequestError("A frame of the video is not a JPEG file in base64.") from None
+
+
+@contextmanager
+def _counting(media_io: Any) -> Iterator[None]:
+    """Count a video that vLLM's limits on a whole request refuse; the loader counts by itself."""
+    try:
+        yield
+    except (ValueError, VLLMClientError) as error:
+        if isinstance(media_io, VideoMediaIO) and is_exceeded(error):
+            count_refused("video")
+        raise
 
 
 @contextmanager

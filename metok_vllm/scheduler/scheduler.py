@@ -1,17 +1,15 @@
 """vLLM's async scheduler, with what pruned requests need: their slot counts,
 chunk borders, and a bound on deferral.
 
-vLLM takes it through `scheduler_cls`. It overrides five methods of vllm/v1/core/sched/scheduler.py.
-`schedule`, `add_request` and `_free_blocks` keep the tables; `_try_schedule_encoder_inputs` is where vLLM
-itself lets multimodal items shorten a chunk, and where the rules of `chunking.py` are kept. `__call__`
-answers the HTTP server (`scheduler/counters.py`).
+vLLM takes it through `scheduler_cls`. It overrides methods of vllm/v1/core/sched/scheduler.py, one of
+them in `queue_order.py`. `schedule`, `add_request` and `_free_blocks` keep the tables;
+`_try_schedule_encoder_inputs` is where vLLM itself lets multimodal items shorten a chunk, and where the rules
+of `chunking.py` are kept. `__call__` answers the HTTP server (`scheduler/counters.py`).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from metok_vllm.contract.budgets import bytes_per_token, deferral_limit, ending_limit
 from metok_vllm.contract.refusals import NO_PROMPT_LOGPROBS, NO_SESSIONS
@@ -20,6 +18,7 @@ from metok_vllm.log import metok_logger
 from metok_vllm.scheduler.chunking import DeferralBudget, EncoderSchedule, EndingLimit, longest_chunk
 from metok_vllm.scheduler.counters import SchedulerCounters
 from metok_vllm.scheduler.kv_manager import DeepKVManager
+from metok_vllm.scheduler.queue_order import QueueOrderScheduler
 from metok_vllm.scheduler.slot_counts import SlotCounts
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 logger = metok_logger(__name__)
 
 
-class MetokScheduler(AsyncScheduler):
+class MetokScheduler(QueueOrderScheduler):
     """Schedules pruned requests beside all others."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -106,6 +105,10 @@ class MetokScheduler(AsyncScheduler):
                 encoder_compute_budget,
                 shift_computed_tokens,
             )
+        if not schedule.num_tokens and not num_computed_tokens:
+            # It stays in the queue, and must not hold what a look-up took for it from the encoder cache.
+            self.encoder_cache_manager.free(request)
+            self.turn_away(request)
         end = num_computed_tokens + schedule.num_tokens
         if schedule.num_tokens and end < counts.prompt_len:
             self.deferral.offer(request.request_id, counts.prompt_len)
@@ -129,10 +132,6 @@ class MetokScheduler(AsyncScheduler):
         while chunk:
             # Rule 3: memory of deferred prompts.
             if computed + chunk < prompt_len and not self.deferral.admits(request_id, prompt_len):
-                if computed == 0:
-                    # It stays in the queue, and must not hold what a look-up below took for it from the
-                    # encoder cache.
-                    self.encoder_cache_manager.free(request)
                 return nothing
             schedule = EncoderSchedule(
                 *super()._try_schedule_encoder_inputs(request, computed, chunk, encoder_budget, shift)

@@ -216,6 +216,5 @@ class MetokModelState(DefaultModelState):
                 continue
             index = self._index[request.req_id]
             self.deep_slots.complete(index, request.visual_tokens, request.result.retained)
-            assert self.encoder_cache is not None
-            self.reports.add(request, self.encoder_cache.mm_features[request.req_id])
+            self.reports.add(request)
             request.tags = [None] * len(request.tags)

@@ -13,7 +13,6 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from metok_vllm.compression.accounting import ModelShape, VisualTokens, account
-from metok_vllm.contract.fields import QUESTION_FIELD
 from metok_vllm.contract.server_choices import server_choices
 from metok_vllm.contract.video_plan import VideoPlan
 from metok_vllm.log import metok_logger
@@ -23,7 +22,6 @@ from metok_vllm.worker.timing import PartTimes
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
-    from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 logger = metok_logger(__name__)
 
@@ -137,14 +135,13 @@ class Reports:
         self._asked_for: OrderedDict[str, Record] = OrderedDict()
         self._counted: OrderedDict[int, None] = OrderedDict()  # by the hash of the id, which a client may make long
 
-    def add(self, request: PrunedRequest, features: Sequence[MultiModalFeatureSpec] = ()) -> None:
+    def add(self, request: PrunedRequest) -> None:
         """Log, count and remember one pruned request.
 
         Its tags must still be there; nothing waits for the device.
 
         Args:
             request: a request whose prompt has just been pruned.
-            features: its multimodal items, where the question is found.
         """
         if get_tensor_model_parallel_rank() != 0:
             return
@@ -156,7 +153,7 @@ class Reports:
             for span, tags in zip(request.spans, request.tags, strict=True)
             if tags is not None
         ]
-        record = Record(summary, videos, question_ids(features) if self.keeps_questions else None)
+        record = Record(summary, videos, request.question if self.keeps_questions else None)
         self._recent.append(record)
         if any(span.plan.report for span in request.spans):
             self._asked_for[request.req_id] = record
@@ -233,13 +230,3 @@ class Reports:
     def recent(self) -> list[dict[str, Any]]:
         """The latest pruned requests for the status page, latest first."""
         return [record.status() for record in reversed(self._recent)]
-
-
-def question_ids(features: Sequence[MultiModalFeatureSpec]) -> list[int]:
-    """Token ids of the question by which a request's videos were pruned; empty where none was used."""
-    for feature in features:
-        item: Any = feature.data
-        if item is not None and QUESTION_FIELD in item:
-            count, *ids = item[QUESTION_FIELD].data.flatten().tolist()
-            return [int(token) for token in ids[:count]]
-    return []

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from metok_vllm.contract.fields import QUESTION_FIELD
 from metok_vllm.contract.spans import VideoSpan, pruned_spans
 
 if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
     from vllm.v1.core.sched.output import NewRequestData
 
 TAG_CHANNELS = 6
@@ -75,6 +78,16 @@ class PruningResult:
     retained: int
 
 
+def question_ids(features: Sequence[MultiModalFeatureSpec]) -> tuple[int, ...]:
+    """Token ids of the question by which a request's videos are pruned; empty where none is used."""
+    for feature in features:
+        item: Any = feature.data
+        if item is not None and QUESTION_FIELD in item:
+            count, *ids = item[QUESTION_FIELD].data.flatten().tolist()
+            return tuple(int(token) for token in ids[:count])
+    return ()
+
+
 @dataclass
 class PrunedRequest:
     """One request with at least one pruned video.
@@ -94,6 +107,7 @@ class PrunedRequest:
     tags: list[VideoTags | None] = field(default_factory=list)
     chunks: list[ChunkState] = field(default_factory=list)
     result: PruningResult | None = None  # set when the prompt has been pruned
+    question: tuple[int, ...] = ()  # token ids of the question by which it is pruned; empty where none is used
 
     @property
     def visual_tokens(self) -> int:
@@ -138,6 +152,8 @@ class PrunedRequest:
             scoring=async_tensor_h2d(scoring, device),
             scoring_np=scoring,
             scoring_before=tuple(int(np.searchsorted(scoring, span.end)) for span in spans),
+            # Now, not when it is needed: vLLM 0.33 drops an item's data once its tokens are computed.
+            question=question_ids(data.mm_features),
             tags=[None] * len(spans),
         )
 

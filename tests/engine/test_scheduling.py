@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,6 +53,24 @@ def test_chunks_do_not_change_the_answer(chunked: Engine) -> None:
         assert_same(chunked.oracle(case), answer, ATOL)
     assert max(deferred) > 0, "nothing was deferred"
     chunked.check_drained()
+
+
+def test_a_chunked_prompt_keeps_its_question(sample: Sample) -> None:
+    """vLLM 0.33 takes a video's data away from the worker once its tokens are computed, so here too."""
+    dropped = 0
+
+    def drop(running: Engine) -> None:
+        nonlocal dropped
+        for features in running.runner.encoder_cache.mm_features.values():
+            for i, feature in enumerate(features):
+                dropped += feature.data is not None
+                features[i] = replace(feature, data=None)
+
+    with engine(sample, {"status_shows_questions": True}, max_num_batched_tokens=50) as running:
+        running.run([Case((scene_video(1, 30),), max_tokens=2)], drop)
+        (shown,) = running.runner.model_state.reports.recent()
+    assert dropped == 1
+    assert shown["question_ids"] == sample.question_ids()
 
 
 @pytest.fixture(scope="module")

@@ -198,7 +198,8 @@ def engine(sample: Sample, server: dict[str, Any] | None = None, **llm_kwargs: A
         **llm_kwargs,
     }
     llm = LLM(str(sample.path), **options)
-    oracle_keys = {k: v for k, v in server.items() if k not in ("aligner_model", "max_deferred_bytes", "preset")}
+    of_the_engine = ("aligner_model", "max_deferred_bytes", "preset", "status_shows_questions")
+    oracle_keys = {k: v for k, v in server.items() if k not in of_the_engine}
     if server.get("preset") == "balanced":
         oracle_keys.setdefault("decode_retention", 1.0)
     running = Engine(llm, sample, OracleSettings(**oracle_keys))

@@ -65,10 +65,11 @@ def block_tables_by_torch(block_table: Any) -> None:
         return os.environ.get("METOK_CPU_BLOCK_TABLES") == "triton" or out is not None
 
     def gather_block_tables(
-        tables: Any, idx_mapping: Any, num_reqs_padded: int, out: Any = None, out_ptrs: Any = None
+        tables: Any, idx_mapping: Any, num_reqs_padded: int, out: Any = None, out_ptrs: Any = None, **masking: Any
     ) -> Any:
-        if keeps_kernels(out):
-            return gather(tables, idx_mapping, num_reqs_padded, out, out_ptrs)
+        # vLLM 0.33 states more, by which it masks the blocks before a sliding window; 0.32 has no such thing.
+        if keeps_kernels(out) or getattr(tables, "has_sliding_window_groups", False):
+            return gather(tables, idx_mapping, num_reqs_padded, out, out_ptrs, **masking)
         rows = idx_mapping.to(torch.int64)
         count = rows.shape[0]
         for source, target in zip(tables.block_tables, tables.input_block_tables, strict=True):

@@ -57,7 +57,8 @@ class Run:
         self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
         self.seen["aborted"] += 1
 
-    def step(self) -> None:
+    def step(self) -> dict[str, int]:
+        """Schedule one step and let the worker answer it, at once or a step later; tokens by request."""
         before = {name: request.num_preemptions for name, request in self.scheduler.requests.items()}
         step = schedule(self.scheduler)
         self.waiting.append(step)
@@ -72,6 +73,7 @@ class Run:
         self.idle = 0 if step.tokens or not self.scheduler.requests else self.idle + 1
         if self.idle >= PATIENCE:
             raise Stuck({name: r.num_computed_tokens for name, r in self.scheduler.requests.items()})
+        return step.tokens
 
     def check_chunk(self, name: str, tokens: int) -> None:
         counts, request = self.counts.get(name), self.scheduler.requests[name]

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from metok_vllm.contract.fields import QUESTION_FIELD
 from metok_vllm.contract.settings import RequestSettings
 from metok_vllm.contract.spans import VideoSpan
 from metok_vllm.contract.video_plan import VideoPlan, plan_video
 from metok_vllm.worker import report as report_module
-from metok_vllm.worker.report import KEPT_RECENT, KEPT_REPORTS, Reports, per_frame, question_ids
+from metok_vllm.worker.report import KEPT_RECENT, KEPT_REPORTS, Reports, per_frame
 from metok_vllm.worker.requests import PruningResult, VideoTags
 from tests.support.choices import attach_settings
 from tests.support.guards.host_sync import no_host_sync
@@ -65,7 +64,13 @@ def make_request(name: str, report: bool = False, seed: int = 0) -> Any:
     result = PruningResult(visual, visual // 2, visual // 4, 0)
     spans = (VideoSpan(5, visual, plan),)
     return SimpleNamespace(
-        req_id=name, prompt_len=visual + 20, visual_tokens=visual, spans=spans, tags=[tags], result=result
+        req_id=name,
+        prompt_len=visual + 20,
+        visual_tokens=visual,
+        spans=spans,
+        tags=[tags],
+        result=result,
+        question=(7, 8, 9),
     )
 
 
@@ -143,16 +148,9 @@ def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (reports.recent(), reports.find("a"), reports.counters.requests) == ([], None, 0)
 
 
-def item(ids: list[int], padding: int = 0) -> Any:
-    data = {QUESTION_FIELD: SimpleNamespace(data=torch.tensor([len(ids), *ids, *[0] * padding]))}
-    return SimpleNamespace(data=data)
-
-
 def test_questions_are_kept_only_where_the_operator_lets_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    features = [SimpleNamespace(data=None), item([7, 8, 9], padding=2)]
     silent, open_ = make_reports(monkeypatch), make_reports(monkeypatch, status_shows_questions=True)
     for reports in (silent, open_):
-        reports.add(make_request("a"), features)
+        reports.add(make_request("a"))
     assert "question_ids" not in silent.recent()[0]
     assert open_.recent()[0]["question_ids"] == [7, 8, 9]
-    assert question_ids([]) == []
