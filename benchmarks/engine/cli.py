@@ -16,7 +16,6 @@ benchmarks/README.md.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import shlex
@@ -206,7 +205,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     out = options.out or RESULTS / f"engine-{model.name}{'' if cuda else '-cpu'}.json"
-    decoding = functools.cache(functools.partial(file_decode, options.clip))
     result: dict[str, Any] = {
         "claim": claim(model, cuda),
         "command": shlex.join(["python", "-m", "benchmarks.engine", *(sys.argv[1:] if argv is None else argv)]),
@@ -220,20 +218,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             "all_videos_have_equal_length": True, "engine": engine_options(options, model, cuda),
         },
         "excluded": EXCLUDED, "not_in_the_run": NOT_IN_THE_RUN,
-        "file_decode_ms": decoding(options.frames), "variants": {},
+        "file_decode_ms": None, "variants": {},
     }  # fmt: skip
     commit = result["commit"]
     if options.merge and out.exists():
         before = json.loads(out.read_text())
         reason = mismatch(before, result)
         if reason:
-            raise SystemExit(f"error: {out} cannot take these variants, {reason}")
+            raise SystemExit(f"error: {out} is of another run, delete it or state another --out ({reason})")
         result = continued(before, result)
+    decoding = {options.frames: result["file_decode_ms"] or file_decode(options.clip, options.frames)}
+    result["file_decode_ms"] = decoding[options.frames]
     failed = False
     for variant in chosen:
         print(f"{variant.label} ({variant.frames} frames) ...", flush=True)
         entry: dict[str, Any] = {"label": variant.label, "frames": variant.frames, "metok": variant.metok}
-        entry |= {"commit": commit, "date": timestamp(), "file_decode_ms": decoding(variant.frames)}
+        if variant.frames not in decoding:
+            decoding[variant.frames] = file_decode(options.clip, variant.frames)
+        entry |= {"commit": commit, "date": timestamp(), "file_decode_ms": decoding[variant.frames]}
         try:
             entry |= measure(variant, options, model, cuda)
             if "breakdown" in entry:

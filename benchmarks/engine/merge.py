@@ -6,7 +6,7 @@ from typing import Any
 
 
 def mismatch(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Why figures of two results must not stand side by side, in one sentence; None where they may.
+    """What differs so that figures of two results must not stand side by side; None where they may.
 
     Commits may differ: each variant says which code it is of.
     """
@@ -16,7 +16,7 @@ def mismatch(before: dict[str, Any], now: dict[str, Any]) -> str | None:
         ("versions", before["versions"], now["versions"]),
     ):
         if one != other:
-            return f"its {what} is another one: {_difference(one, other)}"
+            return f"{what}: {_difference(one, other)}"
     return None
 
 
@@ -29,11 +29,15 @@ def _difference(one: Any, other: Any) -> str:
 
 
 def continued(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """`now`, a result without variants so far, with those of `before`, its commands and its commits."""
+    """`now`, a result without variants so far, with those of `before`, its commands and its commits.
+
+    What decoding a file took is taken over, too: it is the same for all, and would only differ by chance.
+    """
     return {
         **now,
         "command": " ; ".join([before["command"], now["command"]]),
         "commit": " and ".join(dict.fromkeys([*before["commit"].split(" and "), now["commit"]])),
+        "file_decode_ms": before["file_decode_ms"],
         "variants": dict(before["variants"]),
     }
 

@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine.timing import LANGUAGE_MODEL, PARTS
+from benchmarks.engine.timing import LANGUAGE_MODEL, OUTSIDE, PARTS
 
-PART_COLOURS = ("#4c72b0", "#8172b3", "#55a868", "#c44e52", "#dd8452", "#64b5cd", "#937860", "#cccccc")
+PART_COLOURS = (
+    "#4c72b0", "#8172b3", "#55a868", "#c44e52", "#dd8452", "#64b5cd", "#937860", "#777777", "#999999", "#bbbbbb",
+    "#dddddd",
+)  # fmt: skip
 VARIANT_COLOURS = {
     "stock": "#444444", "fewer-frames": "#999999", "metok-paper": "#c44e52", "metok-balanced": "#4c72b0",
 }  # fmt: skip
@@ -95,7 +98,7 @@ def request_ms(entry: dict[str, Any]) -> dict[str, float | None]:
         "tower": prefill["tower"],
         "stage1": prefill["stage1"],
         "language_model": entry["breakdown"]["language_model_prefill_ms"],
-        "outside_model": prefill["outside_model"],
+        "outside_model": sum(prefill[part] for part in OUTSIDE),
     }
     without = sum(parts.values())
     total = None if decoding is None else decoding + without
@@ -218,7 +221,7 @@ def _draw_request(plt: Any, variants: dict[str, dict[str, Any]]) -> Any:
     if not any("breakdown" in variant for variant in variants.values()):
         title += ": not measured"
     axes[0].set_title(title, fontsize=10)
-    axes[0].legend(fontsize=8, ncols=len(PARTS), loc="upper center", bbox_to_anchor=(0.5, -0.09), columnspacing=1,
+    axes[0].legend(fontsize=8, ncols=-(-len(PARTS) // 2), loc="upper center", bbox_to_anchor=(0.5, -0.09), columnspacing=1,
                    handlelength=1)  # fmt: skip
     fit = [variant["kv"]["requests_per_gib"] for variant in variants.values()]
     bars = axes[1].barh(labels, fit, color=[VARIANT_COLOURS[name] for name in variants])

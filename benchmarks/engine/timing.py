@@ -21,7 +21,12 @@ from typing import Any
 LANGUAGE_MODEL = ("shallow_layers", "scoring", "deep_layers", "compiled_layers", "rest_of_model")
 """The parts that are the language model's."""
 
-PARTS = ("tower", "stage1", *LANGUAGE_MODEL, "outside_model")
+OUTSIDE = ("scheduling", "preparation", "sampling", "outside_model")
+"""The parts that are no model's: vLLM's scheduler, the batch's inputs and attention metadata, logits and
+sampling, and what is left of a step.
+"""
+
+PARTS = ("tower", "stage1", *LANGUAGE_MODEL, *OUTSIDE)
 """In the order of a request's way. For stock vLLM `stage1` is its pooling, and there is no `scoring`."""
 
 PRUNED_STEP = {"shallow": "shallow_layers", "scoring": "scoring", "deep": "deep_layers"}
@@ -112,7 +117,19 @@ class SpannedParts:
             yield
 
 
-def attach(spans: Spans, model: Any, first_prune_layer: int, *, compiled: bool = False, graphs: Any = None) -> None:
+def attach_step(spans: Spans, scheduler: Any, runner: Any) -> None:
+    """Put spans around the parts of an engine's step: what vLLM's scheduler and V2 model runner do in it."""
+    scheduler.schedule = spans.around(scheduler.schedule, "scheduling")
+    scheduler.update_from_output = spans.around(scheduler.update_from_output, "scheduling")
+    runner.execute_model = spans.around(runner.execute_model, "preparation")
+    runner.sample_tokens = spans.around(runner.sample_tokens, "sampling")
+    if runner.cudagraph_manager is not None:  # a replay does not call the model
+        graphs = runner.cudagraph_manager
+        graphs.run_fullgraph = spans.around(graphs.run_fullgraph, "compiled_layers")
+        graphs.run_pw_graph = spans.around(graphs.run_pw_graph, "rest_of_model")
+
+
+def attach(spans: Spans, model: Any, first_prune_layer: int, *, compiled: bool = False) -> None:
     """Put spans around the parts of a LLaVA-OneVision model, stock or METok;
     both are cut at METok's first pruning layer.
 
@@ -121,7 +138,6 @@ def attach(spans: Spans, model: Any, first_prune_layer: int, *, compiled: bool =
         model: vLLM's model, after start.
         first_prune_layer: layers below it are shallow.
         compiled: whether its layers are one compiled graph, which calls no hook of a layer.
-        graphs: the model runner's `CudaGraphManager`, where it has one: a replay does not call the model.
 
     Raises:
         LookupError: METok no longer has the part that is timed here.
@@ -138,9 +154,6 @@ def attach(spans: Spans, model: Any, first_prune_layer: int, *, compiled: bool =
     else:
         for index, layer in enumerate(decoder.layers):
             spans.hook(layer, "shallow_layers" if index < first_prune_layer else "deep_layers")
-    if graphs is not None:
-        graphs.run_fullgraph = spans.around(graphs.run_fullgraph, "compiled_layers")
-        graphs.run_pw_graph = spans.around(graphs.run_pw_graph, "rest_of_model")
     if hasattr(model, "decoder_stack"):
         from metok_vllm.contract.counters import TIMED_PARTS
 

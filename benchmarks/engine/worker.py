@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine.models import spread_weights
-from benchmarks.engine.timing import Spans, attach
+from benchmarks.engine.timing import Spans, attach, attach_step
 from benchmarks.engine.workload import prompt_ids, video
 
 WARM_UP = 2
@@ -210,8 +210,8 @@ class Bench:
         spans = Spans(torch.cuda.synchronize if self.cuda else lambda: None)
         first = prune_layers(self.job["layers"])[0]
         compiled = not self.llm.llm_engine.vllm_config.model_config.enforce_eager
-        graphs = self.runner.cudagraph_manager
-        attach(spans, self.runner.model, first, compiled=compiled, graphs=graphs)
+        attach(spans, self.runner.model, first, compiled=compiled)
+        attach_step(spans, self.scheduler, self.runner)
         prefill, decode = [], []
         for repeat in range(WARM_UP + repeats):
             of_prompt, of_answer = Counter[str](), Counter[str]()

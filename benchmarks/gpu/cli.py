@@ -28,7 +28,7 @@ from benchmarks.common.paths import ROOT
 from benchmarks.gpu import fallback, report
 from benchmarks.gpu.folder import Folder
 from benchmarks.gpu.runner import Runner, outcomes
-from benchmarks.gpu.stages import PUBLISHED, Stage, stages
+from benchmarks.gpu.stages import PUBLISHED, SMALL, Stage, stages
 
 RESERVE = 200
 """Seconds that early stages leave for `eager`, in a call of `SHORT` seconds or more."""
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"no stage {', '.join(unknown)}; there are: {' '.join(names)}")
         return 2
     folder.make()
-    shown = [stage for stage in known if stage.small or not options.small or stage.name in options.stages]
+    shown = [stage for stage in known if not options.small or stage.name in (*SMALL, *options.stages)]
 
     def write(plots: bool = False) -> None:
         report.write(folder, shown, "tiny" if options.small else options.model, plots)

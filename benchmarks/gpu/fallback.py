@@ -45,9 +45,9 @@ def engine_tiny(runner: Runner, stage: Stage, outcome: Outcome) -> None:
     """The same for the first engines with METok."""
     if outcome.ok or runner.folder.engine_option.exists():
         return
-    result = runner.folder.results / "engine-tiny-eager.json"
+    result = runner.folder.tiny
     if result.exists():
-        result.replace(result.with_name("engine-tiny-eager-default-options.json"))
+        result.replace(result.with_name(f"{result.stem}-default-options.json"))
     restrict(runner, SAFE)
     print(f"    {stage.name} again", flush=True)
     again = runner.run(stage)

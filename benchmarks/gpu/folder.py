@@ -50,6 +50,11 @@ class Folder:
         """Arguments of `vllm.LLM` for every further engine, where something of the default is broken."""
         return self.path / "engine-option.json"
 
+    @property
+    def tiny(self) -> Path:
+        """The engine benchmark's result on the tiny model."""
+        return self.results / "engine-tiny-check.json"
+
     def engine(self, model: str, mode: str = "") -> Path:
         """The engine benchmark's result for a model's name or folder; `mode` is "" (default) or "eager"."""
         return self.results / f"engine-{Path(model).name}{mode and '-' + mode}.json"

@@ -107,7 +107,7 @@ def _goals(results: Results, machine: Mapping[str, Any]) -> str:
     gpu = "cuda" in machine.get("hardware", {})
     note = f"The goals are for {goals.POINT}. "
     note += "Verdicts are on this machine's own figures." if gpu else "This machine's times say nothing of a GPU's."
-    return f"{note}\n\n" + table(("", "Goal", "Measured", "", "Taken from"), goals.rows(results, gpu))
+    return f"{note}\n\n" + table(("What", "Goal", "Measured", "Verdict", "Taken from"), goals.rows(results, gpu))
 
 
 def _mode(title: str, result: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,9 @@ TINY = (
 )  # fmt: skip
 """The engine benchmark at its smallest, for a CPU."""
 
+SMALL = ("machine", "kernel-tests", "smoke-lib", "kernels", "default-paper", "default-stock")
+"""The smallest form. Its other stages would run the same programs once more; they can be named."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -34,8 +37,6 @@ class Stage:
     environment: dict[str, str] = field(default_factory=dict)
     early: bool = False
     """Leaves time for the stage `eager`."""
-    small: bool = False
-    """Part of the smallest form."""
     adds_to: Path | None = None
     """A file that it appends to, and that must be new."""
 
@@ -47,9 +48,7 @@ class Stage:
 
 def stages(folder: Folder, small: bool, model: str) -> Iterator[Stage]:
     """All stages in their order; with `small` each in a form that a CPU can run, and `model` is not used."""
-    yield Stage(
-        "machine", "the card and the versions", ("-m", "benchmarks.gpu.machine", str(folder.machine)), 5, 60, small=True
-    )
+    yield Stage("machine", "the card and the versions", ("-m", "benchmarks.gpu.machine", str(folder.machine)), 5, 60)
     yield from _single_operations(folder, small)
     yield from _engines(folder, small, model)
     yield Stage("kernels-compile", "each kernel beside torch.compile too", _kernels(folder.kernels[1], small), 60, 240,
@@ -72,20 +71,20 @@ def _single_operations(folder: Folder, small: bool) -> Iterator[Stage]:
     """Does anything run at all, and how fast is each kernel?"""
     tests = "tests/unit/kernels/test_gather_rows.py" if small else "tests/unit/kernels"
     yield Stage("kernel-tests", "every kernel against its reference", _pytest("-m", "not no_gpu", tests), 30, 150,
-                early=True, small=True)  # fmt: skip
+                early=True)  # fmt: skip
     smoke = "benchmarks/gpu/gpu_smoke.py"
     yield Stage(
         "smoke-lib", "vLLM's compiled operators and METok's operations", (smoke, *([] if small else ["lib"]), "metok"),
-        30, 90, {"METOK_KERNELS": "triton"} if small else {}, early=True, small=True,
+        30, 90, {"METOK_KERNELS": "triton"} if small else {}, early=True,
     )  # fmt: skip
     yield Stage("smoke-llm", "a small language model, without METok", (smoke, "llm"), 30, 65, early=True)
     tiny = TINY if small else ("--small",)
     yield Stage(
         "engine-tiny", "all variants on the tiny model, eager",
-        _engine(folder.results / "engine-tiny-eager.json", folder.work / "tiny", *tiny, "--eager"), 40, 200, early=True,
+        _engine(folder.tiny, folder.work / "tiny", *tiny, "--eager"), 40, 200, early=True,
     )  # fmt: skip
     yield Stage("kernels", "each kernel beside plain torch", (*_kernels(folder.kernels[0], small), "--no-compile"), 30,
-                120, early=True, small=True, adds_to=folder.kernels[0])  # fmt: skip
+                120, early=True, adds_to=folder.kernels[0])  # fmt: skip
     strict = ("--no-breakdown", "--variants", "stock,metok-paper",
               "--engine-option", json.dumps({"jit_monitor_mode": "error"}))  # fmt: skip
     yield Stage(
@@ -104,7 +103,7 @@ def _engines(folder: Folder, small: bool, model: str) -> Iterator[Stage]:
         workload = TINY if small else ("--model", model, *size)
         command = _engine(out, folder.work / (mode or "default"), *workload, *(["--eager"] if mode else []))
         what = f"whole requests, {mode or 'default mode'}: {variants.replace(',', ', ')}"
-        return Stage(name, what, (*command, "--merge", "--variants", variants), least, most, small=not mode)
+        return Stage(name, what, (*command, "--merge", "--variants", variants), least, most)
 
     yield at_size("eager", "stock,metok-paper", "eager", 60, 300)
     exact = {"TRITON_INTERPRET": "1"} if small else {"TRITON_INTERPRET": "0", "TRITON_F32_DEFAULT": "ieee"}
