@@ -131,6 +131,7 @@ def ratios(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if "breakdown" in stock and "breakdown" in other:
             mine, theirs = (v["breakdown"]["language_model_prefill_ms"] for v in (other, stock))
             result[name]["language_model_prefill"] = theirs / mine
+        if "request_ms" in stock and "request_ms" in other:
             whole = [v["request_ms"]["total"] for v in (stock, other)]
             result[name]["file_to_first_token"] = whole[0] / whole[1] if None not in whole else None
     return result

@@ -140,7 +140,7 @@ def attach(spans: Spans, model: Any, first_prune_layer: int, *, compiled: bool =
         compiled: whether its layers are one compiled graph, which calls no hook of a layer.
 
     Raises:
-        LookupError: METok no longer has the part that is timed here.
+        LookupError: METok no longer has a part that is timed here, or vLLM's decoder is compiled otherwise.
     """
     spans.hook(model.vision_tower, "tower")
     spans.hook(model.multi_modal_projector, "tower")
@@ -150,6 +150,8 @@ def attach(spans: Spans, model: Any, first_prune_layer: int, *, compiled: bool =
     if compiled:
         # vLLM's decorator gives the class its `__call__`, which Python does not look for in the instance.
         kind: Any = type(decoder)
+        if "__call__" not in vars(kind):
+            raise LookupError(f"vLLM no longer compiles {kind.__name__} by its class's __call__")
         kind.__call__ = spans.around(kind.__call__, "compiled_layers")
     else:
         for index, layer in enumerate(decoder.layers):

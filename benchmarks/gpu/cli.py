@@ -90,13 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Folder(options.out)
     known = list(stages(folder, options.small, options.model))
     names = [stage.name for stage in known]
-    if options.list:
-        print("\n".join(names))
-        return 0
     unknown = sorted(set(options.stages) - set(names))
     if unknown:
         print(f"no stage {', '.join(unknown)}; there are: {' '.join(names)}")
         return 2
+    if options.list:
+        print("\n".join(names))
+        return 0
     folder.make()
     shown = [stage for stage in known if not options.small or stage.name in (*SMALL, *options.stages)]
 

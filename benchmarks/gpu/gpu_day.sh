@@ -51,6 +51,7 @@ install_kit() {
 }
 export -f install_kit
 
+listed=$("$PY" "$KIT/gpu_bench.py" --list "$@") || { echo "$listed"; exit 2; }
 echo "commit $METOK_COMMIT, $BUDGET s, $(date -u +%FT%TZ)"
 if [ ! -e "$SITE/.ok" ]; then
     if ! timeout -k 5 120 bash -c install_kit >"$OUT/install.log" 2>&1 </dev/null; then
