@@ -196,3 +196,19 @@ def test_an_unknown_stage_is_refused(calls: Calls, capsys: pytest.CaptureFixture
     assert "no stage kernls; there are: machine kernel-tests" in capsys.readouterr().out
     assert cli.main(["--list"]) == 0
     assert capsys.readouterr().out.split()[:2] == ["machine", "kernel-tests"]
+
+
+@pytest.mark.parametrize(
+    ("given", "called"),
+    [
+        (["PYTHON=python9"], "python9 -m benchmarks.gpu"),
+        (["PYTHON=p", "MODEL=my model", "STAGES=kernels eager"], "p -m benchmarks.gpu --model my model kernels eager"),
+        (["SMALL=1"], ".venv/bin/python -m benchmarks.gpu --small"),
+    ],
+)  # fmt: skip
+def test_make_calls_it(given: list[str], called: str) -> None:
+    said = subprocess.run(["make", "-n", "gpu-report", *given], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = said.stdout.replace("\\\n", "").replace('"', "").splitlines()
+    assert " ".join(lines[-1].split()) == called
+    # Only the smallest form takes the environment that make sets up: it is one for a CPU.
+    assert any("setup.sh" in line for line in lines) == ("SMALL=1" in given)
