@@ -93,7 +93,7 @@ def test_rows_are_written_case_by_case(tmp_path: Path, monkeypatch: pytest.Monke
     done: list[str] = []
 
     def interpreted(case: Any) -> list[dict[str, Any]]:
-        if len(done) == 2:
+        if len(done) == 1:  # its second case
             raise KeyboardInterrupt
         done.append(case.shape)
         return [{"op": case.op, "shape": case.shape, "implementation": "metok"}]
@@ -101,9 +101,9 @@ def test_rows_are_written_case_by_case(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(cli, "interpreted", interpreted)
     out = tmp_path / "kernels.csv"
     with pytest.raises(KeyboardInterrupt):
-        cli.main(["--small", "--interpret", "--only", "tiered_pool", "text_to_visual_scores", "--out", str(out)])
+        cli.main(["--small", "--interpret", "--only", "tiered_pool", "--out", str(out)])
     assert [row["shape"] for row in rows(out)] == done
-    assert len(done) == 2
+    assert len(done) == 1
 
 
 def test_an_unknown_operation_is_refused(tmp_path: Path) -> None:
