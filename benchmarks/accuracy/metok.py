@@ -16,9 +16,9 @@ from metok_vllm.compression import alignment, events, tiers
 from metok_vllm.compression.alignment import Alignment
 from metok_vllm.compression.pooling import tokens_per_frame
 from metok_vllm.compression.retention import retain
-from metok_vllm.compression.selection import prune_layers
 from metok_vllm.compression.stage1 import Align, FrameChoice, Recipe, choose_frames, compress_video
 from metok_vllm.compression.stage2 import EventCounts, survivor_mask
+from metok_vllm.contract.kv_layout import chosen_layers
 from metok_vllm.contract.settings import MetokSettings
 
 
@@ -114,7 +114,7 @@ class Stages23:
     rows: Rows = "text"
 
     def drops_before(self, layers: int) -> dict[int, bool]:
-        first, second, third = prune_layers(layers, self.settings.prune_layers)
+        first, second, third = chosen_layers(layers, self.settings.prune_layers)
         return {layer: scored for layer, scored in ((first, True), (second, True), (third, False)) if layer < layers}
 
     def keep(self, cut: int, scores: Tensor, alive: Tensor, entering: Entering, asked: Asked) -> Tensor:
@@ -126,7 +126,7 @@ class Stages23:
         return survivor_mask(scores, counts, 1 if cut == 1 else 2 if cut == 2 else 3)
 
     def held(self, layer: int, trace: Trace, layers: int) -> Tensor:
-        first, second, third = prune_layers(layers, self.settings.prune_layers)
+        first, second, third = chosen_layers(layers, self.settings.prune_layers)
         if layer < first or not self.release:
             return trace.alive[layer]
         if layer >= third:

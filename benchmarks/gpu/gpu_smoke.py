@@ -108,8 +108,11 @@ def lib() -> None:
 
 def metok() -> None:
     """Every operation of a pruned step at sizes in use; bfloat16 inputs, the reference in float32."""
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
     from metok_vllm.compression.tiers import quota
     from metok_vllm.worker import ops
+    from metok_vllm.worker.dense_attention import DenseAttention
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -163,7 +166,12 @@ def metok() -> None:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.full_like(q, float("nan"))
-        ops.causal_attention(q, k, v, [300, 5, 77], q.shape[-1] ** -0.5, out)
+        dense = DenseAttention("CPU_ATTN")
+        if q.is_cuda:  # as vLLM chooses: its flash attention takes no float32
+            flash = DenseAttention("FLASH_ATTN", get_flash_attn_version(head_size=q.shape[-1]))
+            dense = DenseAttention("TRITON_ATTN") if q.dtype == torch.float32 else flash
+        starts = torch.tensor([0, 300, 305, 382], dtype=torch.int32, device=q.device)
+        ops.causal_attention(q, k, v, [300, 5, 77], starts, 300, q.shape[-1] ** -0.5, out, dense)
         return out
 
     for heads, kv_heads, dim, kind in (

@@ -53,17 +53,15 @@ def _ints(values: Any, device: torch.device) -> torch.Tensor:
 def similarity(frames: int, tokens: int, width: int, device: torch.device) -> Case:
     """Frame vectors and similarities of one video."""
     x = torch.randn(frames, tokens, width, dtype=torch.bfloat16, device=device)
-    cu = _ints([0, frames], device)
-    end = torch.full((1,), float("inf"), device=device)
 
     def plain() -> tuple[torch.Tensor, torch.Tensor]:
         mean = x.mean(1, dtype=torch.float32)
-        return mean, torch.cat([F.cosine_similarity(mean[:-1], mean[1:]), end])
+        return mean, F.cosine_similarity(mean[:-1], mean[1:])
 
     moved = x.numel() * 2 + frames * width * 4
     return Case(
-        "event_similarity", f"{frames} frames x {tokens} x {width} bf16", partial(similarity_op.event_similarity, x, cu),
-        partial(similarity_op.reference, x, cu), plain, moved, x.numel(), 1e-3, 1e-3,
+        "event_similarity", f"{frames} frames x {tokens} x {width} bf16", partial(similarity_op.event_similarity, x),
+        partial(similarity_op.reference, x), plain, moved, x.numel(), 1e-3, 1e-3,
     )  # fmt: skip
 
 
@@ -107,37 +105,29 @@ def pool(frames: int, side: int, width: int, mode: Literal["average", "bilinear"
     )  # fmt: skip
 
 
-def scores(heads: tuple[int, int, int], rows: int, visual: int, text: int, paged: bool, device: torch.device) -> Case:
+def scores(heads: tuple[int, int, int], rows: int, visual: int, text: int, device: torch.device) -> Case:
     """One request: `text` tokens, then `visual` ones, then `rows` of question."""
     query_heads, kv_heads, dim = heads
-    keys_count, page = text + visual + rows, 16
+    keys_count = text + visual + rows
     q = torch.randn(rows, query_heads, dim, dtype=torch.bfloat16, device=device)
-    pages = -(-keys_count // page)
-    cache = torch.randn(pages * 2, kv_heads, page, 2 * dim, dtype=torch.bfloat16, device=device)
-    view = cache.transpose(1, 2)[..., :dim]
-    table = torch.randperm(pages * 2)[:pages].to(device, INT)[None]
-    packed = torch.randn(keys_count, kv_heads, dim, dtype=torch.bfloat16, device=device)
-    keys: scores_op.Keys = scores_op.PackedKeys(packed, _ints([0], device))
-    if paged:
-        keys = scores_op.PagedKeys(view, table, _ints([0], device))
-    row_keys = torch.arange(keys_count - rows + 1, keys_count + 1, dtype=INT, device=device)
-    index = torch.arange(text, text + visual, dtype=INT, device=device)
-    arguments = q, keys, row_keys, _ints([0, rows], device), index, _ints([0, visual], device)
-    options: dict[str, Any] = {"scale": dim**-0.5, "max_rows": rows, "max_visual": visual, "max_keys": keys_count}
+    keys = torch.randn(keys_count, kv_heads, dim, dtype=torch.bfloat16, device=device)
+    row_keys = torch.arange(keys_count - rows + 1, keys_count + 1, device=device)
+    arguments = q, keys, row_keys, torch.arange(text, text + visual, device=device)
+    scale = dim**-0.5
     hidden = torch.arange(keys_count, device=device)[None] >= row_keys[:, None]
 
     def plain() -> torch.Tensor:
-        known = view[table[0]].flatten(0, 1)[:keys_count] if paged else packed
         grouped = q.view(rows, kv_heads, -1, dim)
-        logits = torch.einsum("rhgd,khd->hgrk", grouped, known).float() * options["scale"]
+        logits = torch.einsum("rhgd,khd->hgrk", grouped, keys).float() * scale
         shares: torch.Tensor = logits.masked_fill(hidden, float("-inf")).softmax(-1)[..., text : text + visual]
         return shares.mean((0, 1, 2))
 
     moved = (keys_count + visual) * kv_heads * dim * 2 + q.numel() * 2 + visual * 4
     return Case(
-        "text_to_visual_scores", f"{rows} rows, {visual} visual, {keys_count} keys, {'paged' if paged else 'packed'}, "
-        f"{query_heads}/{kv_heads} heads of {dim} bf16", partial(scores_op.text_to_visual_scores, *arguments, **options),
-        partial(scores_op.reference, *arguments, **options), plain,
+        "text_to_visual_scores", f"{rows} rows, {visual} visual, {keys_count} keys, "
+        f"{query_heads}/{kv_heads} heads of {dim} bf16",
+        partial(scores_op.text_to_visual_scores, *arguments, scale=scale),
+        partial(scores_op.reference, *arguments, scale=scale), plain,
         moved, 2 * rows * query_heads * dim * (keys_count + visual), 2e-3, 3e-2,
     )  # fmt: skip
 
@@ -145,20 +135,19 @@ def scores(heads: tuple[int, int, int], rows: int, visual: int, text: int, paged
 def select(lengths: list[int], keep: list[int], device: torch.device) -> Case:
     """The tokens kept of each event."""
     values = torch.rand(sum(lengths), device=device)
-    starts = [sum(lengths[:index]) for index in range(len(lengths) + 1)]
-    arguments = values, _ints(starts, device), _ints(keep, device)
-    options: dict[str, Any] = {"max_length": max(lengths), "capacity": sum(keep)}
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    arguments = values, torch.tensor(lengths, device=device), torch.tensor(keep, device=device), sum(keep)
 
-    def plain() -> tuple[torch.Tensor, torch.Tensor]:
+    def plain() -> torch.Tensor:
         parts = [
             values[start : start + length].topk(k).indices.sort().values + start
-            for start, length, k in zip(starts, lengths, keep, strict=False)
+            for start, length, k in zip(starts, lengths, keep, strict=True)
         ]
-        return torch.cat(parts), F.pad(arguments[2].cumsum(0), (1, 0)).to(INT)
+        return torch.cat(parts)
 
     return Case(
         "select_per_event", f"{len(lengths)} events, {sum(lengths)} tokens, {sum(keep)} kept",
-        partial(select_op.select_per_event, *arguments, **options), partial(select_op.reference, *arguments, **options),
+        partial(select_op.select_per_event, *arguments), partial(select_op.reference, *arguments),
         plain, values.numel() * 4 + sum(keep) * 8, 0, 0.0, compile=len(lengths) < 100,
     )  # fmt: skip
 
@@ -181,43 +170,36 @@ def gather(rows: int, out: int, width: int, device: torch.device) -> Case:
 
 
 def slots(batch: int, query: int, groups: int, device: torch.device) -> Case:
-    """One step of `batch` requests, each with one video of 3900 tokens behind it or in it."""
-    width, length = 512, 3900
+    """One step of `batch` requests behind their prompts, each with one pruned video of 3900 tokens."""
+    width, length, retained = 512, 3900, 200
     known = slots_op.DeepGroups(
         [torch.randint(10**6, (batch, width), dtype=INT, device=device) for _ in range(groups)],
-        [16] * groups, [index * 3 < groups * 2 for index in range(groups)],
+        [16] * groups, [int(index * 2 >= groups) for index in range(groups)],
     )  # fmt: skip
+    shift = torch.tensor([[length - retained], [length]], dtype=INT, device=device).repeat(1, batch)
     request = torch.arange(batch, dtype=INT, device=device)
-    full = partial(torch.full, (batch,), dtype=INT, device=device)
-    spans = slots_op.SpanTables(full(15), full(length), full(200), request, request + 1)
-    computed = full(4100 if query == 1 else 0)
+    total = torch.full((batch,), 4100 + query, dtype=INT, device=device)
     query_start = torch.arange(batch + 1, dtype=INT, device=device) * query
-    seq_lens = torch.zeros(groups, batch, dtype=INT, device=device)
+    seq_lens = torch.zeros(2, batch, dtype=INT, device=device)
     mapping = torch.zeros(groups, batch * query, dtype=torch.int64, device=device)
-    retained = torch.tensor([200 * flag for flag in known.retains], device=device)[:, None]
+    kinds = torch.tensor(known.kinds, device=device)
     tables = torch.stack(known.tables)
     row = torch.arange(batch * query, device=device) // query
 
-    def slot_index(position: torch.Tensor) -> torch.Tensor:
-        before = (position - 15).clamp(0, length)
-        return position - before + torch.minimum(before, retained)
-
     def plain() -> tuple[torch.Tensor, torch.Tensor]:
-        position = computed[row] + torch.arange(batch * query, device=device) - query_start[row]
-        indices = slot_index(position)
-        page = (indices // 16).clamp_max(width - 1)
-        slot = tables[:, row].gather(2, page[..., None])[..., 0].long() * 16 + indices % 16
-        inside = (position >= 15) & (position < 15 + length)
-        return slot_index(computed + query).to(INT), torch.where(inside, -1, slot)
+        position = total[row] - query + torch.arange(batch * query, device=device) - query_start[row]
+        indices = position - shift[kinds][:, row]
+        page = indices // 16
+        slot = tables[:, row].gather(2, page[..., None].clamp_max(width - 1))[..., 0].long() * 16 + indices % 16
+        return total - shift, torch.where(page < width, slot, -1)
 
     def run(operation: Callable[..., None]) -> tuple[torch.Tensor, torch.Tensor]:
-        operation(known, spans, computed, query_start, seq_lens, mapping)
+        operation(known, shift, request, total, query_start, seq_lens, mapping)
         return seq_lens, mapping
 
-    text = batch * (query if query == 1 else max(query - length, 0) + min(15, query))
     return Case(
         "deep_slots", f"{groups} groups, {batch} requests x {query} tokens", partial(run, slots_op.deep_slots),
-        partial(run, slots_op.reference), plain, groups * (batch * query * 8 + text * 4 + batch * 24), 0, 0.0,
+        partial(run, slots_op.reference), plain, groups * (batch * query * 12 + batch * 16), 0, 0.0,
     )  # fmt: skip
 
 
@@ -229,8 +211,7 @@ def cases(small: bool, device: torch.device) -> Iterator[Case]:
         yield similarity(5, 30, 60, device)
         yield pool(4, 9, 60, "bilinear", device)
         yield pool(4, 8, 60, "average", device)
-        yield scores((14, 2, 64), 5, 40, 9, True, device)
-        yield scores((14, 2, 64), 5, 40, 9, False, device)
+        yield scores((14, 2, 64), 5, 40, 9, device)
         yield select([60, 1, 90], [40, 1, 30], device)
         yield gather(63, 40, 60, device)
         yield slots(3, 1, 2, device)
@@ -241,9 +222,9 @@ def cases(small: bool, device: torch.device) -> Iterator[Case]:
     yield pool(256, 27, 896, "bilinear", device)
     yield pool(64, 24, 3584, "average", device)
     for rows in (32, 200):
-        yield scores((28, 4, 128), rows, 5000, 15, True, device)
-        yield scores((28, 4, 128), rows, 2800, 15, False, device)
-    yield scores((14, 2, 64), 32, 5000, 15, True, device)
+        yield scores((28, 4, 128), rows, 5000, 15, device)
+        yield scores((28, 4, 128), rows, 2800, 15, device)
+    yield scores((14, 2, 64), 32, 5000, 15, device)
     yield select([1500, 1500, 1500, 700, 700], [1140, 1140, 1140, 266, 266], device)
     yield select([100] * 2000, [76] * 2000, device)
     yield gather(16384, 12000, 3584, device)

@@ -11,27 +11,15 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton  # type: ignore[import-untyped]  # Triton ships no type information
 from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.backends.nvidia.compiler import get_ptxas  # type: ignore[import-untyped]
 from triton.compiler import ASTSource  # type: ignore[import-untyped]
 
-from metok_kernels.launch import Argument, Launch
+from metok_kernels.launch import Launch
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448}
 """Bytes of shared memory one thread block may ask for, by compute capability (CUDA programming guide)."""
-
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float8_e4m3fn: "*fp8e4nv",
-    torch.float8_e5m2: "*fp8e5",
-    torch.int8: "*i8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
 
 
 @dataclass(frozen=True)
@@ -50,23 +38,9 @@ class Usage:
     """Triton's intermediate code, before any lowering."""
 
 
-def _specialise(name: str, value: Argument, kernel: Any) -> tuple[str, bool]:
-    """(signature type, divisible by 16) of one argument, as Triton's launcher would choose them."""
-    if isinstance(value, torch.Tensor):
-        return POINTERS[value.dtype], True  # torch aligns every allocation to more than 16 bytes
-    if isinstance(value, float):
-        return "fp32", False
-    if value is None:
-        return "constexpr", False
-    param = next(param for param in kernel.params if param.name == name)
-    if value == 1 and not param.do_not_specialize:
-        return "constexpr", False
-    return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0 and not param.do_not_specialize
-
-
 def compile_launch(launch: Launch, capability: int) -> Usage:
     """Compile for compute capability `capability` (80, 90) and report the usage of registers and memory."""
-    kernel = launch.kernel
+    kernel, specialised = launch.kernel, dict(launch.key.arguments)
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -74,10 +48,10 @@ def compile_launch(launch: Launch, capability: int) -> Usage:
         if name in launch.constants:
             signature[name], constants[name] = "constexpr", launch.constants[name]
             continue
-        signature[name], divisible = _specialise(name, launch.args[name], kernel)
+        signature[name], known = specialised[name]
         if signature[name] == "constexpr":
-            constants[name] = launch.args[name]
-        elif divisible:
+            constants[name] = known
+        elif known == "D":
             attributes[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),

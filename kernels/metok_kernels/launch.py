@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped]  # no types
 
-Argument = torch.Tensor | int | float | None
-Constant = int | float | bool | str
+from metok_kernels.specialisation import Argument, Constant, Key, interpreted, key_of
+
+__all__ = ["Argument", "Constant", "Launch", "ceil_div", "interpreted", "power_of_two", "recorded_launches"]
+
+_recorders: list[set[Key]] = []
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -24,9 +26,15 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def interpreted(kernel: Any) -> bool:
-    """Whether `kernel` runs in Triton's interpreter: decided by TRITON_INTERPRET when it was imported."""
-    return isinstance(kernel, InterpretedFunction)
+@contextlib.contextmanager
+def recorded_launches() -> Iterator[set[Key]]:
+    """Collects the keys of all kernels launched inside the context: what Triton compiles, or has compiled."""
+    seen: set[Key] = set()
+    _recorders.append(seen)
+    try:
+        yield seen
+    finally:
+        _recorders[:] = [other for other in _recorders if other is not seen]
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,11 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 2
 
+    @property
+    def key(self) -> Key:
+        """What Triton compiles the kernel anew for."""
+        return key_of(self.kernel, self.args, self.constants, self.num_warps, self.num_stages)
+
     def run(self) -> None:
         """Launch on the device of the first tensor. An empty grid does nothing.
 
@@ -62,6 +75,11 @@ class Launch:
             return
         if max(self.grid[1:]) > 65535:
             raise ValueError(f"grid {self.grid} is too large: split the call into smaller batches")
+        for seen in _recorders:
+            seen.add(self.key)
+        self._start(device)
+
+    def _start(self, device: torch.device) -> None:
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
             self.kernel[self.grid](**self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)

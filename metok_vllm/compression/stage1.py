@@ -1,8 +1,9 @@
 """Stage 1 as one function: a video's features to the tokens that enter
 the language model (docs/method.md section 1).
 
-The engine, the accuracy benchmark and the witness all run this. They differ in the aligner that they pass,
-and in whether the two heavy operations are plain torch or kernels. Nothing here waits for the GPU.
+The engine, the accuracy benchmark and the witness all run this. They differ in the aligner that they pass, in
+whether the two heavy operations are plain torch or kernels, and in whether others compress the same video
+beside them. Nothing here waits for the GPU.
 """
 
 from collections.abc import Callable
@@ -31,23 +32,29 @@ class Recipe:
     mode: PoolMode
 
 
-@dataclass(frozen=True)
-class Operations:
-    """The two operations that read every feature; kernels may take their place."""
-
-    similarity: Callable[[Tensor], tuple[Tensor, Tensor]]  # `events.similarity`
-    pool: Callable[..., PooledVideo]  # `pooling.pool_video`
-
-
-TORCH = Operations(events.similarity, pool_video)
-
-
 class FrameChoice(NamedTuple):
     """What stage 1 has decided about T frames."""
 
     event: Tensor  # int64 [T]
     is_key: Tensor  # bool [events], the key events
     tier: Tensor  # int64 [T], 0 the finest
+
+
+def alone(choice: FrameChoice) -> FrameChoice:
+    """The choice of somebody who has nobody to agree with."""
+    return choice
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What an engine may put in the place of plain torch in one process."""
+
+    similarity: Callable[[Tensor], tuple[Tensor, Tensor]]  # `events.similarity`; it reads every feature
+    pool: Callable[..., PooledVideo]  # `pooling.pool_video`; it reads every feature
+    agree: Callable[[FrameChoice], FrameChoice] = alone  # one choice for all who compress the same video
+
+
+TORCH = Operations(events.similarity, pool_video)
 
 
 class CompressedVideo(NamedTuple):
@@ -85,7 +92,7 @@ def compress_video(
         recipe: its quota is for T frames.
         align: the aligner.
         separator: [D], follows each event; None where the model has none.
-        operations: what reads the features.
+        operations: what reads the features, and how ranks agree.
 
     Returns:
         Exactly `tiers.video_tokens(...)` tokens.
@@ -94,6 +101,6 @@ def compress_video(
         ValueError: the quota is for another number of frames.
     """
     vectors, similarity = operations.similarity(features.flatten(1, 2))
-    choice = choose_frames(vectors, similarity, recipe, align)
+    choice = operations.agree(choose_frames(vectors, similarity, recipe, align))
     pooled = operations.pool(features, choice.tier, recipe.strides, recipe.quota, recipe.mode, separator, choice.event)
     return CompressedVideo(pooled.tokens, pooled.token_event, pooled.token_frame, choice)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, iter_layer_specs
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -54,7 +54,8 @@ class DeepAttentionSpec(AttentionSpec):
 
 
 def group_kind(spec: KVCacheSpec) -> GroupKind:
-    """Which tokens own a slot in a KV cache group of this format."""
-    if not isinstance(spec, DeepAttentionSpec):
+    """Which tokens own a slot in a KV cache group of this format, wrapped by vLLM or its layers' own."""
+    layer_spec = next(iter(iter_layer_specs(spec)))
+    if not isinstance(layer_spec, DeepAttentionSpec):
         return EVERY_TOKEN
-    return TEXT_AND_RETAINED if spec.retains else TEXT
+    return TEXT_AND_RETAINED if layer_spec.retains else TEXT

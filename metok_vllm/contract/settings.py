@@ -61,10 +61,11 @@ class MetokSettings(BaseModel):
         description="Pooling of the three tiers of frames, finest first, relative to the tower's grid: from 1 to 64, "
         "none below the one before.",
     )
-    prune_layers: tuple[StrictInt, StrictInt, StrictInt] | None = Field(
+    prune_layers: tuple[StrictInt, StrictInt, StrictInt] | Literal["cheap"] | None = Field(
         default=None,
         description="The layers L1, L2, L3 before which visual tokens are pruned: three rising numbers. Not set: "
-        "3, 10, 19 of 28, scaled to the model's depth. L3 must lie behind the layers in which the model reads the "
+        "3, 10, 19 of 28, scaled to the model's depth. `cheap`: the nearest to these whose KV blocks need no padding, "
+        "4, 10, 20 of 28. L3 must lie behind the layers in which the model reads the "
         "video, see [accuracy](accuracy.md).",
     )
     keep_ratio: Annotated[StrictFloat | StrictInt, Field(gt=0, le=1)] = Field(
@@ -100,7 +101,7 @@ class MetokSettings(BaseModel):
     def _check(self) -> MetokSettings:
         if not 1 <= self.strides[0] <= self.strides[1] <= self.strides[2] <= 64:
             raise ValueError(f"strides must be from 1 to 64, none below the one before, not {list(self.strides)}")
-        if self.prune_layers is not None:
+        if isinstance(self.prune_layers, tuple):
             first, second, third = self.prune_layers
             if not 1 <= first < second < third:
                 raise ValueError(f"prune_layers must rise and start at 1 or later, not {list(self.prune_layers)}")

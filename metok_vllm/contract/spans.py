@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from metok_vllm.compression.retention import retained_count
 from metok_vllm.contract.fields import PLAN_FIELD
 from metok_vllm.contract.video_plan import VideoPlan
 
@@ -24,6 +25,16 @@ class VideoSpan:
     @property
     def end(self) -> int:
         return self.start + self.length
+
+
+def retained_bound(spans: Sequence[VideoSpan]) -> int:
+    """Most visual tokens of a request that keep their KV in layers `L1 .. L3-1` while decoding.
+
+    Args:
+        spans: the request's pruned videos, at least one. They share its settings, so the first one's share is
+            the request's.
+    """
+    return retained_count(sum(span.plan.most_after_l2 for span in spans), spans[0].plan.retention_micro)
 
 
 def pruned_spans(features: Sequence[MultiModalFeatureSpec] | None, computed: int = 0) -> tuple[VideoSpan, ...]:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from vllm import envs
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
-from metok_vllm.compression.selection import prune_layers
+from metok_vllm.contract.attention_backends import refused_backend
 from metok_vllm.contract.budgets import step_tokens
+from metok_vllm.contract.kv_layout import chosen_layers
 from metok_vllm.contract.server_choices import ServerChoices, attach_choices
 from metok_vllm.contract.settings import parse_settings
 from metok_vllm.frontend.aligner_inputs import resolve_aligner
@@ -19,7 +21,7 @@ from metok_vllm.media.loader import prefer_loader
 from metok_vllm.models.registry import SUPPORTED
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import CacheConfig, ModelConfig, VllmConfig
 
 logger = metok_logger(__name__)
 
@@ -41,6 +43,7 @@ class MetokConfig(VerifyAndUpdateConfig):
         if vllm_config.scheduler_config.scheduler_cls is None:  # else a subclass of METok's, as the check has found
             vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
+        choose_kv_cache_layout(vllm_config.cache_config)
         logger.info(
             "METok: prunes before layers %s of %d, keep_ratio %s, decode_retention %s, aligner %s%s",
             "/".join(map(str, choices.prune_layers)),
@@ -50,6 +53,18 @@ class MetokConfig(VerifyAndUpdateConfig):
             choices.aligner,
             f" ({choices.tower})" if choices.tower else "",
         )
+
+
+def choose_kv_cache_layout(cache_config: CacheConfig) -> None:
+    """Blocks outermost, so that each kind of layer has a block size of its own (`contract/kv_layout.py`).
+
+    An operator's `VLLM_KV_CACHE_LAYOUT` holds. vLLM takes a layout that is already set as it is
+    (vllm/v1/attention/backends/utils.py, `resolve_kv_cache_layout`). Inside a block the order is the one that
+    vLLM prefers: heads first on CPU, tokens first elsewhere.
+    """
+    layout = "BLHNC" if current_platform.is_cpu() else "BLNHC"
+    if envs.VLLM_KV_CACHE_LAYOUT in (None, layout) and cache_config.kv_cache_layout is None:
+        cache_config.kv_cache_layout = layout
 
 
 def choose(vllm_config: VllmConfig) -> ServerChoices:
@@ -62,7 +77,7 @@ def choose(vllm_config: VllmConfig) -> ServerChoices:
     additional = vllm_config.additional_config
     settings = parse_settings(additional.get("metok") if isinstance(additional, dict) else None)
     try:
-        layers = prune_layers(model_config.hf_text_config.num_hidden_layers, settings.prune_layers)
+        layers = chosen_layers(model_config.hf_text_config.num_hidden_layers, settings.prune_layers)
     except ValueError as error:
         raise ValueError(f"METok (additional_config): {error}.") from None
     aligner, tower = resolve_aligner(model_config.model, settings.aligner, settings.aligner_model)
@@ -77,6 +92,8 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     """
     _refuse_model(vllm_config.model_config)
     _refuse_parallelism(vllm_config)
+    _refuse_experts(vllm_config)
+    _refuse_attention(vllm_config)
     _refuse_caches(vllm_config)
     _refuse_scheduling(vllm_config)
     _refuse_runner(vllm_config)
@@ -116,6 +133,41 @@ def _refuse_parallelism(vllm_config: VllmConfig) -> None:
         )
     if parallel.use_ubatching:
         raise ValueError("METok does not support micro-batching: remove --enable-dbo and --ubatch-size.")
+
+
+def _refuse_experts(vllm_config: VllmConfig) -> None:
+    """From L1 up a layer's experts get other rows than the step has tokens.
+
+    With data parallelism the ranks exchange rows by the number of tokens that each announced for the step
+    (`ForwardContext.dp_metadata`), and with expert parallelism some backends do. The experts of every token
+    cannot be returned either, since a pruned token never reaches those of the deep layers.
+    """
+    if not vllm_config.model_config.is_moe:
+        return
+    parallel = vllm_config.parallel_config
+    if parallel.data_parallel_size > 1 or parallel.enable_expert_parallel:
+        raise ValueError(
+            "METok does not support a mixture of experts with data or expert parallelism: "
+            "use --tensor-parallel-size instead of --data-parallel-size and --enable-expert-parallel."
+        )
+    if vllm_config.aux_output_config.enable_return_routed_experts:
+        raise ValueError(
+            "METok cannot return the experts of pruned tokens, which have none: remove --enable-return-routed-experts."
+        )
+
+
+def _refuse_attention(vllm_config: VllmConfig) -> None:
+    """The backend that the user chose.
+
+    One that vLLM chooses is known in the worker alone, and refused there: `worker/dense_attention.py`.
+    """
+    attention = vllm_config.attention_config
+    # As vLLM resolves it for a language model's layers (`vllm/v1/attention/selector.py: get_attn_backend`).
+    of_kind = attention.backend_per_kind.get("full_attention")
+    backend = of_kind or attention.backend
+    flag = "--attention-config" if of_kind else "--attention-backend"
+    if backend is not None and (sentence := refused_backend(backend.name, flag)):
+        raise ValueError(sentence)
 
 
 def _refuse_caches(vllm_config: VllmConfig) -> None:

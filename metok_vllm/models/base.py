@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from metok_vllm.compression import alignment
 from metok_vllm.compression.alignment import Alignment
@@ -58,9 +59,9 @@ class MetokModel:
         model_config = vllm_config.model_config
         choices = server_choices(model_config.hf_config)
         prune_layers, running = choices.prune_layers, RunningStep()
-        # The layer before L1 is where L1 scores; those below it stay stock.
-        for index in range(prune_layers[0] - 1, len(decoder.layers)):
-            MetokAttention.adopt(decoder.layers[index].self_attn.attn, LayerRole(index, prune_layers, running))
+        for index, layer in enumerate(decoder.layers):
+            role = LayerRole(index, len(decoder.layers), prune_layers, running)
+            MetokAttention.adopt(layer.self_attn.attn, role)
         times = PartTimes(torch.get_default_device())
         self.decoder_stack = DecoderStack(decoder.layers, decoder.norm, prune_layers, running, times)
         self.metok_aligner = None
@@ -129,6 +130,6 @@ class MetokModel:
             frames = self.metok_aligner.frames(kwargs[PIXELS_FIELD][item])
             return alignment.dual_tower(frames, self.metok_aligner.text(kwargs[WINDOWS_FIELD][item]))
         field = kwargs[QUESTION_FIELD][item]
-        ids = field[1 : 1 + int(field[0])].to(vectors.device)
+        ids = async_tensor_h2d(field[1 : 1 + int(field[0])], vectors.device)
         embedding: nn.Module = self.language_model.model.embed_tokens  # type: ignore[attr-defined]
         return alignment.embedding(vectors, embedding(ids))

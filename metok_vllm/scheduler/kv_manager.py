@@ -11,7 +11,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from metok_vllm.contract.kv_spec import DeepAttentionSpec
+from metok_vllm.contract.kv_spec import TEXT_AND_RETAINED, DeepAttentionSpec, group_kind
 from metok_vllm.scheduler.slot_counts import SlotCounts
 
 if TYPE_CHECKING:
@@ -30,11 +30,7 @@ class DeepKVManager(SingleTypeKVCacheManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.slot_counts: dict[str, SlotCounts] = {}
-
-    @property
-    def retains(self) -> bool:
-        assert isinstance(self.kv_cache_spec, DeepAttentionSpec)
-        return self.kv_cache_spec.retains
+        self.retains = group_kind(self.kv_cache_spec) == TEXT_AND_RETAINED
 
     def _slots(self, request_id: str, num_tokens: int) -> int:
         counts = self.slot_counts.get(request_id)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metok_vllm.compression.retention import retained_count
-from metok_vllm.contract.spans import VideoSpan
+from metok_vllm.contract.spans import VideoSpan, retained_bound
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,6 @@ class SlotCounts:
         """Visual tokens of the pruned videos in the prompt."""
         return sum(span.length for span in self.spans)
 
-    @property
-    def retained_bound(self) -> int:
-        """Most visual tokens that keep their KV in layers `L1 .. L3-1` while decoding."""
-        # All pruned videos of a request share its settings, so the first one's share is the request's.
-        plans = [span.plan for span in self.spans]
-        return retained_count(sum(plan.most_after_l2 for plan in plans), plans[0].retention_micro)
-
     def slots(self, num_tokens: int, retains: bool) -> int:
         """Slots that the first `num_tokens` tokens need: exact without retention, an upper bound with it.
 
@@ -40,5 +32,5 @@ class SlotCounts:
             retains: whether the group's layers keep retained visual tokens (`L1 .. L3-1`).
         """
         before = sum(min(max(num_tokens - span.start, 0), span.length) for span in self.spans)
-        retained = self.retained_bound if retains and num_tokens >= self.prompt_len else 0
+        retained = retained_bound(self.spans) if retains and num_tokens >= self.prompt_len else 0
         return num_tokens - before + retained

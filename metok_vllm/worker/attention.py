@@ -1,10 +1,10 @@
-"""The attention layer from L1 - 1 up: its KV format, and what it does while a pruned step runs through it."""
+"""A decoder's attention layer: its KV format, and what it does while a pruned step runs through it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,9 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from metok_vllm.compression.selection import PruneLayers
-from metok_vllm.contract.kv_spec import DeepAttentionSpec
+from metok_vllm.contract.kv_layout import block_size
+from metok_vllm.contract.kv_spec import EVERY_TOKEN, TEXT, TEXT_AND_RETAINED, DeepAttentionSpec, GroupKind
+from metok_vllm.worker.dense_attention import DenseAttention
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,18 +48,17 @@ class LayerRole:
     """Where a layer stands relative to the pruning layers."""
 
     index: int
+    num_layers: int
     prune_layers: PruneLayers
     running: RunningStep
 
     @property
-    def is_shallow(self) -> bool:
-        """Below L1: every token owns a KV slot."""
-        return self.index < self.prune_layers[0]
-
-    @property
-    def retains(self) -> bool:
-        """From L1 to below L3: retained visual tokens own a KV slot."""
-        return self.prune_layers[0] <= self.index < self.prune_layers[2]
+    def kind(self) -> GroupKind:
+        """Which tokens own a KV slot."""
+        first, _, third = self.prune_layers
+        if self.index < first:
+            return EVERY_TOKEN
+        return TEXT_AND_RETAINED if self.index < third else TEXT
 
 
 class MetokAttention(Attention):
@@ -67,6 +68,7 @@ class MetokAttention(Attention):
     """
 
     metok: LayerRole
+    dense: DenseAttention
 
     @classmethod
     def adopt(cls, attention: nn.Module, role: LayerRole) -> MetokAttention:
@@ -74,28 +76,36 @@ class MetokAttention(Attention):
 
         The model builds its layers itself, deep inside. Changing the class of the built layer keeps its
         parameters, its backend and its registration under its name, and touches no other model.
+
+        Raises:
+            TypeError: the layer is of another class than vLLM's `Attention`.
+            ValueError: it attends in a way that METok cannot, in one sentence.
         """
         if type(attention) is not Attention:
             raise TypeError(f"METok works on vLLM's Attention layers, not on {type(attention).__name__}")
+        dense = DenseAttention.of(attention)
         attention.__class__ = cls
         assert isinstance(attention, cls)
         attention.metok = role
+        attention.dense = dense
         return attention
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         spec = super().get_kv_cache_spec(vllm_config)
-        if self.metok.is_shallow or spec is None:
-            return spec
         if type(spec) is not FullAttentionSpec:
             raise ValueError(f"METok cannot prune a layer with the cache format {type(spec).__name__}.")
+        role = self.metok
+        size = block_size(vllm_config.cache_config, role.num_layers, role.prune_layers, role.kind)
+        if role.kind == EVERY_TOKEN:
+            return replace(spec, block_size=size)
         return DeepAttentionSpec(
-            block_size=spec.block_size,
+            block_size=size,
             num_kv_heads=spec.num_kv_heads,
             head_size=spec.head_size,
             head_size_v=spec.head_size_v,
             dtype=spec.dtype,
             kv_quant_mode=spec.kv_quant_mode,
-            retains=self.metok.retains,
+            retains=role.kind == TEXT_AND_RETAINED,
         )
 
     def forward(
@@ -110,6 +120,6 @@ class MetokAttention(Attention):
         if step is None:
             return super().forward(query, key, value, output_shape, output_dtype)
         step.capture(self.metok.index, query, key)
-        if self.metok.is_shallow:
+        if self.metok.kind == EVERY_TOKEN:
             return super().forward(query, key, value, output_shape, output_dtype)
         return step.attend(self, query, key, value)

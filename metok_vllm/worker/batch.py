@@ -65,9 +65,10 @@ class PrunedBatch:
     chunks: Sequence[PromptChunk]
     num_tokens: int
     others: torch.Tensor  # int64 [No], row of every token of the other requests
-    others_slots: Mapping[str, torch.Tensor]  # layer name -> int64 [No]
-    tables: Mapping[str, torch.Tensor]  # name of a deep layer -> int32 [requests, blocks]
-    block_size: int
+    others_slots: Mapping[str, torch.Tensor]  # name of a deep layer -> int64 [No]
+    group_rows: Mapping[str, int]  # name of a deep layer -> its group's row in the slots below
+    text_slots: torch.Tensor  # int64 [groups, text of all prompts that are complete with this step]
+    retained_slots: Sequence[torch.Tensor]  # of each of those prompts, int64 [groups, most that it retains]
 
     @property
     def num_others(self) -> int:

@@ -9,7 +9,6 @@ import torch
 
 from metok_vllm.worker.attention import MetokAttention
 from metok_vllm.worker.batch import PrunedBatch
-from metok_vllm.worker.slots import slots_of
 from metok_vllm.worker.survivors import Survivors
 
 
@@ -18,76 +17,82 @@ class KVWrites:
 
     A prompt's text has its slots from the start. Which visual tokens are retained is known at L2 only. What
     layers L1 .. L2-1 compute of the visual tokens waits until then.
+
+    The slots of all rows are laid out once after each pruning layer, for all groups, with -1 for a row that
+    owns none: vLLM's cache update skips it. So a layer's write is one launch.
     """
 
     def __init__(self, batch: PrunedBatch) -> None:
         self.batch = batch
-        self._waiting: list[tuple[MetokAttention, torch.Tensor, torch.Tensor]] = []
-        # Slots, by the block table's address, the request's batch index, the first slot index and how many.
-        self._known: dict[tuple[int, int, int, int], torch.Tensor] = {}
+        self._slots = batch.text_slots
+        self._waiting: list[tuple[MetokAttention, torch.Tensor]] = []
 
-    def write(
-        self,
-        layer: MetokAttention,
-        survivors: Sequence[Survivors],
-        key: torch.Tensor,
-        value: torch.Tensor,
-        before_l2: bool,
-    ) -> None:
+    def after_l1(self, survivors: Sequence[Survivors]) -> None:
+        """The next layers run on `survivors`; which of their visual tokens are retained is not known yet."""
+        self._slots = self._of_rows(survivors, [of_prompt.text for of_prompt in survivors])
+
+    def after_l2(self, survivors: Sequence[Survivors]) -> None:
+        """The next layers run on `survivors`, some of which are retained."""
+        self._slots = self._of_rows(survivors, [of_prompt.text for of_prompt in survivors])
+        retaining = [(i, p.retained_rows) for i, p in enumerate(survivors) if p.retained_rows is not None]
+        if retaining:
+            self._place_retained(self._slots, [p.size for p in survivors], retaining)
+
+    def after_l3(self) -> None:
+        """The next layers run on text alone."""
+        self._slots = self.batch.text_slots
+
+    def write(self, layer: MetokAttention, key: torch.Tensor, value: torch.Tensor, waits: bool) -> None:
         """Write one layer's tokens that own a slot.
 
         Args:
             layer: from L1 up.
-            survivors: the prompts, behind the other requests' rows.
-            key: [rows, Hkv, d].
-            value: [rows, Hkv, d].
-            before_l2: whether the visual tokens that are retained are still to be chosen.
+            key: [rows of the prompts, Hkv, d].
+            value: [rows of the prompts, Hkv, d].
+            waits: whether some of its visual tokens will be retained, and L2 has not chosen them yet.
         """
-        offset = self.batch.num_others
-        rows, slots = [], []
-        for of_prompt in survivors:
-            rows.append(of_prompt.text + offset)
-            slots.append(self._text_slots(layer, of_prompt))
-            if of_prompt.retained_rows is not None and layer.metok.retains:
-                rows.append(of_prompt.retained_rows + offset)
-                slots.append(self._retained_slots(layer, of_prompt))
-            offset += of_prompt.size
-        index = torch.cat(rows)
-        _update_cache(layer, key[index], value[index], torch.cat(slots))
-        if before_l2 and any(of_prompt.retained for of_prompt in survivors):
-            self._waiting.append((layer, key, value))
+        _update_cache(layer, key, value, self._slots_of(layer, self._slots))
+        if waits:
+            # A copy: the step's queries share the memory of its keys and values.
+            self._waiting.append((layer, torch.stack((key, value))))
 
     def write_waiting(self, survivors: Sequence[Survivors], sizes: Sequence[int]) -> None:
         """Write what has waited of the tokens that L2 retains; `sizes` are the prompts' before L2."""
         if not self._waiting:
             return
-        offset, rows, retaining = self.batch.num_others, [], []
-        for of_prompt, size in zip(survivors, sizes, strict=True):
-            if of_prompt.retained_rows_at_l1 is not None:
-                rows.append(of_prompt.retained_rows_at_l1 + offset)
-                retaining.append(of_prompt)
-            offset += size
-        index = torch.cat(rows)
-        for layer, key, value in self._waiting:
-            slots = torch.cat([self._retained_slots(layer, of_prompt) for of_prompt in retaining])
-            _update_cache(layer, key[index], value[index], slots)
+        slots = self.batch.text_slots.new_full((self.batch.text_slots.shape[0], sum(sizes)), -1)
+        retaining = [(i, p.retained_rows_at_l1) for i, p in enumerate(survivors) if p.retained_rows_at_l1 is not None]
+        self._place_retained(slots, sizes, retaining)
+        for layer, (key, value) in self._waiting:
+            _update_cache(layer, key, value, self._slots_of(layer, slots))
         self._waiting.clear()
 
-    def _text_slots(self, layer: MetokAttention, survivors: Survivors) -> torch.Tensor:
-        return self._slots(layer, survivors, 0, survivors.text.shape[0])
+    def _of_rows(self, survivors: Sequence[Survivors], rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """int64 [groups, rows of the prompts]: the text's slots in the prompts' `rows`, -1 elsewhere."""
+        sizes = [of_prompt.size for of_prompt in survivors]
+        slots = self.batch.text_slots.new_full((self.batch.text_slots.shape[0], sum(sizes)), -1)
+        return slots.index_copy_(1, _joined(rows, sizes), self.batch.text_slots)
 
-    def _retained_slots(self, layer: MetokAttention, survivors: Survivors) -> torch.Tensor:
-        return self._slots(layer, survivors, survivors.chunk.request.text.shape[0], survivors.retained)
+    def _place_retained(
+        self, slots: torch.Tensor, sizes: Sequence[int], retaining: Sequence[tuple[int, torch.Tensor]]
+    ) -> None:
+        """Put into `slots` [groups, rows] those of the retained tokens:
+        of each prompt its index among all and its rows.
+        """
+        starts = [sum(sizes[:i]) for i, _ in retaining]
+        rows = torch.cat([of_prompt + start for (_, of_prompt), start in zip(retaining, starts, strict=True)])
+        columns = [self.batch.retained_slots[i][:, : of_prompt.shape[0]] for i, of_prompt in retaining]
+        slots.index_copy_(1, rows, torch.cat(columns, dim=1))
 
-    def _slots(self, layer: MetokAttention, survivors: Survivors, start: int, count: int) -> torch.Tensor:
-        """Slots with the indices from `start` on, int64 [count]; the layers of a group share them."""
-        table, request = self.batch.tables[layer.layer_name], survivors.chunk.batch_index
-        at = (table.data_ptr(), request, start, count)
-        if at not in self._known:
-            requests = torch.full((count,), request, device=table.device)
-            indices = torch.arange(start, start + count, device=table.device)
-            self._known[at] = slots_of(table, requests, indices, self.batch.block_size)
-        return self._known[at]
+    def _slots_of(self, layer: MetokAttention, slots: torch.Tensor) -> torch.Tensor:
+        return slots[self.batch.group_rows[layer.layer_name]]
+
+
+def _joined(rows: Sequence[torch.Tensor], sizes: Sequence[int]) -> torch.Tensor:
+    """Rows of each prompt, among its own `sizes`, to rows among all prompts'."""
+    if len(rows) == 1:
+        return rows[0]
+    return torch.cat([of_prompt + sum(sizes[:i]) for i, of_prompt in enumerate(rows)])
 
 
 def _update_cache(layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:

@@ -4,25 +4,30 @@ attention metadata by kind of group, and the pruned steps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
-from metok_vllm.contract.kv_spec import DEEP_KINDS, EVERY_TOKEN, GroupKind
-from metok_vllm.worker.attn_metadata import of_kind, others_metadata, prompt_chunks, pruned_batch
+from metok_vllm.contract.kv_layout import BlockShape, padding
+from metok_vllm.contract.kv_spec import DEEP_KINDS, EVERY_TOKEN, GROUP_KINDS, GroupKind, group_kind
+from metok_vllm.log import metok_logger
+from metok_vllm.worker.attn_metadata import Groups, once_a_kind, others_metadata, prompt_chunks, pruned_batch
 from metok_vllm.worker.memory import MemoryReserve
 from metok_vllm.worker.report import Reports
 from metok_vllm.worker.requests import PrunedRequests, VideoTags
-from metok_vllm.worker.slots import DeepSlots, deep_groups
+from metok_vllm.worker.slots import DeepSlots
 from metok_vllm.worker.step import PrunedStep
+from metok_vllm.worker.warm_up import ModelShapes, WarmUp, warm_up
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -31,6 +36,24 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
     from vllm.v1.worker.gpu.states import RequestState
     from vllm.v1.worker.utils import AttentionGroup
+
+
+logger = metok_logger(__name__)
+
+
+def say_groups(kv_cache_config: KVCacheConfig) -> None:
+    """One line at start: how many KV cache groups decoding pays for, and what their blocks waste."""
+    groups = [
+        (group_kind(group.kv_cache_spec), BlockShape(len(group.layer_names), group.kv_cache_spec.block_size))
+        for group in kv_cache_config.kv_cache_groups
+    ]
+    if get_tensor_model_parallel_rank() == 0:
+        logger.info(
+            "METok: %d KV cache groups (%s), %.1f %% padding",
+            len(groups),
+            "; ".join(f"{shape.layers} layers for {kind}, blocks of {shape.tokens} tokens" for kind, shape in groups),
+            100 * float(padding([shape for _, shape in groups])),
+        )
 
 
 class MetokModelState(DefaultModelState):
@@ -47,6 +70,7 @@ class MetokModelState(DefaultModelState):
         self.deep_slots = DeepSlots(self.max_num_reqs, device)
         self._step: PrunedStep | None = None
         self._reserve = MemoryReserve(vllm_config, device)
+        self.warm_up: WarmUp | None = None
 
     # --- start ---
 
@@ -56,7 +80,11 @@ class MetokModelState(DefaultModelState):
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
+        self.deep_slots.bind(kv_cache_config, block_tables)
         self._reserve.release()
+        if self.warm_up is None:  # vLLM may come twice: it measures the memory of CUDA graphs first
+            say_groups(kv_cache_config)
+            self.warm_up = warm_up(ModelShapes.of(self.model), self.device)
 
     def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
         """Full graphs for decodes only: a graph of a mixed batch would
@@ -125,43 +153,46 @@ class MetokModelState(DefaultModelState):
         ubatch_idx: int = 0,
         model_specific_attn_metadata: Any = None,
     ) -> dict[str, Any]:
-        groups = deep_groups(kv_cache_config)
+        deep_batch = copy(input_batch)  # of every decode step: `dataclasses.replace` takes five times as long
 
-        def metadata_of(kind: GroupKind, batch: InputBatch) -> dict[str, Any]:
+        def build(kind: GroupKind, to_build: Groups) -> dict[str, Any]:
+            batch = input_batch
+            if kind != EVERY_TOKEN:
+                batch = deep_batch
+                batch.seq_lens = self.deep_slots.seq_lens[DEEP_KINDS.index(kind)][: input_batch.seq_lens.shape[0]]
             return super(MetokModelState, self).prepare_attn(
                 batch,
                 cudagraph_mode,
                 block_tables,
                 slot_mappings,
-                of_kind(attn_groups, groups, kind),
+                to_build,
                 kv_cache_config,
                 for_capture,
                 ubatch_idx,
                 model_specific_attn_metadata,
             )
 
+        def metadata_of(kinds: Sequence[GroupKind]) -> dict[str, Any]:
+            return once_a_kind(attn_groups, kv_cache_config, kinds, block_tables, slot_mappings, build, ubatch_idx)
+
         chunks = prompt_chunks(input_batch, self.pruned)
         self._step = None
-        metadata = metadata_of(EVERY_TOKEN, input_batch)
         if chunks:
-            batch = pruned_batch(chunks, input_batch, block_tables, groups, self.deep_slots)
+            metadata = metadata_of([EVERY_TOKEN])
+            batch = pruned_batch(chunks, input_batch, slot_mappings, self.deep_slots)
             if batch.num_others:
                 metadata |= others_metadata(
-                    batch, input_batch, block_tables, groups, attn_groups, kv_cache_config, self.deep_slots
+                    batch, input_batch, block_tables, attn_groups, kv_cache_config, self.deep_slots
                 )
             stack: Any = self.model.decoder_stack
             self._step = PrunedStep(stack, batch)
             return metadata
 
         if any(req_id in self.pruned.by_id for req_id in input_batch.req_ids):
-            self.deep_slots.write(input_batch, block_tables, slot_mappings, groups)
+            self.deep_slots.write(input_batch, slot_mappings)
         else:
             self.deep_slots.unshifted(input_batch.seq_lens)
-        deep_batch = copy(input_batch)  # of every decode step: `dataclasses.replace` takes five times as long
-        for row, kind in enumerate(DEEP_KINDS):
-            deep_batch.seq_lens = self.deep_slots.seq_lens[row][: input_batch.seq_lens.shape[0]]
-            metadata |= metadata_of(kind, deep_batch)
-        return metadata
+        return metadata_of(GROUP_KINDS)
 
     # --- the forward pass ---
 
@@ -184,7 +215,7 @@ class MetokModelState(DefaultModelState):
             if not chunk.completes or request.result is None or self.pruned.get(request.req_id) is not request:
                 continue
             index = self._index[request.req_id]
-            self.deep_slots.complete(index, request.spans[0].start, request.visual_tokens, request.result.retained)
+            self.deep_slots.complete(index, request.visual_tokens, request.result.retained)
             assert self.encoder_cache is not None
             self.reports.add(request, self.encoder_cache.mm_features[request.req_id])
             request.tags = [None] * len(request.tags)

@@ -1,5 +1,5 @@
 """The token-sized operations of a pruned step: plain torch on CPU,
-METok's Triton kernels and flash attention on CUDA.
+METok's Triton kernels on CUDA. Attention is what each layer's own backend runs.
 
 `METOK_KERNELS` chooses by hand: `auto` (the default: by device), `torch`, or `triton`, which on CPU means
 Triton's interpreter and is what the tests force to run the kernels inside the real engine.
@@ -19,6 +19,8 @@ from metok_vllm.compression.scoring import text_to_visual_scores as torch_scores
 from metok_vllm.compression.stage1 import Operations
 from metok_vllm.compression.stage2 import select_survivors
 from metok_vllm.compression.tiers import TierQuota
+from metok_vllm.worker.agreement import agreed
+from metok_vllm.worker.dense_attention import DenseAttention
 
 VARIABLE = "METOK_KERNELS"
 CHOICES = ("auto", "torch", "triton")
@@ -59,25 +61,10 @@ def scores(
     """
     if not uses_triton(key.device):
         return torch_scores(query, key, visual_index, row_positions, key_positions, scale)
-    from metok_kernels.text_to_visual_scores import PackedKeys, text_to_visual_scores
+    from metok_kernels.text_to_visual_scores import text_to_visual_scores
 
-    rows, visual = query.shape[0], visual_index.shape[0]
-
-    def edges(count: int) -> torch.Tensor:
-        return torch.tensor([0, count], dtype=torch.int32).to(key.device, non_blocking=True)
-
-    return text_to_visual_scores(
-        query,
-        PackedKeys(key, edges(0)[:1]),
-        torch.searchsorted(key_positions, row_positions, right=True).to(torch.int32),
-        edges(rows),
-        visual_index,
-        edges(visual),
-        scale=scale,
-        max_rows=rows,
-        max_visual=visual,
-        max_keys=key.shape[0],
-    )
+    seen = torch.searchsorted(key_positions, row_positions, right=True)
+    return text_to_visual_scores(query, key, seen, visual_index, scale=scale)
 
 
 def select(scores: torch.Tensor, lengths: torch.Tensor, keep: torch.Tensor, total: int) -> torch.Tensor:
@@ -96,9 +83,7 @@ def select(scores: torch.Tensor, lengths: torch.Tensor, keep: torch.Tensor, tota
         return select_survivors(scores, lengths, keep, total)
     from metok_kernels.select_per_event import select_per_event as kernel
 
-    edges = F.pad(lengths.cumsum(0), (1, 0))
-    index, _ = kernel(scores, edges, keep, max_length=scores.shape[0], capacity=total)
-    return index
+    return kernel(scores, lengths, keep, total)
 
 
 def event_similarity(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,9 +94,7 @@ def event_similarity(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         return events.similarity(features)
     from metok_kernels.event_similarity import event_similarity as kernel
 
-    frames = torch.tensor([0, features.shape[0]], dtype=torch.int32).to(features.device, non_blocking=True)
-    vectors, similarity = kernel(features, frames)
-    return vectors, similarity[:-1]
+    return kernel(features)
 
 
 def pool_video(
@@ -144,8 +127,8 @@ def pool_video(
     return PooledVideo(tokens, event_ids[layout.token_frame], layout.token_frame)
 
 
-STAGE_1 = Operations(event_similarity, pool_video)
-"""The operations of `compression.stage1.compress_video`, by device."""
+STAGE_1 = Operations(event_similarity, pool_video, agreed)
+"""The operations of `compression.stage1.compress_video`, by device, with one choice for all ranks."""
 
 
 def gather(
@@ -158,14 +141,19 @@ def gather(
         return hidden[index], residual[index], positions[index]
     from metok_kernels.gather_rows import gather_rows
 
-    out_hidden, out_residual, out_positions = gather_rows(index, hidden, residual, positions)
-    assert out_residual is not None
-    assert out_positions is not None
-    return out_hidden, out_residual, out_positions
+    return gather_rows(index, hidden, residual, positions)
 
 
 def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], scale: float, out: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: Sequence[int],
+    starts: torch.Tensor,
+    longest: int,
+    scale: float,
+    out: torch.Tensor,
+    dense: DenseAttention,
 ) -> None:
     """Dense causal attention inside each of several packed sequences, into `out`.
 
@@ -173,50 +161,59 @@ def causal_attention(
         query: [sum of lengths, Hq, d].
         key: [sum of lengths, Hkv, d], `Hq` a multiple of `Hkv`.
         value: like `key`.
-        lengths: tokens of each sequence.
+        lengths: tokens of each of the n sequences.
+        starts: int32 [n + 1], on the device of `query`: where each sequence starts, and the sum at the end.
+        longest: the largest of `lengths`.
         scale: factor of the logits.
         out: like `query`.
+        dense: which of vLLM's kernels, by the layer.
     """
-    if query.device.type == "cuda":
-        _cuda_attention(query, key, value, lengths, scale, out)
-        return
-    start = 0
-    for length in lengths:
-        q, k, v = (t[start : start + length].transpose(0, 1)[None] for t in (query, key, value))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        out[start : start + length] = attended[0].transpose(0, 1)
-        start += length
+    if dense.flash_version is not None:
+        _flash_attention(query, key, value, starts, longest, scale, out, dense.flash_version)
+    elif dense.backend == "TRITON_ATTN":
+        _triton_attention(query, key, value, starts, longest, scale, out)
+    else:
+        _torch_attention(query, key, value, lengths, scale, out)
 
 
-def _cuda_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], scale: float, out: torch.Tensor
+def _flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    longest: int,
+    scale: float,
+    out: torch.Tensor,
+    version: int,
 ) -> None:
-    """vLLM's varlen flash attention where it is built for the device and dtype,
-    else its Triton prefill kernel.
-    """
-    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version, is_flash_attn_varlen_func_available
+    """vLLM's varlen flash attention, in the version that the layer's own backend runs."""
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func  # type: ignore[attr-defined]
 
-    edges = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    edges[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-    starts = edges.to(query.device, non_blocking=True)
-    version = get_flash_attn_version(head_size=query.shape[-1])
-    if is_flash_attn_varlen_func_available() and version is not None and query.dtype != torch.float32:
-        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func  # type: ignore[attr-defined]
+    flash_attn_varlen_func(
+        q=query,
+        k=key,
+        v=value,
+        out=out,
+        cu_seqlens_q=starts,
+        cu_seqlens_k=starts,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=scale,
+        causal=True,
+        fa_version=version,
+    )
 
-        flash_attn_varlen_func(
-            q=query,
-            k=key,
-            v=value,
-            out=out,
-            cu_seqlens_q=starts,
-            cu_seqlens_k=starts,
-            max_seqlen_q=max(lengths),
-            max_seqlen_k=max(lengths),
-            softmax_scale=scale,
-            causal=True,
-            fa_version=version,
-        )
-        return
+
+def _triton_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    longest: int,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """vLLM's Triton kernel for prompts without a cache."""
     from vllm.v1.attention.ops.triton_prefill_attention import context_attention_fwd
 
     context_attention_fwd(
@@ -226,7 +223,18 @@ def _cuda_attention(
         out,
         b_start_loc=starts[:-1],
         b_seq_len=starts[1:] - starts[:-1],
-        max_input_len=max(lengths),
+        max_input_len=longest,
         is_causal=True,
         softmax_scale=scale,
     )
+
+
+def _torch_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], scale: float, out: torch.Tensor
+) -> None:
+    start = 0
+    for length in lengths:
+        q, k, v = (t[start : start + length].transpose(0, 1)[None] for t in (query, key, value))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        out[start : start + length] = attended[0].transpose(0, 1)
+        start += length

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from metok_vllm.contract.spans import VideoSpan, pruned_spans
 
@@ -121,22 +122,22 @@ class PrunedRequest:
             return None
         prompt_len = data.prompt_len
         assert prompt_len is not None
-        scores = torch.ones(prompt_len, dtype=torch.bool)
+        scores = np.ones(prompt_len, dtype=np.bool_)
         for feature in data.mm_features:
             scores[feature.mm_position.offset :][: feature.mm_position.length] = False
         scores[: spans[0].end] = False
-        is_text = torch.ones(prompt_len, dtype=torch.bool)
+        is_text = np.ones(prompt_len, dtype=np.bool_)
         for span in spans:
             is_text[span.start : span.end] = False
-        scoring = scores.nonzero().flatten()
+        scoring = np.flatnonzero(scores)
         return cls(
             req_id=data.req_id,
             prompt_len=prompt_len,
             spans=spans,
-            text=is_text.nonzero().flatten().to(device),
-            scoring=scoring.to(device),
-            scoring_np=scoring.numpy(),
-            scoring_before=tuple(int((scoring < span.end).sum()) for span in spans),
+            text=async_tensor_h2d(np.flatnonzero(is_text), device),
+            scoring=async_tensor_h2d(scoring, device),
+            scoring_np=scoring,
+            scoring_before=tuple(int(np.searchsorted(scoring, span.end)) for span in spans),
             tags=[None] * len(spans),
         )
 

@@ -14,21 +14,27 @@ text never depends on what L2 retains, and for whatever is computed after the pr
 shift``, with one shift a request and kind of group: the visual tokens that own no slot there.
 
 All state lives on the device in tensors that never move, since captured CUDA graphs read `seq_lens` at their
-addresses.
+addresses. Nothing here makes the host wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from metok_vllm.contract.kv_spec import DEEP_KINDS, TEXT, TEXT_AND_RETAINED, DeepAttentionSpec, GroupKind, group_kind
+from metok_vllm.contract.kv_spec import DEEP_KINDS, EVERY_TOKEN, TEXT, TEXT_AND_RETAINED, GroupKind, group_kind
 from metok_vllm.worker import ops
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.block_table import BlockTables
 
 
 @dataclass(frozen=True)
@@ -49,115 +55,110 @@ class DeepGroup:
 def deep_groups(kv_cache_config: KVCacheConfig) -> tuple[DeepGroup, ...]:
     """The groups of the layers from L1 up."""
     return tuple(
-        DeepGroup(i, group_kind(spec), spec.block_size, tuple(group.layer_names))
+        DeepGroup(i, kind, group.kv_cache_spec.block_size, tuple(group.layer_names))
         for i, group in enumerate(kv_cache_config.kv_cache_groups)
-        if isinstance(spec := group.kv_cache_spec, DeepAttentionSpec)
+        if (kind := group_kind(group.kv_cache_spec)) != EVERY_TOKEN
     )
 
 
 class DeepSlots:
     """Shifts of all requests, and the sequence lengths and slots that follow from them.
 
-    First dimension: `DEEP_KINDS`.
+    The first dimension of `shift` and `seq_lens` is that of `DEEP_KINDS`.
     """
 
     def __init__(self, max_num_reqs: int, device: torch.device) -> None:
         self.device = device
         self.shift = torch.zeros(len(DEEP_KINDS), max_num_reqs, dtype=torch.int32, device=device)
         self.seq_lens = torch.zeros(len(DEEP_KINDS), max_num_reqs, dtype=torch.int32, device=device)
-        # The same shifts as the kernel takes them: of each request one span, and how much of it is retained.
-        self._start = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
-        self._length = torch.zeros_like(self._start)
-        self._retained = torch.zeros_like(self._start)
-        self._begin = torch.arange(max_num_reqs, dtype=torch.int32, device=device)
+        self.groups: tuple[DeepGroup, ...] = ()
+        self._tables: Sequence[torch.Tensor] = ()
+        self._kernel_groups: Any = None  # what the kernels take in place of `groups` and `_tables`
+
+    def bind(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
+        """Take the KV cache's groups and the block tables that a forward pass reads, which never move.
+
+        vLLM calls this again where it allocates another KV cache.
+        """
+        self.groups = deep_groups(kv_cache_config)
+        self._tables = [block_tables.input_block_tables[group.index] for group in self.groups]
+        if not ops.uses_triton(self.device):
+            return
+        from metok_kernels.deep_slots import DeepGroups
+
+        self._kernel_groups = DeepGroups(
+            self._tables,
+            [group.block_size for group in self.groups],
+            [group.row for group in self.groups],
+            [group.index for group in self.groups],
+        )
 
     def reset(self, index: int) -> None:
         """A request without pruned tokens, or one whose prompt is not complete, has taken row `index`."""
         self.shift[:, index] = 0
-        self._length[index] = 0
-        self._retained[index] = 0
 
-    def complete(self, index: int, start: int, visual: int, retained: int) -> None:
-        """The prompt of the request in row `index` is complete:
-        `visual` tokens from `start` on, `retained` of them kept.
-
-        Text between several videos lies before the end of the prompt. So one span of the videos' total length
-        gives the same slots to whatever is computed after the prompt as the videos themselves would.
-        """
+    def complete(self, index: int, visual: int, retained: int) -> None:
+        """The prompt of the request in row `index` is complete: `visual` tokens, `retained` of them kept."""
         self.shift[DEEP_KINDS.index(TEXT), index] = visual
         self.shift[DEEP_KINDS.index(TEXT_AND_RETAINED), index] = visual - retained
-        self._start[index] = start
-        self._length[index] = visual
-        self._retained[index] = retained
 
     def unshifted(self, seq_lens: torch.Tensor) -> None:
         """No request in the batch has pruned tokens: its deep groups are as long as the others."""
         self.seq_lens[:, : seq_lens.shape[0]].copy_(seq_lens)
 
-    def write(
-        self,
-        input_batch: InputBatch,
-        block_tables: Sequence[torch.Tensor],
-        slot_mappings: torch.Tensor,
-        groups: Sequence[DeepGroup],
-    ) -> None:
-        """Sequence lengths of both kinds, and the deep groups' slots in place,
-        for a step without prompts in pruning.
+    def write(self, input_batch: InputBatch, slot_mappings: torch.Tensor) -> None:
+        """Sequence lengths of both kinds, and the deep groups' slots in place.
 
-        The per-layer views of `slot_mappings` that vLLM has already made see the change.
+        The per-layer views of `slot_mappings` that vLLM has already made see the change. For the tokens of a
+        prompt that is being pruned both mean nothing.
         """
-        if ops.uses_triton(self.device):
-            self._write_by_kernel(input_batch, block_tables, slot_mappings, groups)
+        if self._kernel_groups is not None:
+            from metok_kernels.deep_slots import deep_slots
+
+            deep_slots(
+                self._kernel_groups,
+                self.shift,
+                input_batch.idx_mapping,
+                input_batch.seq_lens,
+                input_batch.query_start_loc,
+                self.seq_lens,
+                slot_mappings,
+            )
             return
         self.unshifted(input_batch.seq_lens)
         self.seq_lens[:, : input_batch.num_reqs] -= self.shift[:, input_batch.idx_mapping]
         n = input_batch.num_tokens
-        requests = request_of_token(input_batch).to(self.device)
-        shift = self.shift[:, input_batch.idx_mapping][:, requests]
-        for group in groups:
+        counts = input_batch.num_scheduled_tokens[: input_batch.num_reqs]
+        requests = async_tensor_h2d(np.repeat(np.arange(input_batch.num_reqs), counts), self.device)
+        shift = self.shift[:, input_batch.idx_mapping[requests]]
+        for group, table in zip(self.groups, self._tables, strict=True):
             indices = input_batch.positions[:n] - shift[group.row]
-            slot_mappings[group.index, :n] = slots_of(block_tables[group.index], requests, indices, group.block_size)
+            slot_mappings[group.index, :n] = slots_of(table, requests, indices, group.block_size)
 
-    def _write_by_kernel(
-        self,
-        input_batch: InputBatch,
-        block_tables: Sequence[torch.Tensor],
-        slot_mappings: torch.Tensor,
-        groups: Sequence[DeepGroup],
-    ) -> None:
-        from metok_kernels.deep_slots import DeepGroups, SpanTables, deep_slots
+    def at(self, input_batch: InputBatch, requests: NDArray[np.int32], indices: NDArray[np.int32]) -> torch.Tensor:
+        """Slots by slot index, in every deep group.
 
-        n = input_batch.num_reqs
-        starts = input_batch.query_start_loc[: n + 1]
-        tables = DeepGroups(
-            [block_tables[group.index] for group in groups],
-            [group.block_size for group in groups],
-            [group.kind == TEXT_AND_RETAINED for group in groups],
+        Args:
+            input_batch: the step's.
+            requests: int32 [n], batch index of each slot's request.
+            indices: int32 [n], slot indices.
+
+        Returns:
+            int64 [groups, n], in the order of `groups`.
+        """
+        host = np.stack((requests, np.full_like(requests, -1), indices))
+        tokens = async_tensor_h2d(host, self.device)
+        if self._kernel_groups is not None:
+            from metok_kernels.deep_slots import slots_at
+
+            return slots_at(self._kernel_groups, self.shift, input_batch.idx_mapping, input_batch.positions, tokens)
+        of_request, _, index = tokens.to(torch.int64)
+        return torch.stack(
+            [
+                slots_of(table, of_request, index, group.block_size)
+                for group, table in zip(self.groups, self._tables, strict=True)
+            ]
         )
-        spans = SpanTables(
-            self._start, self._length, self._retained, self._begin, self._begin + (self._length > 0).to(torch.int32)
-        )
-        first, last = groups[0].index, groups[-1].index + 1
-        if [group.index for group in groups] != list(range(first, last)):
-            raise RuntimeError("METok: the deep layers' KV cache groups do not stand in a row")
-        lengths = torch.empty(len(groups), self.seq_lens.shape[1], dtype=torch.int32, device=self.device)
-        deep_slots(
-            tables,
-            spans,
-            input_batch.seq_lens[:n] - (starts[1:] - starts[:-1]),
-            starts,
-            lengths,
-            slot_mappings[first:last],
-            span_row=input_batch.idx_mapping.to(torch.int32),
-        )
-        for i, group in enumerate(groups):
-            self.seq_lens[group.row].copy_(lengths[i])
-
-
-def request_of_token(input_batch: InputBatch) -> torch.Tensor:
-    """Batch index of every token's request, int64 [tokens], on the host."""
-    counts = input_batch.num_scheduled_tokens[: input_batch.num_reqs]
-    return torch.from_numpy(np.repeat(np.arange(input_batch.num_reqs), counts))
 
 
 def slots_of(table: torch.Tensor, requests: torch.Tensor, indices: torch.Tensor, block_size: int) -> torch.Tensor:

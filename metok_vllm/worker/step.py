@@ -15,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from metok_vllm.worker import ops
 from metok_vllm.worker.attention import MetokAttention
@@ -43,7 +45,8 @@ class PrunedStep:
         self.survivors: list[Survivors] = []
         self._captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._writes = KVWrites(batch)
-        self._l2_has_chosen = False
+        self._retains = False  # whether some of the next layers' visual tokens will be retained by L2
+        self._starts = batch.others  # int32 [prompts + 1], where each prompt's rows start behind the others'
 
     # --- the forward pass ---
 
@@ -60,6 +63,8 @@ class PrunedStep:
         """
         context: Any = get_forward_context()
         context.slot_mapping = {**context.slot_mapping, **self.batch.others_slots}
+        # It marks rows of the padded batch. Experts would take it for marks of the rows that they get here.
+        context.is_padding = None
         with self.stack.running.set_to(self):
             positions, hidden = positions[: self.batch.num_tokens], inputs_embeds[: self.batch.num_tokens]
             hidden, residual = self._shallow(positions, hidden)
@@ -143,6 +148,10 @@ class PrunedStep:
             states = [self._whole_state(chunk, hidden, residual) for chunk in complete]
             scores = prompt_scores(self.stack.attention(self.stack.scoring_layers[0]), complete, states)
             self.survivors = survivors_of_l1(complete, scores)
+            self._retains = any(survivors.retained for survivors in self.survivors)
+            if self.survivors:
+                self._rows_changed()
+                self._writes.after_l1(self.survivors)
             if not was_deferred:
                 index = torch.cat([self.batch.others, *(s.positions + s.chunk.start for s in self.survivors)])
                 return ops.gather(index, hidden, residual, positions)
@@ -162,12 +171,22 @@ class PrunedStep:
         scores = survivor_scores(self.stack.attention(layer), self.survivors, self.batch.num_others, query, key)
         rows = prune_l2(self.survivors, scores)
         self._writes.write_waiting(self.survivors, sizes)
-        self._l2_has_chosen = True
+        self._writes.after_l2(self.survivors)
+        self._retains = False
+        self._rows_changed()
         return rows
 
     def _at_l3(self) -> list[torch.Tensor]:
         """Prune at L3. Returns what `_at_l2` does."""
-        return prune_l3(self.survivors)
+        rows = prune_l3(self.survivors)
+        self._writes.after_l3()
+        self._rows_changed()
+        return rows
+
+    def _rows_changed(self) -> None:
+        """After a pruning layer: where each prompt's rows start, for all layers until the next."""
+        ends = np.cumsum([0, *(survivors.size for survivors in self.survivors)], dtype=np.int32)
+        self._starts = async_tensor_h2d(ends, self.batch.others.device)
 
     def _gathered(self, prune: Callable[[], list[torch.Tensor]], rows: Rows) -> Rows:
         """Prune, and gather the rows that go on."""
@@ -197,18 +216,22 @@ class PrunedStep:
         n = self.batch.num_others
         out = torch.empty_like(query)
         if self.survivors:
-            k = key.view(-1, layer.num_kv_heads, layer.head_size)
-            v = value.view(-1, layer.num_kv_heads, layer.head_size)
+            k = key[n:].view(-1, layer.num_kv_heads, layer.head_size)
+            v = value[n:].view(-1, layer.num_kv_heads, layer.head_size)
             # Before the others attend: one of them may have hit a block of text that a prompt publishes in
             # this very step.
-            self._writes.write(layer, self.survivors, k, v, before_l2=not self._l2_has_chosen)
+            self._writes.write(layer, k, v, waits=self._retains)
+            lengths = [survivors.size for survivors in self.survivors]
             ops.causal_attention(
                 query[n:].view(-1, layer.num_heads, layer.head_size),
-                k[n:],
-                v[n:],
-                [survivors.size for survivors in self.survivors],
+                k,
+                v,
+                lengths,
+                self._starts,
+                max(lengths),
                 layer.impl.scale,
                 out[n:].view(-1, layer.num_heads, layer.head_size),
+                layer.dense,
             )
         if n:
             out[:n] = Attention.forward(layer, query[:n], key[:n], value[:n])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from metok_vllm.compression.ordering import true_indices
 from metok_vllm.compression.retention import retain, retained_count
@@ -74,7 +75,9 @@ def survivors_of_l1(chunks: Sequence[PromptChunk], scores: Sequence[Sequence[tor
         return []
     # The one read of the device in a pruned prompt's prefill: how many tokens survive, which sizes everything
     # after.
-    totals = torch.stack([torch.stack([c.after_l1.sum(), c.after_l2.sum()]) for c in counts]).tolist()
+    sums = torch.stack([torch.stack([c.after_l1.sum(), c.after_l2.sum()]) for c in counts])
+    with gpu_sync_allowed():
+        totals = sums.tolist()
     videos = [VideoCounts(c, *total) for c, total in zip(counts, totals, strict=True)]
     kept = _select(
         [score for of_prompt in scores for score in of_prompt],

@@ -1,12 +1,17 @@
-"""METok's step path reads the device once in a video request's prefill, and never while decoding."""
+"""METok's step path reads the device once in a video request's prefill, and never while decoding;
+no copy to the device makes the host wait.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from metok_vllm.worker import ops
-from tests.support.guards.host_reads import reads_by_metok
+from tests.support.guards.host_reads import waits_of_metok
 from tests.support.harness import Case, Engine, engine
 from tests.support.oracle import assert_same
 from tests.support.oracle.samples import load_sample, scene_video
@@ -14,10 +19,7 @@ from tests.support.oracle.samples import load_sample, scene_video
 ON_THE_HOST = {
     "video_plan.py:from_tensor tolist",  # the plan stays on the host (`keep_on_cpu`)
     "base.py:_fit __int__",  # so does the length of the question
-    "requests.py:create nonzero",  # a new request's layout, made on the host
-    "requests.py:<genexpr> __int__",
-    "attn_metadata.py:others_metadata __int__",  # vLLM keeps bounds of the lengths on the host
-    "requests.py:create numpy",
+    "attn_metadata.py:others_metadata numpy",  # vLLM keeps bounds of the lengths on the host
 }
 """Reads of tensors that never were on the device."""
 
@@ -35,13 +37,32 @@ def cases() -> list[Case]:
 
 def check(running: Engine) -> None:
     asked = cases()
-    with reads_by_metok() as found:
+    with waits_of_metok() as found:
         answers = running.run(asked)
     pruned = 2
     assert 1 <= found.pop(THE_READ) <= pruned, "prompts that end in one step share the read"
     assert set(found) <= ON_THE_HOST, found
     for case, answer in zip(asked, answers, strict=True):
         assert_same(running.oracle(case), answer, 1e-3)
+
+
+def read(index: torch.Tensor) -> None:
+    assert int(index.sum()) >= 0
+
+
+def copy_from_a_list(index: torch.Tensor) -> None:
+    torch.tensor([0, 1], device=index.device)
+
+
+def copy_from_pageable_memory(index: torch.Tensor) -> None:
+    torch.ones(index.shape[0], dtype=torch.int64).to(index.device, non_blocking=True)
+
+
+def meet(index: torch.Tensor) -> None:
+    index.index_select(0, torch.arange(1))
+
+
+FAULTS: list[Callable[[torch.Tensor], None]] = [read, copy_from_a_list, copy_from_pageable_memory, meet]
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
@@ -52,13 +73,14 @@ def test_one_read_in_a_prefill_and_none_in_decoding(
     monkeypatch.setenv(ops.VARIABLE, kernels)
     with engine(sample, max_num_batched_tokens=64, max_num_seqs=8) as running:
         check(running)
-        # The finder finds: the same run with an operation that reads must be caught.
+        # The finder finds: the same run with an operation that waits must be caught.
         original = ops.gather
+        for fault in FAULTS if kernels == "torch" else FAULTS[:1]:
 
-        def peeking(index: torch.Tensor, *tensors: torch.Tensor) -> object:
-            assert int(index.sum()) >= 0
-            return original(index, *tensors)
+            def waiting(index: torch.Tensor, *tensors: Any, fault: Any = fault) -> object:
+                fault(index)
+                return original(index, *tensors)
 
-        monkeypatch.setattr(ops, "gather", peeking)
-        with pytest.raises(AssertionError, match=r"step\.py:_gathered"):
-            check(running)
+            monkeypatch.setattr(ops, "gather", waiting)
+            with pytest.raises(AssertionError, match=r"step\.py:_(gathered|at_l1)"):
+                check(running)

@@ -54,6 +54,8 @@ def test_forced_kernels_equal_the_oracle(
         Case((), "No video here.", max_tokens=8),
     ]
     with engine(sample, max_num_batched_tokens=64, max_num_seqs=8) as running:
+        assert set(launches) == set(KERNELS), "the warm-up has launched each of them"
+        launches.clear()
         for case, answer in zip(asked, running.run(asked), strict=True):
             assert_same(running.oracle(case), answer, 1e-3)
         running.check_drained()

@@ -113,8 +113,8 @@ def test_blocks_are_what_the_text_needs(running: Engine) -> None:
     first, _second, third = expected.prune_layers or (0, 0, 0)
     text = len(expected.kv_positions[-1]) if third < len(expected.kv_positions) else len(expected.kv_positions[first])
     prompt = len(answer.prompt_ids)
-    size = running.block_size
     for manager, held in zip(running.managers, seen[0], strict=True):
+        size = manager.block_size
         tokens = text if isinstance(manager, DeepKVManager) else prompt
         assert held == -(-tokens // size), f"{type(manager).__name__} holds {held} blocks for {tokens} tokens"
     assert prompt > 2 * text, "the video must dominate for this to say something"

@@ -58,7 +58,7 @@ def test_chunks_do_not_change_the_answer(chunked: Engine) -> None:
 def cramped(sample: Sample) -> Iterator[Engine]:
     """A pool too small for all requests at once."""
     with engine(
-        sample, max_model_len=640, max_num_batched_tokens=256, max_num_seqs=8, num_gpu_blocks_override=170
+        sample, max_model_len=640, max_num_batched_tokens=256, max_num_seqs=8, num_gpu_blocks_override=62
     ) as started:
         yield started
 

@@ -73,8 +73,9 @@ class Engine:
         return self.core.model_executor.driver_worker.worker.model_runner
 
     @property
-    def block_size(self) -> int:
-        return int(self.managers[0].block_size)
+    def prefix_unit(self) -> int:
+        """Hits in the prefix cache are multiples of so many tokens: whole blocks of every group."""
+        return int(self.scheduler.block_size)
 
     def check_drained(self) -> None:
         """Nothing of any finished request is left: blocks, slot counts, buffers, tables."""

@@ -1,5 +1,6 @@
-"""Two things that Triton's interpreter cannot do with vLLM's sampling kernels,
-either of which would end the engine.
+"""What Triton's interpreter cannot do with vLLM's kernels, or takes too long for.
+
+Two things in the sampling kernels would end the engine:
 
 - Structured output: the interpreter's comparisons keep the type of their operands beside boolean data, and
   `create_splat` makes numbers of such a scalar, which a store then refuses as a mask. Spreading what is
@@ -8,7 +9,11 @@ either of which would end the engine.
   number. vLLM has the same operation in torch, which it takes itself where there is no Triton; it takes its
   place.
 
-Both are done when the module concerned is imported, and only in the interpreter (`TRITON_INTERPRET=1`).
+And one makes every step slow: block tables and slots take a program a KV cache group and request, about four
+milliseconds each, which is most of a small model's step. Torch operations do the same in well under one.
+`METOK_CPU_BLOCK_TABLES=triton` keeps the kernels.
+
+All are done when the module concerned is imported, and only in the interpreter (`TRITON_INTERPRET=1`).
 """
 
 from __future__ import annotations
@@ -44,9 +49,58 @@ def sample_by_torch(kernels: Any) -> None:
     kernels.apply_top_k_top_p_triton = apply_top_k_top_p_triton
 
 
+def block_tables_by_torch(block_table: Any) -> None:
+    """Give `BlockTables` of `vllm.v1.worker.gpu.block_table` torch operations for its two kernels of a step.
+
+    Both write what the kernels write, but for the entries of a block table behind a request's last block:
+    nothing reads those.
+    """
+    import torch
+
+    pad = block_table.PAD_SLOT_ID
+    gather, compute = block_table.BlockTables.gather_block_tables, block_table.BlockTables.compute_slot_mappings
+
+    def keeps_kernels(out: Any) -> bool:
+        # Where a caller brings buffers of its own, the kernels are asked.
+        return os.environ.get("METOK_CPU_BLOCK_TABLES") == "triton" or out is not None
+
+    def gather_block_tables(
+        tables: Any, idx_mapping: Any, num_reqs_padded: int, out: Any = None, out_ptrs: Any = None
+    ) -> Any:
+        if keeps_kernels(out):
+            return gather(tables, idx_mapping, num_reqs_padded, out, out_ptrs)
+        rows = idx_mapping.to(torch.int64)
+        count = rows.shape[0]
+        for source, target in zip(tables.block_tables, tables.input_block_tables, strict=True):
+            target[:count] = source.gpu[rows]
+            target[count:num_reqs_padded] = 0
+        return tuple(table[:num_reqs_padded] for table in tables.input_block_tables)
+
+    def compute_slot_mappings(
+        tables: Any, idx_mapping: Any, query_start_loc: Any, positions: Any, num_tokens_padded: int, out: Any = None
+    ) -> Any:
+        if keeps_kernels(out) or tables.cp_size != 1 or not all(tables._slot_mapping_enabled):
+            return compute(tables, idx_mapping, query_start_loc, positions, num_tokens_padded, out)
+        rows = idx_mapping.to(torch.int64)
+        starts = query_start_loc[: rows.shape[0] + 1].to(torch.int64)
+        row_of_token = torch.repeat_interleave(rows, starts.diff())
+        tokens = row_of_token.shape[0]
+        at = positions[:tokens]
+        slots = tables.slot_mappings
+        for i, (table, size) in enumerate(zip(tables.block_tables, tables.block_sizes, strict=True)):
+            blocks = table.gpu[row_of_token.clamp(min=0), at // size].to(torch.int64)
+            slots[i, :tokens] = torch.where(row_of_token < 0, pad, blocks * size + at % size)
+        slots[:, tokens:] = pad
+        return slots[:, :num_tokens_padded]
+
+    block_table.BlockTables.gather_block_tables = gather_block_tables
+    block_table.BlockTables.compute_slot_mappings = compute_slot_mappings
+
+
 MENDED: dict[str, Callable[[Any], None]] = {
     "triton.runtime.interpreter": spread_scalars_as_they_are,
     "vllm.v1.sample.ops.topk_topp_triton": sample_by_torch,
+    "vllm.v1.worker.gpu.block_table": block_tables_by_torch,
 }
 
 

@@ -1,7 +1,7 @@
 """Which slot of a deep KV group each token of a step owns, and how many slots each request owns."""
 
-from metok_kernels.deep_slots.launch import deep_slots
-from metok_kernels.deep_slots.reference import reference, slot_index
-from metok_kernels.deep_slots.tables import PAD_SLOT, DeepGroups, SpanTables
+from metok_kernels.deep_slots.groups import PAD_SLOT, DeepGroups
+from metok_kernels.deep_slots.launch import deep_slots, slots_at
+from metok_kernels.deep_slots.reference import reference, reference_slots_at
 
-__all__ = ["PAD_SLOT", "DeepGroups", "SpanTables", "deep_slots", "reference", "slot_index"]
+__all__ = ["PAD_SLOT", "DeepGroups", "deep_slots", "reference", "reference_slots_at", "slots_at"]

@@ -1,62 +1,63 @@
-"""The slot index, seq_lens and slots, on the host, one token at a time. This is the definition."""
+"""Sequence lengths and slots on the host, one token at a time. This is the definition."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from metok_kernels.deep_slots.tables import PAD_SLOT, DeepGroups, SpanTables
+from metok_kernels.deep_slots.groups import PAD_SLOT, DeepGroups
 
 
-def slot_index(position: int, spans: Sequence[tuple[int, int, int]]) -> int:
-    """How many of a prompt's first `position` tokens own a slot, for spans (start, length, retained).
-
-    Text owns one slot a token. A span owns `retained`, and for counting they lie at its front: the indices
-    `slot_index(start) .. slot_index(start) + retained - 1` are the span's, whichever of its tokens were
-    retained, and the text after it goes on from `slot_index(start) + retained`. So the slot index grows by 0
-    or 1 a token, and no two owners share a slot. A request's KV order is free, since rotation has been
-    applied before the cache is written.
-    """
-    owned = position
-    for start, length, retained in spans:
-        before = min(max(position - start, 0), length)
-        owned -= before - min(before, max(retained, 0))
-    return owned
+def slot_of(table: torch.Tensor, row: int, index: int, block_size: int) -> int:
+    """The slot with index `index` of the request in row `row`; PAD_SLOT below 0 and past the table."""
+    page, offset = divmod(index, block_size)
+    return int(table[row, page]) * block_size + offset if 0 <= page < table.shape[1] else PAD_SLOT
 
 
 def reference(
     groups: DeepGroups,
-    spans: SpanTables,
-    num_computed: torch.Tensor,
+    shift: torch.Tensor,
+    state_row: torch.Tensor,
+    total: torch.Tensor,
     query_start: torch.Tensor,
     seq_lens: torch.Tensor,
     slot_mapping: torch.Tensor,
-    *,
-    span_row: torch.Tensor | None = None,
-    table_row: torch.Tensor | None = None,
 ) -> None:
     """Same arguments and effect as `deep_slots`. Reads everything on the host."""
-    seq_lens.zero_()
-    slot_mapping.fill_(PAD_SLOT)
     starts = query_start.tolist()
-    for row, computed in enumerate(num_computed.tolist()):
-        request = row if span_row is None else int(span_row[row])
-        table_at = row if table_row is None else int(table_row[row])
-        if not (0 <= request < spans.begin.shape[0] and 0 <= table_at < groups.tables[0].shape[0]):
-            continue
-        owned = slice(int(spans.begin[request]), int(spans.end[request]))
-        columns = (spans.start[owned], spans.length[owned], spans.retained[owned])
-        triples = list(zip(*(column.tolist() for column in columns), strict=True))
-        length = starts[row + 1] - starts[row]
-        for group, (table, block_size) in enumerate(zip(groups.tables, groups.block_sizes, strict=True)):
-            known = [(start, size, retained * groups.retains[group]) for start, size, retained in triples]
-            seq_lens[group, row] = slot_index(computed + length, known)
+    for table, block_size, kind, slot_row in zip(
+        groups.tables, groups.block_sizes, groups.kinds, groups.slot_rows, strict=True
+    ):
+        seq_lens[kind].zero_()
+        slot_mapping[slot_row].fill_(PAD_SLOT)
+        for row, state in enumerate(state_row.tolist()):
+            if not 0 <= state < shift.shape[1]:
+                continue
+            owned = int(total[row]) - int(shift[kind, state])
+            seq_lens[kind, row] = owned
+            length = starts[row + 1] - starts[row]
             for token in range(length):
-                position = computed + token
-                if any(start <= position < start + size for start, size, _ in known):
-                    continue
-                page, offset = divmod(slot_index(position, known), block_size)
-                if page < table.shape[1]:
-                    slot = int(table[table_at, page]) * block_size + offset
-                    slot_mapping[group, starts[row] + token] = slot
+                slot = slot_of(table, row, owned - length + token, block_size)
+                slot_mapping[slot_row, starts[row] + token] = slot
+
+
+def reference_slots_at(
+    groups: DeepGroups,
+    shift: torch.Tensor,
+    state_row: torch.Tensor,
+    positions: torch.Tensor,
+    tokens: torch.Tensor,
+) -> torch.Tensor:
+    """Same arguments and result as `slots_at`. Reads everything on the host."""
+    out = torch.full((len(groups), tokens.shape[1]), PAD_SLOT, dtype=torch.int64, device=tokens.device)
+    states, of_token = state_row.tolist(), positions.tolist()
+    for i, (row, token, index) in enumerate(tokens.T.tolist()):
+        if not 0 <= row < len(states):
+            continue
+        if token >= 0 and not (token < len(of_token) and 0 <= states[row] < shift.shape[1]):
+            continue
+        for group, (table, block_size, kind) in enumerate(
+            zip(groups.tables, groups.block_sizes, groups.kinds, strict=True)
+        ):
+            own = index if token < 0 else of_token[token] - int(shift[kind, states[row]])
+            out[group, i] = slot_of(table, row, own, block_size)
+    return out

@@ -22,30 +22,20 @@ def frame_mean_kernel(
     tl.store(p_mean + frame * width + o_d, tl.div_rn(tl.sum(b_sum, axis=0), tokens.to(tl.float32)), mask=m_d)
 
 
-@triton.jit(do_not_specialize=["frames", "videos"])
-def adjacent_cosine_kernel(
-    p_mean, p_cu_frames, p_similarity, frames, videos, width, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr
-):  # fmt: skip
-    """similarity[i] = cos(mean[i], mean[i + 1]), or +inf at the last frame of each video. Grid (frames,)."""
+@triton.jit
+def adjacent_cosine_kernel(p_mean, p_similarity, width, BLOCK_D: tl.constexpr):
+    """similarity[i] = cos(mean[i], mean[i + 1]). Grid (frames - 1,)."""
     frame = tl.program_id(0).to(tl.int64)
-    ends_here = tl.zeros([BLOCK_V], tl.int32)
-    for first in range(0, videos, BLOCK_V):
-        o_v = first + tl.arange(0, BLOCK_V)
-        b_end = tl.load(p_cu_frames + (o_v.to(tl.int64) + 1), mask=o_v < videos, other=-1)
-        ends_here += (b_end == frame + 1).to(tl.int32)
-    if (tl.sum(ends_here) > 0) | (frame + 1 >= frames):
-        tl.store(p_similarity + frame, float("inf"))
-    else:
-        b_dot = tl.zeros([BLOCK_D], tl.float32)
-        b_here = tl.zeros([BLOCK_D], tl.float32)
-        b_next = tl.zeros([BLOCK_D], tl.float32)
-        for first in range(0, width, BLOCK_D):
-            o_d = first + tl.arange(0, BLOCK_D)
-            o = frame * width + o_d
-            b_a = tl.load(p_mean + o, mask=o_d < width, other=0.0)
-            b_b = tl.load(p_mean + (o + width), mask=o_d < width, other=0.0)
-            b_dot += b_a * b_b
-            b_here += b_a * b_a
-            b_next += b_b * b_b
-        norm = tl.maximum(tl.sqrt_rn(tl.sum(b_here)), 1e-12) * tl.maximum(tl.sqrt_rn(tl.sum(b_next)), 1e-12)
-        tl.store(p_similarity + frame, tl.div_rn(tl.sum(b_dot), norm))
+    b_dot = tl.zeros([BLOCK_D], tl.float32)
+    b_here = tl.zeros([BLOCK_D], tl.float32)
+    b_next = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, width, BLOCK_D):
+        o_d = first + tl.arange(0, BLOCK_D)
+        o = frame * width + o_d
+        b_a = tl.load(p_mean + o, mask=o_d < width, other=0.0)
+        b_b = tl.load(p_mean + (o + width), mask=o_d < width, other=0.0)
+        b_dot += b_a * b_b
+        b_here += b_a * b_a
+        b_next += b_b * b_b
+    norm = tl.maximum(tl.sqrt_rn(tl.sum(b_here)), 1e-12) * tl.maximum(tl.sqrt_rn(tl.sum(b_next)), 1e-12)
+    tl.store(p_similarity + frame, tl.div_rn(tl.sum(b_dot), norm))

@@ -17,14 +17,7 @@ def _take(source: torch.Tensor, index: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def reference(
-    index: torch.Tensor,
-    hidden: torch.Tensor,
-    residual: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    index: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Same arguments and result as `gather_rows`. Copies, so exact in any dtype."""
-    return (
-        _take(hidden, index, 0),
-        None if residual is None else _take(residual, index, 0),
-        None if positions is None else _take(positions, index, positions.dim() - 1),
-    )
+    return _take(hidden, index, 0), _take(residual, index, 0), _take(positions, index, positions.dim() - 1)

@@ -12,12 +12,12 @@ import triton.language as tl
 
 @triton.jit
 def order_keys(b_score):
-    """uint32 keys in the order of the scores: -0 is +0, and a NaN is above infinity (as in torch.sort)."""
+    """uint32 keys in the order of the scores (docs/method.md section 2): -0.0 is 0.0, NaN minus infinity."""
     b_score = tl.where(b_score == 0.0, 0.0, b_score)
+    b_score = tl.where(b_score != b_score, float("-inf"), b_score)
     b_bits = b_score.to(tl.uint32, bitcast=True)
     negative = (b_bits >> 31) != 0
-    b_key = tl.where(negative, b_bits ^ 0xFFFFFFFF, b_bits ^ 0x80000000)
-    return tl.where(b_score != b_score, tl.full(b_key.shape, 0xFFFFFFFF, tl.uint32), b_key)
+    return tl.where(negative, b_bits ^ 0xFFFFFFFF, b_bits ^ 0x80000000)
 
 
 @triton.jit
@@ -28,31 +28,32 @@ def load_block(p_score, start, offset, length, BLOCK: tl.constexpr):
     return order_keys(tl.load(p_score + (start + o), mask=m, other=0.0)), m
 
 
-@triton.jit(do_not_specialize=["num_events", "capacity"])
+@triton.jit(
+    do_not_specialize=["num_events", "size"],
+    do_not_specialize_on_alignment=["p_score", "p_length", "p_keep"],
+)
 def select_kernel(
-    p_score, p_cu_events, p_keep, p_index, p_cu_kept, num_events, capacity,
-    BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
+    p_score, p_length, p_keep, p_index, num_events, size, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr
 ):  # fmt: skip
-    """Grid (events + 1). The last program writes the total and fills the rest of the indices with -1."""
+    """Grid (events + 1). The last program fills the rest of the indices with -1."""
     event = tl.program_id(0).to(tl.int64)
-    written = tl.zeros([BLOCK_E], tl.int64)
+    b_before = tl.zeros([BLOCK_E], tl.int64)
+    b_written = tl.zeros([BLOCK_E], tl.int64)
     for first in range(0, event, BLOCK_E):
         o_event = first + tl.arange(0, BLOCK_E).to(tl.int64)
-        m_event = o_event < event
-        b_length = tl.load(p_cu_events + (o_event + 1), mask=m_event, other=0)
-        b_length -= tl.load(p_cu_events + o_event, mask=m_event, other=0)
-        b_keep = tl.load(p_keep + o_event, mask=m_event, other=0)
-        written += tl.minimum(tl.maximum(b_keep, 0), b_length).to(tl.int64)
-    base = tl.sum(written)
-    tl.store(p_cu_kept + event, base.to(tl.int32))
+        b_length = tl.load(p_length + o_event, mask=o_event < event, other=0).to(tl.int64)
+        b_keep = tl.load(p_keep + o_event, mask=o_event < event, other=0).to(tl.int64)
+        b_before += b_length
+        b_written += tl.minimum(tl.maximum(b_keep, 0), b_length)
+    start = tl.sum(b_before)
+    base = tl.sum(b_written)
     if event == num_events:
-        for offset in range(base, capacity, BLOCK):
+        for offset in range(base, size, BLOCK):
             o = offset + tl.arange(0, BLOCK).to(tl.int64)
-            tl.store(p_index + o, tl.full([BLOCK], -1, tl.int64), mask=o < capacity)
+            tl.store(p_index + o, tl.full([BLOCK], -1, tl.int64), mask=o < size)
         return
 
-    start = tl.load(p_cu_events + event).to(tl.int64)
-    length = (tl.load(p_cu_events + (event + 1)).to(tl.int64) - start).to(tl.int32)
+    length = tl.load(p_length + event).to(tl.int32)
     keep = tl.minimum(tl.maximum(tl.load(p_keep + event), 0), length).to(tl.int32)
     if keep == 0:
         return
@@ -89,6 +90,6 @@ def select_kernel(
         chosen = (m & ((b_key > threshold) | ((tie != 0) & (tie_rank < ties_wanted)))).to(tl.int32)
         o_out = base + kept + tl.cumsum(chosen, 0) - chosen
         o_token = start + offset + tl.arange(0, BLOCK)
-        tl.store(p_index + o_out, o_token, mask=(chosen != 0) & (o_out < capacity))
+        tl.store(p_index + o_out, o_token, mask=(chosen != 0) & (o_out < size))
         ties_seen += tl.sum(tie)
         kept += tl.sum(chosen)

@@ -5,76 +5,56 @@ from __future__ import annotations
 import torch
 
 from metok_kernels.checks import INDEX, expect, require
-from metok_kernels.launch import Launch, power_of_two
+from metok_kernels.launch import Launch
 from metok_kernels.select_per_event.kernel import select_kernel
 
-LARGEST_BLOCK = 4096
-"""Keys that one program holds in registers: 8 a thread."""
+BLOCK = 2048
+"""Keys that one program holds in registers, 8 a thread. One size for events of any length: a size for each
+would be a variant for each."""
 
 
-def prepare(
-    scores: torch.Tensor,
-    cu_events: torch.Tensor,
-    keep: torch.Tensor,
-    *,
-    max_length: int,
-    capacity: int | None = None,
-) -> tuple[Launch, torch.Tensor, torch.Tensor]:
-    """Check the arguments of `select_per_event`; returns its launch, the indices and the counts it fills."""
+def prepare(scores: torch.Tensor, lengths: torch.Tensor, keep: torch.Tensor, total: int) -> tuple[Launch, torch.Tensor]:
+    """Check the arguments of `select_per_event`; returns its launch and the indices it fills."""
     device = scores.device
     expect("scores", scores, (None,), (torch.float32,), device)
-    expect("keep", keep, (None,), INDEX, device)
-    events = keep.shape[0]
-    expect("cu_events", cu_events, (events + 1,), INDEX, device)
-    require(max_length >= 0, "max_length must not be negative")
-    require(capacity is None or capacity >= 0, "capacity must not be negative")
-    size = scores.shape[0] if capacity is None else capacity
-    index = torch.empty(size, dtype=torch.int64, device=device)
-    cu_kept = torch.empty(events + 1, dtype=torch.int32, device=device)
-    block = min(max(power_of_two(max_length), 128), LARGEST_BLOCK)
+    expect("lengths", lengths, (None,), INDEX, device)
+    events = lengths.shape[0]
+    expect("keep", keep, (events,), INDEX, device)
+    require(total >= 0, "total must not be negative")
+    index = torch.empty(total, dtype=torch.int64, device=device)
     launch = Launch(
         select_kernel,
         (events + 1, 1, 1),
         {
-            "p_score": scores, "p_cu_events": cu_events, "p_keep": keep,
-            "p_index": index, "p_cu_kept": cu_kept, "num_events": events, "capacity": size,
+            "p_score": scores, "p_length": lengths, "p_keep": keep, "p_index": index,
+            "num_events": events, "size": total,
         },
-        {"BLOCK": block, "BLOCK_E": 1024},
-        num_warps=min(max(block // 256, 4), 16),
+        {"BLOCK": BLOCK, "BLOCK_E": 1024},
+        num_warps=8,
     )  # fmt: skip
-    return launch, index, cu_kept
+    return launch, index
 
 
-def select_per_event(
-    scores: torch.Tensor,
-    cu_events: torch.Tensor,
-    keep: torch.Tensor,
-    *,
-    max_length: int,
-    capacity: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the `keep[e]` highest-scored tokens of each event,
-    ties to the lowest index (docs/method.md section 2).
+def select_per_event(scores: torch.Tensor, lengths: torch.Tensor, keep: torch.Tensor, total: int) -> torch.Tensor:
+    """Choose the `keep[e]` highest-scored tokens of each event, ties to the lowest index
+    (docs/method.md section 2).
 
-    Deterministic, exact, and without a host read: how many were chosen stays on the device, in the second
-    result. Events of several videos or requests go into one call. A run of tokens that is always kept (text
-    between videos) may be passed as an event with `keep` >= its length: the result then is the survivors in
-    order.
+    Deterministic, exact, and without a host read. Events of several videos or requests go into one call.
 
     Args:
-        scores: [tokens] float32, higher = kept. NaN counts as above infinity, so that counts stay exact.
-        cu_events: [events + 1] int, cumulative lengths; an event may be empty.
+        scores: [tokens] float32, event after event; higher = kept. NaN counts as minus infinity and -0.0 as
+            0.0, so NaN is chosen last, but chosen where `keep` asks for it.
+        lengths: [events] int, tokens of each event; an event may be empty. They sum up to `tokens`.
         keep: [events] int; taken as 0 below 0 and as the event's length above it.
-        max_length: host guess of the longest event, for the block size: it changes speed, never the result.
-        capacity: rows of the first result, `tokens` by default; a known bound on what is kept saves memory.
+        total: rows of the result, the sum of `keep` as the host knows it. More are cut off.
 
     Returns:
-        index: [capacity] int64, indices into `scores`, ascending, event after event, then -1 to the end.
-        cu_kept: [events + 1] int32, cumulative counts: `cu_events` of the next pruning layer.
+        [total] int64, ascending indices into `scores`, event after event, then -1 to the end.
 
-    Cost: reads 4 bytes a token (again from L1/L2: 3 times, or 34 where an event exceeds the block of at most
-    4096 tokens), writes 8 bytes a row of `capacity`. No FLOPs.
+    Raises TypeError or ValueError for wrong dtypes, shapes or devices.
+    Cost: reads 4 bytes a token (again from L1/L2: 3 times, or 34 where an event exceeds 2048 tokens), writes
+    8 bytes a row of the result. No FLOPs.
     """
-    launch, index, cu_kept = prepare(scores, cu_events, keep, max_length=max_length, capacity=capacity)
+    launch, index = prepare(scores, lengths, keep, total)
     launch.run()
-    return index, cu_kept
+    return index

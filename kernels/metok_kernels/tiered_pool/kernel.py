@@ -14,30 +14,32 @@ def tap(p_frame, o_y, o_x, o_d, m, stride_y, stride_x):
 
 
 @triton.jit
-def source(o_out, size_in: tl.constexpr, size_out):
+def source(o_out, size_in, size_out):
     """(lower cell, upper cell, weight of the upper) of bilinear resizing with corners not aligned."""
-    scale = tl.div_rn(tl.full([], size_in, tl.float32), size_out.to(tl.float32))
+    scale = tl.div_rn(size_in.to(tl.float32), size_out.to(tl.float32))
     b = tl.maximum((o_out.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
     o_low = tl.minimum(b.to(tl.int32), size_in - 1)
     return o_low, tl.minimum(o_low + 1, size_in - 1), b - o_low.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["frames", "separators", "total"])
+@triton.jit(
+    do_not_specialize=["frames", "separators", "total", "height", "columns", "blocks"],
+    do_not_specialize_on_alignment=["p_stride", "p_offset", "p_separator", "p_separator_offset"],
+)
 def tiered_pool_kernel(
     p_x, p_stride, p_offset, p_separator, p_separator_offset, p_out,
-    stride_frame, stride_y, stride_x, frames, separators, total, width,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    BILINEAR: tl.constexpr, HAS_SEPARATOR: tl.constexpr, TAPS: tl.constexpr,
+    stride_frame, stride_y, stride_x, frames, separators, total, width, height, columns, blocks,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BILINEAR: tl.constexpr, HAS_SEPARATOR: tl.constexpr,
+    TAPS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (frames * BLOCKS + blocks of separators, blocks of D). TAPS loads are in flight at a time."""
+    """Grid (frames * blocks + blocks of separators, blocks of D). TAPS loads are in flight at a time."""
     program = tl.program_id(0)
     o_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < width
-    frame = program // BLOCKS
+    frame = program // blocks
     if frame >= frames:
         if HAS_SEPARATOR:
-            o_s = (program - frames * BLOCKS) * BLOCK_T + tl.arange(0, BLOCK_T)
+            o_s = (program - frames * blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
             m_s = o_s < separators
             o_row = tl.load(p_separator_offset + o_s.to(tl.int64), mask=m_s, other=-1).to(tl.int64)
             m_row = (o_row >= 0) & (o_row < total)
@@ -49,12 +51,12 @@ def tiered_pool_kernel(
 
     s = tl.maximum(tl.load(p_stride + frame.to(tl.int64)), 1).to(tl.int32)
     if BILINEAR:
-        size_y = (HEIGHT + s - 1) // s
-        size_x = (WIDTH + s - 1) // s
+        size_y = (height + s - 1) // s
+        size_x = (columns + s - 1) // s
     else:
-        size_y = tl.maximum(HEIGHT // s, 1)
-        size_x = tl.maximum(WIDTH // s, 1)
-    first = (program % BLOCKS) * BLOCK_T
+        size_y = tl.maximum(height // s, 1)
+        size_x = tl.maximum(columns // s, 1)
+    first = (program % blocks) * BLOCK_T
     if first >= size_y * size_x:
         return
     o_t = first + tl.arange(0, BLOCK_T)
@@ -64,8 +66,8 @@ def tiered_pool_kernel(
     o_x = o_t % size_x
     p_frame = p_x + frame.to(tl.int64) * stride_frame
     if BILINEAR:
-        o_y0, o_y1, b_wy = source(o_y, HEIGHT, size_y)
-        o_x0, o_x1, b_wx = source(o_x, WIDTH, size_x)
+        o_y0, o_y1, b_wy = source(o_y, height, size_y)
+        o_x0, o_x1, b_wx = source(o_x, columns, size_x)
         b_00 = tap(p_frame, o_y0, o_x0, o_d, m, stride_y, stride_x)
         b_01 = tap(p_frame, o_y0, o_x1, o_d, m, stride_y, stride_x)
         b_10 = tap(p_frame, o_y1, o_x0, o_d, m, stride_y, stride_x)
@@ -75,8 +77,8 @@ def tiered_pool_kernel(
         b_lower = b_10 * (1.0 - b_wx) + b_11 * b_wx
         b = b_upper * (1.0 - b_wy) + b_lower * b_wy
     else:
-        window_y = tl.minimum(s, HEIGHT)
-        window_x = tl.minimum(s, WIDTH)
+        window_y = tl.minimum(s, height)
+        window_x = tl.minimum(s, columns)
         cells = window_y * window_x
         b = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         for start in range(0, cells, TAPS):

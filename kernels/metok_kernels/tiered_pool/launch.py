@@ -39,8 +39,8 @@ def prepare(
         expect("separator_offset", separator_offset, (None,), INDEX, device)
         separators = separator_offset.shape[0]
     out = torch.empty(total, channels, dtype=frames.dtype, device=device)
-    rows, columns = pooled_grid(height, width, min_stride, mode)
-    blocks = ceil_div(rows * columns, BLOCK_TOKENS)
+    pooled_rows, pooled_columns = pooled_grid(height, width, min_stride, mode)
+    blocks = ceil_div(pooled_rows * pooled_columns, BLOCK_TOKENS)
     block_d = min(max(power_of_two(channels), 16), 128)
     launch = Launch(
         tiered_pool_kernel,
@@ -50,9 +50,10 @@ def prepare(
             "p_separator_offset": separator_offset, "p_out": out, "stride_frame": frames.stride(0),
             "stride_y": frames.stride(1), "stride_x": frames.stride(2),
             "frames": count, "separators": separators, "total": total, "width": channels,
+            "height": height, "columns": width, "blocks": blocks,
         },
         {
-            "HEIGHT": height, "WIDTH": width, "BLOCKS": blocks, "BLOCK_T": BLOCK_TOKENS, "BLOCK_D": block_d,
+            "BLOCK_T": BLOCK_TOKENS, "BLOCK_D": block_d,
             "BILINEAR": mode == "bilinear", "HAS_SEPARATOR": separator is not None, "TAPS": 4,
         },
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from metok_vllm.contract.settings import RequestSettings
-from metok_vllm.contract.spans import VideoSpan
+from metok_vllm.contract.spans import VideoSpan, retained_bound
 from metok_vllm.contract.video_plan import VideoPlan, plan_video
 from metok_vllm.models.base import MetokModel
 from metok_vllm.scheduler.slot_counts import SlotCounts
@@ -62,7 +62,7 @@ def _report(sample: Sample, plan: VideoPlan, tags: VideoTags, patch: pytest.Monk
     nothing = torch.zeros(0, dtype=torch.int64)
     request_id = f"{REQUEST_ID}-0123abcd"
     request = PrunedRequest(request_id, counts.prompt_len, (span,), nothing, nothing, nothing.numpy(), (0,), [tags])
-    request.result = PruningResult(plan.tokens, plan.most_after_l1, plan.most_after_l2, counts.retained_bound)
+    request.result = PruningResult(plan.tokens, plan.most_after_l1, plan.most_after_l2, retained_bound(counts.spans))
     config: Any = SimpleNamespace(
         model_config=SimpleNamespace(
             hf_config=SimpleNamespace(),

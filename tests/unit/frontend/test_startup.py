@@ -5,6 +5,8 @@ No engine is started.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         f"{NO}micro-batching: remove --enable-dbo and --ubatch-size.",
     ),
     "micro-batches": ({"ubatch_size": 2}, f"{NO}micro-batching: remove --enable-dbo and --ubatch-size."),
+    "attention backend": (
+        {"attention_backend": "FLASHINFER"},
+        f"{NO}the attention backend FLASHINFER: use FLASH_ATTN or TRITON_ATTN in --attention-backend.",
+    ),
+    "attention backend, by the config": (
+        {"attention_config": {"backend": "FLEX_ATTENTION"}},
+        f"{NO}the attention backend FLEX_ATTENTION: use FLASH_ATTN or TRITON_ATTN in --attention-backend.",
+    ),
+    "attention backend, by kind": (
+        {"attention_config": {"backend": "FLASH_ATTN", "backend_per_kind": {"full_attention": "FLASHINFER"}}},
+        f"{NO}the attention backend FLASHINFER: use FLASH_ATTN or TRITON_ATTN in --attention-config.",
+    ),
     "other worker extension": (
         {"worker_extension_cls": "somebody.Else"},
         "METok needs its own worker extension, which METok sets itself: remove --worker-extension-cls.",
@@ -99,6 +113,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "METok needs chunks of 3 tokens or more: raise --long-prefill-token-threshold.",
     ),
 }
+
+EXPERTS = (
+    "METok does not support a mixture of experts with data or expert parallelism: "
+    "use --tensor-parallel-size instead of --data-parallel-size and --enable-expert-parallel."
+)
+ROUTED_EXPERTS = (
+    "METok cannot return the experts of pruned tokens, which have none: remove --enable-return-routed-experts."
+)
 
 
 def refusal(make_config: Make, **kwargs: Any) -> str:
@@ -147,9 +169,8 @@ def test_every_flag_that_a_sentence_names_exists() -> None:
     parser = FlexibleArgumentParser(prog="vllm")  # type: ignore[no-untyped-call]
     ServeSubcommand().subparser_init(parser.add_subparsers())
     known = parser._subparsers._group_actions[0].choices["serve"]._option_string_actions  # type: ignore[union-attr]
-    named = {
-        word.rstrip(".:") for _, sentence in REFUSED.values() for word in sentence.split() if word.startswith("--")
-    }
+    sentences = [*(sentence for _, sentence in REFUSED.values()), EXPERTS, ROUTED_EXPERTS]
+    named = {word.rstrip(".:") for sentence in sentences for word in sentence.split() if word.startswith("--")}
     assert len(named) > 15
     assert named <= set(known)
 
@@ -183,6 +204,37 @@ def test_another_implementation_of_the_model(make_config: Make) -> None:
     """vLLM itself refuses, before METok is asked: its Transformers backend has no class of METok's name."""
     with pytest.raises(ValueError, match=f"Cannot find model module. '{METOK}' is not a registered model in the"):
         make_config(model_impl="transformers")
+
+
+@pytest.fixture(scope="module")
+def mixture(checkpoint: Path) -> Path:
+    """The config of the tiny checkpoint with a mixture of experts for its language model."""
+    folder = checkpoint.parent / "mixture"
+    folder.mkdir()
+    config = json.loads((checkpoint / "config.json").read_text())
+    text = config["text_config"]
+    text.update(
+        architectures=["Qwen2MoeForCausalLM"], model_type="qwen2_moe", num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=text["intermediate_size"], shared_expert_intermediate_size=text["intermediate_size"],
+    )  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in checkpoint.iterdir():
+        if file.name != "config.json":
+            os.symlink(file, folder / file.name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"data_parallel_size": 2}, EXPERTS),
+        ({"tensor_parallel_size": 2, "enable_expert_parallel": True}, EXPERTS),
+        ({"enable_return_routed_experts": True}, ROUTED_EXPERTS),
+    ],
+)
+def test_a_mixture_of_experts(make_config: Make, mixture: Path, arguments: dict[str, Any], sentence: str) -> None:
+    assert make_config(model=str(mixture), tensor_parallel_size=2).model_config.is_moe
+    assert refusal(make_config, model=str(mixture), **arguments) == sentence
 
 
 # --- the settings ---
@@ -302,6 +354,13 @@ def test_prompts_that_one_step_always_takes(make_config: Make, arguments: dict[s
         {"scheduling_policy": "priority"},
         {"mm_processor_cache_gb": 0},
         {"limit_mm_per_prompt": {"video": 2}},
+        {"data_parallel_size": 2},
+        {"attention_backend": "auto"},
+        {"attention_backend": "FLASH_ATTN"},
+        {"attention_backend": "TRITON_ATTN"},
+        {"attention_backend": "CPU_ATTN"},
+        {"attention_config": {"backend_per_kind": {"sliding_window": "FLASHINFER"}}},
+        {"attention_config": {"flash_attn_version": 2}},
     ],
 )
 def test_served(make_config: Make, arguments: dict[str, Any]) -> None:

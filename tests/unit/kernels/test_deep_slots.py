@@ -1,188 +1,228 @@
-"""`deep_slots` against its reference, and the reference against a plain simulation of ownership."""
+"""`deep_slots` and `slots_at` against their references, and the references against a plain simulation."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from metok_kernels.deep_slots import PAD_SLOT, DeepGroups, SpanTables, deep_slots, reference, slot_index
+from metok_kernels.deep_slots import (
+    PAD_SLOT,
+    DeepGroups,
+    deep_slots,
+    reference,
+    reference_slots_at,
+    slots_at,
+)
 
 from tests.support.kernels.common import cumulative, few_examples, ints
 
-Spans = list[tuple[int, int, int]]
+KINDS = (0, 1, 1)
+SIZES = (16, 32, 5)
+SLOT_ROWS = (1, 2, 4)
 
-
-@st.composite
-def span_lists(draw: st.DrawFn) -> Spans:
-    """Spans in prompt order without overlap, some touching, some retaining nothing or everything."""
-    spans, position = [], 0
-    for _ in range(draw(st.integers(0, 20))):
-        start = position + draw(st.integers(0, 5))
-        length = draw(st.integers(1, 9))
-        spans.append((start, length, draw(st.sampled_from([0, 1, length // 2, length]))))
-        position = start + length
-    return spans
-
-
-request_rows = st.tuples(span_lists(), st.integers(0, 90), st.integers(0, 70))
-"""(spans, computed tokens, query length) of one batch row."""
-
-
-def tables(requests: list[Spans], device: torch.device) -> SpanTables:
-    flat = [span for spans in requests for span in spans]
-    columns = [torch.tensor([span[i] for span in flat], dtype=torch.int32, device=device) for i in range(3)]
-    cu = cumulative((len(spans) for spans in requests), device)
-    return SpanTables(*columns, cu[:-1].contiguous(), cu[1:].contiguous())
+requests = st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(0, 60), st.integers(0, 70))
+"""(shift of kind 0, shift of kind 1, tokens computed behind the shift, query length) of one batch row."""
 
 
 def groups(rows: int, width: int, device: torch.device) -> DeepGroups:
     gen = torch.Generator().manual_seed(rows)
-    sizes = (16, 32)
-    blocks = [torch.randperm(rows * width, generator=gen).view(rows, width).int().to(device) for _ in sizes]
-    return DeepGroups(blocks, sizes, (True, False))
+    tables = [torch.randperm(rows * width, generator=gen).view(rows, width).int().to(device) for _ in SIZES]
+    return DeepGroups(tables, SIZES, KINDS, SLOT_ROWS)
 
 
-def run(
-    operation: object,
-    known: DeepGroups,
-    spans: SpanTables,
-    computed: list[int],
-    lengths: list[int],
-    device: torch.device,
-    **rows: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(seq_lens, slot_mapping), written over rubbish."""
-    seq_lens = torch.full((len(known), len(computed) + 3), -77, dtype=torch.int32, device=device)
-    slots = torch.full((len(known), sum(lengths) + 9), -77, dtype=torch.int64, device=device)
-    operation(  # type: ignore[operator]
-        known, spans, ints(*computed, device=device), cumulative(lengths, device), seq_lens, slots, **rows
+def step(
+    rows: list[tuple[int, int, int, int]], state_row: list[int], device: torch.device, index: torch.dtype = torch.int32
+) -> tuple[torch.Tensor, ...]:
+    """`shift`, `state_row`, `total` and `query_start` of one step."""
+    shift = torch.full((2, max(state_row) + 4), 99, dtype=torch.int32, device=device)
+    for row, (first, second, _, _) in zip(state_row, rows, strict=True):
+        if row >= 0:
+            shift[:, row] = ints(first, second, device=device)
+    total = ints(*(max(a, b) + computed + length for a, b, computed, length in rows), device=device)
+    return (
+        shift,
+        torch.tensor(state_row, dtype=index, device=device),
+        total,
+        cumulative((row[3] for row in rows), device),
     )
+
+
+def run(operation: Any, known: DeepGroups, *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(seq_lens, slot_mapping), written over rubbish."""
+    batch, tokens = arguments[1].shape[0], int(arguments[3][-1])
+    device = arguments[0].device
+    seq_lens = torch.full((3, batch + 3), -77, dtype=torch.int32, device=device)
+    slots = torch.full((6, tokens + 9), -77, dtype=torch.int64, device=device)
+    operation(known, *arguments, seq_lens, slots)
     return seq_lens, slots
 
 
-def assert_same(*arguments: object, **rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    actual = run(deep_slots, *arguments, **rows)  # type: ignore[arg-type]
-    expected = run(reference, *arguments, **rows)  # type: ignore[arg-type]
+def assert_same(known: DeepGroups, *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    actual, expected = run(deep_slots, known, *arguments), run(reference, known, *arguments)
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
     return actual
 
 
 @few_examples
-@given(spans=span_lists(), tail=st.integers(0, 20))
-def test_slot_index_counts_owners(spans: Spans, tail: int) -> None:
-    """Owners before a position, when the first `retained` tokens of a span are taken as its owners."""
-    length = (spans[-1][0] + spans[-1][1] if spans else 0) + tail
-    owners = [
-        all(not start <= p < start + size or p - start < retained for start, size, retained in spans)
-        for p in range(length)
-    ]
-    assert [slot_index(p, spans) for p in range(length + 1)] == [sum(owners[:p]) for p in range(length + 1)]
+@given(rows=st.lists(requests, min_size=1, max_size=4), index=st.sampled_from([torch.int32, torch.int64]))
+def test_matches_reference(rows: list[tuple[int, int, int, int]], index: torch.dtype, device: torch.device) -> None:
+    order = list(reversed(range(len(rows))))
+    assert_same(groups(len(rows) + 2, 12, device), *step(rows, order, device, index))
 
 
-@few_examples
-@given(requests=st.lists(request_rows, min_size=1, max_size=4))
-def test_matches_reference(requests: list[tuple[Spans, int, int]], device: torch.device) -> None:
-    known = groups(len(requests), 12, device)
-    spans = tables([request[0] for request in requests], device)
-    computed = [request[1] for request in requests]
-    assert_same(known, spans, computed, [request[2] for request in requests], device)
-
-
-def test_every_text_token_owns_one_slot_and_every_retained_one_too(device: torch.device) -> None:
-    """Slots of the text and indices of the retained tokens together are `seq_lens` different slots."""
-    spans: Spans = [(3, 20, 7), (23, 40, 0), (70, 5, 5)]
-    known, length = groups(1, 12, device), 100
-    seq_lens, slots = assert_same(known, tables([spans], device), [0], [length], device)
-    text = slots[0, :length][slots[0, :length] != PAD_SLOT].tolist()
-    indices = [slot_index(start, spans) + i for start, _, retained in spans for i in range(retained)]
-    retained = [int(known.tables[0][0, r // 16]) * 16 + r % 16 for r in indices]
-    assert len(text) == length - 65
-    assert len(retained) == 12
-    assert len({*text, *retained}) == int(seq_lens[0, 0]) == length - 65 + 12
-    assert int(seq_lens[1, 0]) == length - 65  # the other group retains nothing
-
-
-def test_chunks_and_decode_steps_continue_one_request(device: torch.device) -> None:
-    spans: Spans = [(5, 60, 11)]
-    known, table = groups(1, 12, device), tables([[(5, 60, 11)]], device)
-    _, whole = assert_same(known, table, [0], [90], device)
-    pieces = []
-    for computed, length in ((0, 7), (7, 50), (57, 20), (77, 12), (89, 1)):
-        seq_lens, slots = assert_same(known, table, [computed], [length], device)
-        assert int(seq_lens[0, 0]) == slot_index(computed + length, spans)
-        pieces.append(slots[:, :length])
-    assert torch.equal(torch.cat(pieces, dim=1), whole[:, :90])
-
-
-def test_padding_rows_and_rows_in_any_order(device: torch.device) -> None:
-    """A mixed step: prefill, decode, text only, padding row; tables indexed by state row."""
-    known = groups(6, 12, device)
-    spans = tables([[(2, 30, 4)], [], [(0, 16, 16), (20, 3, 0)], [(1, 1, 0)]], device)
-    rows = {"span_row": ints(2, 0, 1, -1, device=device), "table_row": ints(5, 0, 3, -1, device=device)}
-    seq_lens, slots = assert_same(known, spans, [10, 64, 0, 9], [40, 1, 17, 4], device, **rows)
-    assert seq_lens[:, 3:].tolist() == [[0] * 4] * 2
-    assert (slots[:, 58:] == PAD_SLOT).all()
-    assert (slots[:, 40:58] != PAD_SLOT).all()  # a decode token and a text-only prompt
-
-
-def test_persistent_span_table(device: torch.device) -> None:
-    """A table with room for 4 spans a request gives what the packed one gives."""
-    requests: list[Spans] = [[(2, 30, 4)], [(0, 16, 16), (20, 3, 0)]]
-    packed, room = tables(requests, device), 4
-    persistent = SpanTables(*(torch.full((8,), 999, dtype=torch.int32, device=device) for _ in range(3)),
-                            ints(0, room, device=device), ints(1, room + 2, device=device))  # fmt: skip
-    for request, spans in enumerate(requests):
-        for index, span in enumerate(spans):
-            columns = persistent.start, persistent.length, persistent.retained
-            for column, value in zip(columns, span, strict=True):
-                column[request * room + index] = value
+def test_each_group_and_kind_has_its_own_row_and_no_other_is_touched(device: torch.device) -> None:
+    """Slots of a decode token by hand, and rows of nobody as they were."""
     known = groups(2, 12, device)
-    expected = run(deep_slots, known, packed, [0, 3], [50, 30], device)
-    actual = run(deep_slots, known, persistent, [0, 3], [50, 30], device)
-    assert torch.equal(actual[0], expected[0])
-    assert torch.equal(actual[1], expected[1])
+    seq_lens, slots = assert_same(known, *step([(30, 40, 5, 1)], [3], device))
+    assert seq_lens.tolist() == [[16, 0, 0, 0], [6, 0, 0, 0], [-77] * 4]
+    for group, (row, size, index) in enumerate(zip(SLOT_ROWS, SIZES, (15, 5, 5), strict=True)):
+        block = int(known.tables[group][0, index // size])
+        assert slots[row].tolist() == [block * size + index % size] + [PAD_SLOT] * 9
+    assert (slots[[0, 3, 5]] == -77).all()
+
+
+def test_decode_steps_continue_one_request(device: torch.device) -> None:
+    """Steps of any length after the prompt own the slots that one long step would."""
+    known = groups(1, 12, device)
+    _, whole = assert_same(known, *step([(7, 20, 3, 57)], [0], device))
+    pieces, computed = [], 3
+    for length in (1, 1, 40, 15):
+        seq_lens, slots = assert_same(known, *step([(7, 20, computed, length)], [0], device))
+        computed += length
+        assert seq_lens[1, 0] == computed
+        pieces.append(slots[:, :length])
+    assert torch.equal(torch.cat(pieces, dim=1)[list(SLOT_ROWS)], whole[list(SLOT_ROWS), :57])
+
+
+def test_padding_rows_and_rows_of_state_in_any_order(device: torch.device) -> None:
+    """A mixed step: a prompt's chunk, a decode, a request without pruned tokens, two padding rows."""
+    known = groups(6, 12, device)
+    rows = [(0, 0, 10, 40), (9, 30, 8, 1), (0, 0, 0, 17), (5, 5, 0, 4), (5, 5, 0, 2)]
+    seq_lens, slots = assert_same(known, *step(rows, [5, 0, 3, -1, 100], device)[:1], *step(rows, [5, 0, 3, -1, -1],
+                                  device)[1:])  # fmt: skip
+    assert seq_lens[:2, 3:].tolist() == [[0] * 5] * 2
+    own = slots[list(SLOT_ROWS)]
+    assert (own[:, 58:] == PAD_SLOT).all()
+    assert (own[:2, 40:58] != PAD_SLOT).all()
+
+
+def test_a_padded_batch_may_bring_longer_tensors(device: torch.device) -> None:
+    """`total` and `query_start` as vLLM pads them for a graph; `slot_mapping` and `seq_lens` are views."""
+    known = groups(4, 12, device)
+    shift, state_row, total, query_start = step([(3, 4, 5, 6), (0, 0, 9, 1)], [1, 0], device)
+    expected = run(deep_slots, known, shift, state_row, total, query_start)
+    padded = torch.cat([total, ints(0, 0, device=device)]), torch.cat([query_start, ints(7, 7, device=device)])
+    room_lens = torch.full((3, 40), -77, dtype=torch.int32, device=device)
+    room_slots = torch.full((6, 50), -77, dtype=torch.int64, device=device)
+    deep_slots(known, shift, state_row, *padded, room_lens[:, :5], room_slots[:, :16])
+    assert torch.equal(room_lens[:, :5], expected[0])
+    assert torch.equal(room_slots[:, :16], expected[1])
+    assert (room_lens[:, 5:] == -77).all()
+    assert (room_slots[:, 16:] == -77).all()
 
 
 def test_slots_past_the_table_are_padding(device: torch.device) -> None:
-    known = groups(1, 2, device)  # 32 slots in group 0, 64 in group 1
-    _, slots = assert_same(known, tables([[]], device), [0], [40], device)
-    assert (slots[0, 32:] == PAD_SLOT).all()
-    assert (slots[1, :40] != PAD_SLOT).all()
+    known = groups(1, 2, device)  # 32 slots in the first group, 64 in the second, 10 in the third
+    _, slots = assert_same(known, *step([(0, 0, 0, 40)], [0], device))
+    assert (slots[1, 32:] == PAD_SLOT).all()
+    assert (slots[2, :40] != PAD_SLOT).all()
+    assert (slots[4, 10:] == PAD_SLOT).all()
 
 
 def test_slots_past_2_to_the_31(device: torch.device) -> None:
     table = ints(2**28, 2**30, device=device)[None]
-    known = DeepGroups([table], [16], [False])
-    seq_lens, slots = assert_same(known, tables([[]], device), [0], [20], device)
+    known = DeepGroups([table], [16], [0])
+    shift, state_row, total, query_start = step([(0, 0, 0, 20)], [0], device)
+    seq_lens, slots = run(deep_slots, known, shift, state_row, total, query_start)
     assert slots[0, 3].item() == 2**32 + 3
     assert slots[0, 19].item() == 2**34 + 3
     assert int(seq_lens[0, 0]) == 20
+    tokens = torch.tensor([[0, 0], [-1, 19], [3, 0]], dtype=torch.int32, device=device)
+    at = slots_at(known, shift, state_row, torch.arange(20, device=device), tokens)
+    assert at.tolist() == [[2**32 + 3, 2**34 + 3]]
 
 
-def test_outputs_are_written_in_place(device: torch.device) -> None:
-    """The buffers' addresses never change: a captured graph replays over them."""
-    known, spans = groups(2, 12, device), tables([[(2, 30, 4)], []], device)
-    seq_lens = torch.zeros(2, 2, dtype=torch.int32, device=device)
-    slots = torch.zeros(2, 8, dtype=torch.int64, device=device)
-    addresses = seq_lens.data_ptr(), slots.data_ptr()
-    for computed in (40, 41):
-        step = ints(computed, computed, device=device), cumulative((1, 1), device)
-        deep_slots(known, spans, *step, seq_lens, slots)
-        assert seq_lens[0].tolist() == [slot_index(computed + 1, [(2, 30, 4)]), computed + 1]
-    assert (seq_lens.data_ptr(), slots.data_ptr()) == addresses
+@st.composite
+def named_tokens(draw: st.DrawFn) -> list[tuple[int, int, int]]:
+    """(batch row, row in the batch or -1, slot index), some of which do not exist."""
+    one = st.tuples(st.integers(-2, 5), st.integers(-1, 40), st.integers(-3, 400))
+    return draw(st.lists(one, min_size=0, max_size=140))
+
+
+@few_examples
+@given(tokens=named_tokens(), index=st.sampled_from([torch.int32, torch.int64]))
+def test_slots_at_matches_reference(
+    tokens: list[tuple[int, int, int]], index: torch.dtype, device: torch.device
+) -> None:
+    known = groups(6, 12, device)
+    shift, state_row, _, _ = step(
+        [(3, 4, 5, 6), (0, 0, 9, 1), (20, 30, 0, 9), (1, 1, 1, 1)], [1, 0, 2, -1], device, index
+    )
+    positions = torch.arange(30, dtype=index, device=device) + 11
+    given_tokens = torch.tensor(tokens, dtype=torch.int32, device=device).view(-1, 3).T.contiguous()
+    arguments = known, shift, state_row, positions, given_tokens
+    assert torch.equal(slots_at(*arguments), reference_slots_at(*arguments))
+
+
+def test_slots_at_equals_deep_slots_by_position_and_by_index(device: torch.device) -> None:
+    """Every token of a step, named by its row in the batch and by its slot index, in another order."""
+    known = groups(3, 12, device)
+    shift, state_row, total, query_start = step([(7, 20, 3, 9), (0, 0, 11, 5)], [1, 0], device)
+    seq_lens, slots = run(deep_slots, known, shift, state_row, total, query_start)
+    positions = torch.cat([torch.arange(23, 32), torch.arange(11, 16)]).to(device)
+    order = torch.tensor([13, 0, 5, 9, 8, 1])
+    rows = (order >= 9).int()
+    by_position = torch.stack([rows, order.int(), torch.full_like(rows, -5)]).to(device)
+    expected = slots[list(SLOT_ROWS)][:, order.to(device)]
+    assert torch.equal(slots_at(known, shift, state_row, positions, by_position), expected)
+    for kind, group in ((0, 0), (1, 2)):
+        index = positions[order] - shift[kind][state_row.long()[rows.long()]].to(positions.device)
+        assert int(index.max()) < int(seq_lens[kind].max())
+        by_index = torch.stack([rows.to(device), torch.full_like(rows, -1).to(device), index.int()])
+        assert torch.equal(slots_at(known, shift, state_row, positions, by_index)[group], expected[group])
+
+
+def test_no_token_is_no_launch(device: torch.device) -> None:
+    known = groups(1, 2, device)
+    shift, state_row, _, _ = step([(0, 0, 0, 1)], [0], device)
+    none = torch.empty(3, 0, dtype=torch.int32, device=device)
+    assert slots_at(known, shift, state_row, torch.zeros(0, dtype=torch.int64, device=device), none).shape == (3, 0)
 
 
 def test_refusals(device: torch.device) -> None:
-    known, spans = groups(2, 4, device), tables([[], []], device)
-    step = ints(0, 0, 0, device=device), cumulative((1, 1, 1), device)
-    out = torch.zeros(2, 3, device=device).int(), torch.zeros(2, 9, device=device).long()
-    with pytest.raises(ValueError, match="without span_row, the table needs 3 requests and has 2"):
-        deep_slots(known, spans, *step, *out)
-    with pytest.raises(ValueError, match="seq_lens has 1 columns for 3 requests"):
-        deep_slots(known, spans, *step, out[0][:, :1], out[1])
-    with pytest.raises(TypeError, match="slot_mapping is int32, expected int64"):
-        deep_slots(known, spans, *step, out[0], out[1].int())
-    with pytest.raises(ValueError, match="differ"):
-        DeepGroups(known.tables, [16], [True, True])
+    known = groups(2, 4, device)
+    shift, state_row, total, query_start = step([(0, 0, 1, 1)] * 2, [0, 1], device)
+    out = torch.zeros(2, 3, dtype=torch.int32, device=device), torch.zeros(5, 9, dtype=torch.int64, device=device)
+    good = [known, shift, state_row, total, query_start, *out]
+
+    def refused(position: int, value: Any, message: str, error: type[Exception] = ValueError) -> None:
+        arguments = list(good)
+        arguments[position] = value
+        with pytest.raises(error, match=message):
+            deep_slots(*arguments)
+
+    deep_slots(*good)
+    refused(1, shift[:1], "shift has 1 rows for 2 kinds")
+    refused(1, shift.long(), "shift is int64, expected int32", TypeError)
+    refused(2, ints(0, 0, 1, device=device), "total has 2 entries for 3 requests")
+    refused(4, query_start[:2], "query_start has 2 entries, 2 requests need one more")
+    refused(5, out[0][:1], "seq_lens has 1 rows, 2 needed")
+    refused(5, out[0][:, :1], "seq_lens has 1 columns for 2 requests")
+    refused(6, out[1][:4], "slot_mapping has 4 rows, 5 needed")
+    refused(0, groups(1, 4, device), "the block tables have 1 rows for 2 requests")
+    with pytest.raises(TypeError, match="tokens is int64, expected int32"):
+        slots_at(known, shift, state_row, total, torch.zeros(3, 2, dtype=torch.int64, device=device))
+    table = ints(1, 2, device=device)[None]
+    for arguments, message in (
+        (([], [], []), "at least one deep group"),
+        (([table], [16, 16], [0]), "differ in length"),
+        (([table], [0], [0]), "at least one token"),
+        (([table], [16], [-1]), "not negative"),
+        (([table, table[:, :1].expand(2, 1).contiguous()], [16, 16], [0, 0]), "expected \\[1, any\\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DeepGroups(*arguments)  # type: ignore[arg-type]

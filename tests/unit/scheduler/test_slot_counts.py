@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metok_vllm.contract.spans import VideoSpan, pruned_spans
+from metok_vllm.contract.spans import VideoSpan, pruned_spans, retained_bound
 from metok_vllm.scheduler.slot_counts import SlotCounts
 from tests.support.fakes import Prompt, feature, plan
 
@@ -47,7 +47,7 @@ def test_slots_are_counted_token_by_token(prompt: Prompt) -> None:
     counts, owns = counts_of(prompt), owners(prompt, 5)
     survivors = sum(video.most_after_l2 for video in prompt.videos)
     retained = -(-survivors * prompt.videos[0].retention_micro // 1_000_000)
-    assert counts.retained_bound == retained
+    assert retained_bound(counts.spans) == retained
     assert counts.visual_tokens == sum(video.tokens for video in prompt.videos)
     for length in range(prompt.length + 6):
         text = sum(owns[:length])
@@ -64,7 +64,7 @@ def test_slots_never_shrink(prompt: Prompt, retains: bool) -> None:
     assert slots == sorted(slots)
     # The retained ones come all at once, with the last token of the prompt.
     jumps = [after - before for before, after in itertools.pairwise(slots)]
-    assert jumps[prompt.length - 1] == 1 + (counts.retained_bound if retains else 0)
+    assert jumps[prompt.length - 1] == 1 + (retained_bound(counts.spans) if retains else 0)
     assert set(jumps[: prompt.length - 1]) <= {0, 1}
     assert set(jumps[prompt.length :]) == {1}
 

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from metok_vllm.worker import model_state
 from metok_vllm.worker.memory import MemoryReserve, PruningMemory
 from metok_vllm.worker.model_state import MetokModelState
+from tests.support.fakes import kv_cache_config
 
 Make = Callable[..., Any]
 
@@ -78,6 +80,19 @@ def test_the_model_state_holds_and_releases(monkeypatch: pytest.MonkeyPatch) -> 
     reserve: Any = SimpleNamespace(hold=lambda: calls.append("hold"), release=lambda: calls.append("release"))
     object.__setattr__(state, "_reserve", reserve)
     assert state.dummy_inputs_embeds(3).shape == (3,)
+    slots: Any = SimpleNamespace(bind=lambda *_: calls.append("bind"))
+    for name, value in (("deep_slots", slots), ("warm_up", None), ("model", None), ("device", None)):
+        object.__setattr__(state, name, value)
+    monkeypatch.setattr(model_state, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(model_state.ModelShapes, "of", lambda model: model)
+    monkeypatch.setattr(model_state, "warm_up", lambda *_: calls.append("warm up") or "ready")
+    said: list[str] = []
+    monkeypatch.setattr(model_state.logger, "info", lambda line, *values: said.append(line % values))
     nothing: Any = None
-    state.initialize_kv_cache(nothing, nothing)
-    assert calls == ["hold", "release"]
+    for _ in range(2):  # vLLM comes twice where it measures the memory of CUDA graphs
+        state.initialize_kv_cache(kv_cache_config(10), nothing)
+    assert calls == ["hold", "bind", "release", "warm up", "bind", "release"]
+    assert said == [
+        "METok: 3 KV cache groups (1 layers for every token, blocks of 4 tokens; 1 layers for text and retained, "
+        "blocks of 4 tokens; 1 layers for text, blocks of 4 tokens), 0.0 % padding"
+    ]

@@ -1,0 +1,134 @@
+"""How many tokens a KV block holds, by kind of layer, so that three kinds need three KV cache groups.
+
+vLLM gives every group blocks of the same bytes, and decoding pays for each group: blocks to allocate, a
+block table, slots, attention metadata. With one block size for all layers it makes groups of as many layers
+as the smallest kind has (vllm/v1/core/kv_cache_utils.py, `_get_kv_cache_groups_uniform_page_size`): ten for
+28 layers pruned at 3, 10, 19. With block sizes in the inverse ratio of the layer counts one group a kind is
+enough (`_get_packed_kv_cache_groups`). That needs a physical layout with the blocks outermost.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+from metok_vllm.compression.selection import PruneLayers, prune_layers
+from metok_vllm.contract.kv_spec import EVERY_TOKEN, GROUP_KINDS, TEXT, TEXT_AND_RETAINED, GroupKind
+
+if TYPE_CHECKING:
+    from vllm.config import CacheConfig
+
+LARGEST_MULTIPLE = 10
+"""Most that the least common multiple of the block sizes may be, in blocks of `--block-size` tokens.
+
+vLLM finds prefixes in the cache by that multiple of tokens.
+"""
+
+
+def layers_by_kind(num_layers: int, layers: PruneLayers) -> dict[GroupKind, int]:
+    """How many layers of each kind a model has that is pruned before `layers`."""
+    first, _, third = layers
+    return {EVERY_TOKEN: first, TEXT_AND_RETAINED: third - first, TEXT: num_layers - third}
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """A KV cache group's blocks: how many layers share one, and for how many tokens."""
+
+    layers: int
+    tokens: int
+
+    @property
+    def area(self) -> int:
+        """Bytes of a block, in units of one token's KV in one layer."""
+        return self.layers * self.tokens
+
+
+def padding(shapes: Sequence[BlockShape]) -> Fraction:
+    """What a token that owns a slot in every layer takes beyond its own KV, as a share of it.
+
+    Blocks of all groups are as large as the largest.
+    """
+    widest = max(shape.area for shape in shapes)
+    own = sum(shape.layers for shape in shapes)
+    return sum((Fraction(widest, shape.tokens) for shape in shapes), Fraction(0)) / own - 1
+
+
+def block_multiples(counts: dict[GroupKind, int]) -> dict[GroupKind, int]:
+    """Block size of each kind, in blocks of `--block-size` tokens, for one group a kind.
+
+    The choice with the least padding, a text token's and a pruned one's (which owns slots in the layers below
+    L1 only) added up; among equals the one with the smallest least common multiple.
+
+    Args:
+        counts: layers of each kind; a kind without layers has no group and gets 1.
+    """
+    kinds = [kind for kind in GROUP_KINDS if counts[kind]]
+    sides = _best_sides(tuple(counts[kind] for kind in kinds))
+    return {**dict.fromkeys(GROUP_KINDS, 1), **dict(zip(kinds, sides, strict=True))}
+
+
+@lru_cache
+def _best_sides(counts: tuple[int, ...]) -> tuple[int, ...]:
+    def cost(sides: tuple[int, ...]) -> tuple[Fraction, int, int]:
+        shapes = [BlockShape(count, side) for count, side in zip(counts, sides, strict=True)]
+        pruned = Fraction(max(shape.area for shape in shapes), shapes[0].area) - 1
+        return padding(shapes) + pruned, math.lcm(*sides), sum(sides)
+
+    every = itertools.product(range(1, LARGEST_MULTIPLE + 1), repeat=len(counts))
+    return min((sides for sides in every if math.lcm(*sides) <= LARGEST_MULTIPLE), key=cost)
+
+
+def divides_evenly(counts: Sequence[int]) -> bool:
+    """Whether one group a kind needs no padding, within `LARGEST_MULTIPLE`."""
+    whole = math.lcm(*counts)
+    return math.lcm(*(whole // count for count in counts)) <= LARGEST_MULTIPLE
+
+
+def block_size(cache_config: CacheConfig, num_layers: int, layers: PruneLayers, kind: GroupKind) -> int:
+    """Tokens a block in a kind of layer.
+
+    Where an operator has chosen another layout than METok's (`VLLM_KV_CACHE_LAYOUT`), all kinds have vLLM's
+    block size, and the groups are as many as vLLM then makes. vLLM resolves that layout later than it asks
+    for block sizes.
+    """
+    size = int(cache_config.block_size)
+    if cache_config.kv_cache_layout is None or not cache_config.get_resolved_kv_cache_layout().is_block_outermost:
+        return size
+    return size * block_multiples(layers_by_kind(num_layers, layers))[kind]
+
+
+def chosen_layers(num_layers: int, wanted: PruneLayers | Literal["cheap"] | None) -> PruneLayers:
+    """The setting `prune_layers` for a model of `num_layers` layers.
+
+    Raises:
+        ValueError: the model has fewer than 3 layers, or not the layers that are wanted.
+    """
+    return cheap_layers(num_layers) if wanted == "cheap" else prune_layers(num_layers, wanted)
+
+
+def cheap_layers(num_layers: int) -> PruneLayers:
+    """The pruning layers nearest to the paper's scaled ones whose three groups have no padding.
+
+    L2 stays: the layers on its two sides share a kind. "Nearest" is the sum of both distances; among equals
+    the later ones, which prune less.
+
+    Raises:
+        ValueError: the model has fewer than 3 layers.
+    """
+    scaled = prune_layers(num_layers)
+    first, second, third = scaled
+    candidates = [
+        (l1, second, l3)
+        for l1 in range(1, second)
+        for l3 in range(second + 1, num_layers)
+        if divides_evenly((l1, l3 - l1, num_layers - l3))
+    ]
+    if not candidates:
+        return scaled
+    return min(candidates, key=lambda c: (abs(c[0] - first) + abs(c[2] - third), -c[0] - c[2]))

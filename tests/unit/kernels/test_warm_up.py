@@ -1,0 +1,152 @@
+"""What the warm-up compiles is what is compiled ahead of time, and what the operations launch at any size."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from metok_kernels.launch import Launch, recorded_launches
+from metok_kernels.specialisation import Key
+from metok_kernels.variants import IN_USE, Model, launches
+
+from metok_vllm.compression.pooling import PoolMode
+from metok_vllm.compression.tiers import TierQuota
+from metok_vllm.worker import ops
+from metok_vllm.worker import warm_up as module
+from metok_vllm.worker.warm_up import ModelShapes, WarmUp, warm_up
+from tests.support.kernels.common import few_examples
+
+SMALL = ModelShapes(
+    hidden=48, heads=6, kv_heads=2, head_dim=16, dtype=torch.float32, pool_mode="bilinear", separators=True
+)
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ops.VARIABLE, "triton")
+
+
+@pytest.fixture
+def unrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches are checked and recorded, and nothing runs."""
+    monkeypatch.setattr(Launch, "_start", lambda launch, device: None)
+
+
+def shapes_of(model: Model, dtype: torch.dtype) -> ModelShapes:
+    return ModelShapes(
+        model.hidden, model.heads, model.kv_heads, model.head_dim, dtype, model.mode, model.separators
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("unrun")
+@pytest.mark.parametrize(("model", "dtype"), IN_USE, ids=lambda value: getattr(value, "name", str(value)))
+def test_it_compiles_what_is_compiled_ahead_of_time(model: Model, dtype: torch.dtype, device: torch.device) -> None:
+    compiled_ahead = {launch.key for launch in launches(model, dtype)}
+    assert warm_up(shapes_of(model, dtype), device).variants == compiled_ahead
+
+
+def test_it_covers_every_kernel_and_says_so(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(module.logger, "info", lambda line, *values: lines.append(line % values))
+    done = warm_up(SMALL, device)
+    assert len({key.kernel for key in done.variants}) == 10
+    assert 0 < done.seconds < 600
+    assert lines == [f"METok: {len(done.variants)} kernel variants are ready, after {done.seconds:.1f} seconds"]
+
+
+def test_the_cache_update_of_each_deep_layer_sees_all_layouts_and_writes_nothing(device: torch.device) -> None:
+    """vLLM's own kernel may be compiled for each: strides and slots at multiples of 16 bytes, or not."""
+    seen: list[tuple[Any, ...]] = []
+
+    class Backend:
+        def do_kv_cache_update(self, layer: Any, key: Any, value: Any, cache: Any, slots: torch.Tensor) -> None:
+            assert key.shape == value.shape == (slots.shape[0], SMALL.kv_heads, SMALL.head_dim)
+            assert (slots == -1).all()
+            seen.append((cache, key.stride(0), value.stride(0), slots.data_ptr() % 16))
+
+    layers = tuple(SimpleNamespace(impl=Backend(), kv_cache=index) for index in range(2))
+    module._kv_writes(replace(SMALL, deep_layers=layers), device)
+    alone = SMALL.kv_heads * SMALL.head_dim
+    strides = alone + (SMALL.heads + SMALL.kv_heads) * SMALL.head_dim, alone
+    assert sorted(seen) == sorted(itertools.product(range(2), strides, strides, (0, 8)))
+
+
+def test_a_cpu_with_torch_operations_has_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ops.VARIABLE, "auto")
+    monkeypatch.setattr(module, "logger", None)
+    for operation in ("scores", "select", "gather", "event_similarity", "pool_video"):
+        monkeypatch.setattr(ops, operation, None)
+    assert warm_up(SMALL, torch.device("cpu")) == WarmUp(0.0, frozenset())
+
+
+@pytest.mark.parametrize("change", [{"hidden": 56}, {"head_dim": 18}, {"dtype": torch.bfloat16, "head_dim": 12}])
+def test_a_model_whose_rows_are_not_aligned_is_refused(change: dict[str, Any], device: torch.device) -> None:
+    with pytest.raises(ValueError, match="a hidden size that is a multiple of 16 and heads of a multiple of 16 bytes"):
+        warm_up(replace(SMALL, **change), device)
+
+
+def test_keys_have_two_variants_where_their_layouts_differ(device: torch.device) -> None:
+    """A row of one KV head of 24 is no multiple of 16, and the six heads that a projection makes are."""
+    shapes = replace(SMALL, heads=4, kv_heads=1, head_dim=24, dtype=torch.bfloat16)
+    kernels = [key.kernel for key in warm_up(shapes, device).variants]
+    assert kernels.count("partial_lse_kernel") == kernels.count("column_sum_kernel") == 2
+    kernels = [key.kernel for key in warm_up(replace(shapes, heads=2, kv_heads=2), device).variants]
+    assert kernels.count("partial_lse_kernel") == 1
+
+
+@pytest.mark.usefixtures("unrun")
+@few_examples
+@given(
+    frames=st.integers(1, 9),
+    side=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    rows=st.integers(1, 40),
+    alive=st.integers(0, 60),
+    offset=st.integers(0, 7),
+    strides=st.sampled_from([(1, 2, 4), (2, 4, 8), (3, 5, 7)]),
+    mode=st.sampled_from(["average", "bilinear"]),
+)
+def test_operations_at_any_size_launch_nothing_else(
+    frames: int,
+    side: tuple[int, int],
+    rows: int,
+    alive: int,
+    offset: int,
+    strides: tuple[int, int, int],
+    mode: PoolMode,
+    device: torch.device,
+) -> None:
+    """The functions of `worker/ops.py`, on slices that start anywhere."""
+    shapes = replace(SMALL, pool_mode=mode)
+    ready = warm_up(shapes, device).variants
+    with recorded_launches() as seen:
+        features = torch.randn(frames + offset, *side, shapes.hidden, device=device)[offset:]
+        ops.event_similarity(features.flatten(1, 2))
+        tiers = torch.arange(frames, device=device) % 3
+        quota = TierQuota(1, *(int((tiers == tier).sum()) for tier in range(3)))
+        event = torch.zeros(frames, dtype=torch.int64, device=device)
+        ops.pool_video(features, tiers, strides, quota, mode, torch.randn(shapes.hidden, device=device), event)
+
+        count = alive + rows
+        positions = torch.arange(offset + count, device=device)[offset:]
+        together = torch.randn(offset + count, 10, shapes.head_dim, device=device)[offset:]
+        query = torch.randn(rows + offset, shapes.heads, shapes.head_dim, device=device)[offset:]
+        values = ops.scores(query, together[:, 6:8], positions[:alive] - offset, positions[alive:], positions, 0.25)
+        ops.scores(query, together[:, 6:8].contiguous(), positions[:alive] - offset, positions[alive:], positions, 1)
+
+        lengths = torch.tensor([0, offset, alive, alive // 2], device=device)[2:]
+        chosen = ops.select(torch.cat([values, values[: alive // 2]]), lengths, lengths // 2, alive // 2 + alive // 4)
+        hidden = torch.randn(offset + 2 * count, shapes.hidden, device=device)[offset:]
+        ops.gather(chosen[1:], hidden, hidden.clone(), torch.arange(offset + 2 * count, device=device)[offset:])
+    assert seen <= ready, different(seen, ready)
+    assert {"frame_mean_kernel", "tiered_pool_kernel", "partial_lse_kernel"} <= {key.kernel for key in seen}
+
+
+def different(seen: set[Key], ready: frozenset[Key]) -> str:
+    """Which kernels were launched in a variant that was not ready, and in which."""
+    return "\n".join(map(str, sorted(seen - ready, key=str)))

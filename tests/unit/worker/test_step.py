@@ -1,0 +1,57 @@
+"""What a pruned step tells vLLM's layers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context
+
+from metok_vllm.worker.attention import RunningStep
+from metok_vllm.worker.batch import DecoderStack, PrunedBatch
+from metok_vllm.worker.step import PrunedStep
+from metok_vllm.worker.timing import PartTimes
+
+
+class Layer(nn.Module):
+    """Notes the mark of padding rows that experts would find."""
+
+    def __init__(self, seen: list[Any]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, positions: Any, hidden: torch.Tensor, residual: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seen.append(get_forward_context().is_padding)
+        return hidden, hidden if residual is None else residual
+
+
+def pruned_step(tokens: int, seen: list[Any]) -> PrunedStep:
+    layers = [Layer(seen) for _ in range(4)]
+    stack = DecoderStack(layers, nn.Identity(), (1, 2, 3), RunningStep(), PartTimes(torch.device("cpu")))
+    return PrunedStep(
+        stack, PrunedBatch([], tokens, torch.arange(tokens), {}, {}, torch.empty(2, 0, dtype=torch.int64), ())
+    )
+
+
+def test_experts_find_no_mark_of_other_rows() -> None:
+    """The mark is of the padded batch, and there are more or fewer rows from L1 up."""
+    seen: list[Any] = []
+    running: Any = pruned_step(3, seen)
+    running._at_l1 = lambda *_: (torch.zeros(9, 2), torch.zeros(9, 2), torch.arange(9))  # rows of earlier chunks
+    running._gathered = lambda _, rows: rows
+    running.stack.norm.forward = lambda hidden, residual: (hidden, residual)
+    context = ForwardContext({}, {}, {}, is_padding=torch.tensor([False, False, False, True]))
+    with override_forward_context(context):
+        running.run(torch.arange(4), torch.zeros(4, 2))
+    assert seen == [None] * 4
+
+
+def test_where_each_prompt_starts() -> None:
+    running: Any = pruned_step(0, [])
+    for sizes in ([7, 1, 12], [5, 1, 12]):
+        running.survivors = [SimpleNamespace(size=size) for size in sizes]
+        running._rows_changed()
+        assert running._starts.dtype == torch.int32
+        assert running._starts.tolist() == [0, sizes[0], sizes[0] + 1, sizes[0] + 13]
