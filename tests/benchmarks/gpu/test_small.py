@@ -56,7 +56,7 @@ def test_tables_hold_numbers(page: str) -> None:
     for concurrency in (1, 2):
         assert re.search(rf"^\| metok-paper \| {concurrency}( \| {figure}){{5}} \|$", page, re.MULTILINE)
     (fewer,) = re.findall(r"^\| Requests in the same KV memory \|.*\| ([\d.]+) times \|", page, re.MULTILINE)
-    assert float(fewer) > 2, "METok holds less KV, on any machine"
+    assert float(fewer) > 1, "METok holds less KV, on any machine"
     assert "not judged: no GPU" in page
     assert "| Decode step, 32 requests | shorter than stock's | not measured |" in page
 
