@@ -1,4 +1,6 @@
-"""The CPU build's torch operations for block tables and slots (`cpu/`) against vLLM's kernels in the interpreter."""
+"""The CPU build's torch operations for block tables and slots (`cpu/`)
+against vLLM's kernels in the interpreter.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,7 @@ def tables(seed: int) -> BlockTables:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_equal_the_kernels(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr("vllm.v1.worker.gpu.buffer_utils.is_uva_available", lambda: False)
     rng = np.random.default_rng(seed)
     batch = int(rng.integers(1, REQUESTS))
     rows = torch.from_numpy(rng.permutation(REQUESTS)[:batch])
