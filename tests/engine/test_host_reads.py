@@ -82,5 +82,5 @@ def test_one_read_in_a_prefill_and_none_in_decoding(
                 return original(index, *tensors)
 
             monkeypatch.setattr(ops, "gather", waiting)
-            with pytest.raises(AssertionError, match=r"step\.py:_(gathered|at_l1)"):
+            with pytest.raises(AssertionError, match=r"step\.py:_(gather|at_l1)"):
                 check(running)
