@@ -15,6 +15,7 @@ from metok_vllm.contract.spans import VideoSpan, retained_bound
 from metok_vllm.contract.video_plan import VideoPlan, plan_video
 from metok_vllm.models.base import MetokModel
 from metok_vllm.scheduler.slot_counts import SlotCounts
+from metok_vllm.worker import agreement
 from metok_vllm.worker import report as engine_report
 from metok_vllm.worker.requests import TAG_CHANNELS, PrunedRequest, PruningResult, VideoTags
 from metok_vllm.worker.timing import PartTimes
@@ -47,6 +48,7 @@ def real_report(sample: Sample, frames: NDArray[np.uint8], patch: pytest.MonkeyP
     events only (aligner "none"), as the endpoint sends it.
     """
     count = len(frames)
+    patch.setattr(agreement, "get_tp_group", lambda: SimpleNamespace(world_size=1))
     side = sample.model.config.vision_config.image_size // sample.model.config.vision_config.patch_size
     stock = count * (-(-side // 2)) ** 2 + 1
     stated = RequestSettings(report=True, **settings)
