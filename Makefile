@@ -1,5 +1,5 @@
 # Everything sets up .venv first, and only when something it is made from has changed.
-.PHONY: setup demo clip serve witness witness-engine test test-fast options soak accuracy accuracy-short lint
+.PHONY: setup demo clip serve witness witness-engine test test-fast options soak accuracy accuracy-short gpu-report lint
 export HF_HUB_OFFLINE ?= 1
 VENV := .venv/bin
 
@@ -47,6 +47,12 @@ accuracy accuracy-short: setup
 # make witness-engine [ARGS="..."]: the same model inside vLLM, each answer against the oracle
 witness witness-engine: setup
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/python -m benchmarks.$(subst -,.,$@) $(ARGS)
+
+# make gpu-report [MODEL=folder] [STAGES="..."]: all that a GPU can say of METok, in one report, out/gpu-report/report.md.
+# Runs with PYTHON (python3), which has vLLM for the GPU: pip install -e '.[gpu,dev]'. SMALL=1: the smallest form, on a CPU
+gpu-report: $(if $(SMALL),setup)
+	@$(if $(SMALL),$(VENV)/python,$(or $(PYTHON),python3)) -m benchmarks.gpu $(if $(SMALL),--small) \
+		$(if $(MODEL),--model "$(MODEL)") $(STAGES) $(ARGS)
 
 lint: setup
 	@$(VENV)/ruff check . && $(VENV)/ruff format --check . && $(VENV)/mypy

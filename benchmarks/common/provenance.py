@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import subprocess
@@ -39,6 +40,11 @@ def _checked_out(root: Path) -> str:
 
     short = git("rev-parse", "--short", "HEAD")
     return f"{short}-dirty" if git("status", "--porcelain", "--untracked-files=no") else short
+
+
+def timestamp() -> str:
+    """The time in UTC, as it stands in a result."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def versions() -> dict[str, str]:

@@ -5,6 +5,8 @@ and METok, on the same model, frames and prompts.
     python -m benchmarks.engine --small
     # A GPU; the published shapes, weights made up.
     python -m benchmarks.engine --model 7b --frames 64
+    # Later: one more variant into the same file, of the same workload on the same machine.
+    python -m benchmarks.engine --model 7b --frames 64 --variants metok-balanced --merge
     python -m benchmarks.engine --plot benchmarks/results/engine-7b.json
 
 Each variant runs in a process of its own, one after the other. Writes one JSON and two PNGs. See
@@ -14,7 +16,6 @@ benchmarks/README.md.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import shlex
@@ -26,10 +27,11 @@ from typing import Any
 
 from benchmarks.common.options import positive
 from benchmarks.common.paths import RESULTS, ROOT
-from benchmarks.common.provenance import conditions
+from benchmarks.common.provenance import conditions, timestamp
 from benchmarks.engine.conditions import CLIP, EXCLUDED, claim, file_decode
+from benchmarks.engine.merge import add, continued, mismatch
 from benchmarks.engine.models import BenchmarkModel, write_model
-from benchmarks.engine.report import plot, ratios, summarise
+from benchmarks.engine.report import plot, ratios, request_ms, summarise
 from benchmarks.engine.variants import NOT_IN_THE_RUN, Variant, prefill_budget, stock_tokens, variants
 
 
@@ -63,23 +65,20 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=positive, help="tokens to generate, 2 or more (64)")
     parser.add_argument("--repeats", type=positive, help="requests in the breakdown (5)")
     parser.add_argument("--videos", type=positive, default=4, help="different videos, used in turn (4)")
-    parser.add_argument("--variants", type=lambda text: text.split(","), help="only these, by name")
+    parser.add_argument("--variants", type=lambda text: text.split(","), help="only these, by name, in this order")
     parser.add_argument("--eager", action="store_true", help="no torch.compile, no CUDA graphs")
     parser.add_argument("--attention-backend", metavar="NAME", help="vLLM's --attention-backend")
     parser.add_argument("--kv-cache-dtype", metavar="DTYPE", help="vLLM's --kv-cache-dtype")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="vLLM's (0.9)")
     parser.add_argument(
-        "--engine", type=keywords, default={}, metavar="JSON", help="more keyword arguments of vllm.LLM"
+        "--engine-option", type=keywords, default={}, metavar="JSON", help="more keyword arguments of vllm.LLM"
     )
-    parser.add_argument(
-        "--one-engine",
-        action="store_true",
-        help="start no second, eager engine for the breakdown: take that of the eager run before it in --work, or none",
-    )
+    parser.add_argument("--no-breakdown", action="store_true", help="do not time the parts of a request")
     parser.add_argument("--clip", type=Path, default=CLIP, help="the file whose decoding is timed")
     parser.add_argument("--timeout", type=positive, default=1800, help="seconds for one process (1800)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmark", help="model folders and logs")
     parser.add_argument("--out", type=Path, help="JSON to write (benchmarks/results/engine-MODEL.json)")
+    parser.add_argument("--merge", action="store_true", help="keep the other variants that --out holds already")
     parser.add_argument("--no-plots", action="store_true", help="write the JSON alone; --plot draws later")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="draw an existing result and measure nothing")
     options = parser.parse_args(argv)
@@ -99,13 +98,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def engine_options(options: argparse.Namespace, model: BenchmarkModel, cuda: bool, eager: bool) -> dict[str, Any]:
-    """Keyword arguments of `vllm.LLM`, the same for every variant."""
+def engine_options(options: argparse.Namespace, model: BenchmarkModel, cuda: bool) -> dict[str, Any]:
+    """Keyword arguments of `vllm.LLM`, the same for every variant.
+
+    On a CPU the engine is eager, where `--engine-option` does not say otherwise.
+    """
     budget = prefill_budget(options.frames, model.grid, options.text_tokens)
     prompt = stock_tokens(options.frames, model.grid) + options.text_tokens + options.max_tokens + 64
     result: dict[str, Any] = {
         "dtype": "bfloat16" if cuda else "float32",
-        "enforce_eager": eager,
+        "enforce_eager": options.eager or not cuda,
         "max_model_len": -(-prompt // 256) * 256,
         "max_num_batched_tokens": budget,
         "max_num_seqs": max(32, *options.concurrency),
@@ -123,7 +125,7 @@ def engine_options(options: argparse.Namespace, model: BenchmarkModel, cuda: boo
     for name in ("attention_backend", "kv_cache_dtype"):
         if getattr(options, name) is not None:
             result[name] = getattr(options, name)
-    result |= options.engine
+    result |= options.engine_option
     return result
 
 
@@ -169,41 +171,17 @@ def run_job(job: dict[str, Any], work: Path, cuda: bool, timeout: int) -> dict[s
     return raw
 
 
-def earlier_breakdown(job: dict[str, Any], work: Path) -> dict[str, Any]:
-    """What the job would measure, from the eager run of the same variant in `work`;
-    empty where there is none like it.
-    """
-    path = work / f"{job['name']}-serve-breakdown.job.json"
-    if not path.exists():
-        return {}
-    before = json.loads(path.read_text())
-    same = ("model", "frames", "metok", "text_tokens", "max_tokens", "engine")
-    if not Path(before["out"]).exists() or any(before[key] != job[key] for key in same):
-        return {}
-    return {"breakdown": json.loads(Path(before["out"]).read_text())["breakdown"]}
-
-
 def measure(variant: Variant, options: argparse.Namespace, model: BenchmarkModel, cuda: bool) -> dict[str, Any]:
-    """One variant's summary.
-
-    Its breakdown needs an eager engine, and so a second process where the first is not.
-    """
-    eager = options.eager or not cuda
+    """One variant's summary."""
     job = {
         "name": variant.name, "model": str(model.path), "dummy": model.dummy, "layers": model.layers,
         "image_size": model.image_size, "frames": variant.frames, "metok": variant.metok,
         "text_tokens": options.text_tokens, "max_tokens": options.max_tokens, "videos": options.videos,
         "concurrency": options.concurrency, "requests": options.requests, "repeats": options.repeats,
-        "engine": engine_options(options, model, cuda, eager), "parts": ["serve", "breakdown"] if eager else ["serve"],
+        "engine": engine_options(options, model, cuda),
+        "parts": ["serve"] if options.no_breakdown else ["serve", "breakdown"],
     }  # fmt: skip
-    raw = run_job(job, options.work, cuda, options.timeout)
-    if not eager:
-        again = {**job, "engine": {**job["engine"], "enforce_eager": True}, "parts": ["breakdown"]}
-        if options.one_engine:
-            raw |= earlier_breakdown(again, options.work)
-        else:
-            raw["breakdown"] = run_job(again, options.work, cuda, options.timeout)["breakdown"]
-    return summarise(raw)
+    return summarise(run_job(job, options.work, cuda, options.timeout))
 
 
 def save(result: dict[str, Any], path: Path) -> None:
@@ -227,34 +205,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     out = options.out or RESULTS / f"engine-{model.name}{'' if cuda else '-cpu'}.json"
-    shown = list(sys.argv[1:] if argv is None else argv)
     result: dict[str, Any] = {
         "claim": claim(model, cuda),
-        "command": shlex.join(["python", "-m", "benchmarks.engine", *shown]),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "command": shlex.join(["python", "-m", "benchmarks.engine", *(sys.argv[1:] if argv is None else argv)]),
+        "date": timestamp(),
         **conditions(cuda),
         "workload": {
             "model": model.name, "weights": "random" if model.dummy or model.name == "tiny" else "from the folder",
             "frames": options.frames, "frame_size": [model.image_size, model.image_size],
-            "max_tokens": options.max_tokens, "concurrency": options.concurrency, "videos": options.videos,
-            "aligner": "auto: the folder's own if it has one, else embedding", "all_videos_have_equal_length": True,
-            "engine": engine_options(options, model, cuda, options.eager or not cuda),
+            "text_tokens": options.text_tokens, "max_tokens": options.max_tokens, "concurrency": options.concurrency,
+            "videos": options.videos, "aligner": "auto: the folder's own if it has one, else embedding",
+            "all_videos_have_equal_length": True, "engine": engine_options(options, model, cuda),
         },
         "excluded": EXCLUDED, "not_in_the_run": NOT_IN_THE_RUN,
-        "file_decode_ms": file_decode(options.clip, options.frames), "variants": {},
+        "file_decode_ms": None, "variants": {},
     }  # fmt: skip
+    commit = result["commit"]
+    if options.merge and out.exists():
+        before = json.loads(out.read_text())
+        reason = mismatch(before, result)
+        if reason:
+            raise SystemExit(f"error: {out} is of another run, delete it or state another --out ({reason})")
+        result = continued(before, result)
+    decoding = {options.frames: result["file_decode_ms"] or file_decode(options.clip, options.frames)}
+    result["file_decode_ms"] = decoding[options.frames]
     failed = False
     for variant in chosen:
         print(f"{variant.label} ({variant.frames} frames) ...", flush=True)
         entry: dict[str, Any] = {"label": variant.label, "frames": variant.frames, "metok": variant.metok}
+        if variant.frames not in decoding:
+            decoding[variant.frames] = file_decode(options.clip, variant.frames)
+        entry |= {"commit": commit, "date": timestamp(), "file_decode_ms": decoding[variant.frames]}
         try:
             entry |= measure(variant, options, model, cuda)
+            if "breakdown" in entry:
+                entry["request_ms"] = request_ms(entry)
             print("   " + line(entry), flush=True)
         except RuntimeError as error:
             entry["error"] = str(error)
             print(error, file=sys.stderr)
             failed = True
-        result["variants"][variant.name] = entry
+        add(result["variants"], variant.name, entry)
         result["ratios_to_stock"] = ratios(result["variants"])
         save(result, out)
     print(out)
@@ -268,6 +259,7 @@ def line(entry: dict[str, Any]) -> str:
     level = entry["levels"][0]
     return (
         f"{entry['tokens']['prompt_tokens']} prompt tokens; at {level['concurrency']} at a time: first token after "
-        f"{level['ttft_ms']['p50']:.0f} ms, then one every {level['inter_token_ms']['p50']:.1f} ms, "
-        f"{level['requests_per_s']:.2f} requests/s; {entry['kv']['requests_that_fit']} requests fit in the KV cache"
+        f"{level['ttft_ms']['p50']:.0f} ms ({entry['first_request']['ttft_ms']:.0f} ms in the first request after start), "
+        f"then one every {level['inter_token_ms']['p50']:.1f} ms, {level['requests_per_s']:.2f} requests/s; "
+        f"{entry['kv']['requests_that_fit']} requests fit in the KV cache"
     )

@@ -19,7 +19,7 @@ EXCLUDED = [
     "HTTP, the transport between vLLM's processes and detokenisation: the engine core runs inside the measuring process",
     "decoding of a video file: frames are arrays; timed apart (file_decode_ms)",
     "resizing and normalising of the frames and tokenising: timed apart for each variant (processing_ms), not in TTFT",
-    "start of the engine and warm-up requests",
+    "start of the engine and what comes before it is warm: apart (start_s, first_request)",
     "cache hits: every request counts as a new video, and its tower pass is done anew",
     "accuracy: answers are not looked at",
 ]

@@ -5,6 +5,7 @@ and the published shapes without weights.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -134,3 +135,30 @@ def _write_published(folder: Path, shape: LanguageShape) -> None:
     config["vision_config"] |= TOWER
     config |= {"dtype": "bfloat16", "tie_word_embeddings": shape.tied}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def spread_weights(model: Any) -> None:
+    """Refill made-up weights, in place, so that activations keep their
+    scale and frames differ from each other.
+
+    vLLM's own dummy weights are all near zero: every frame would look alike to METok, and its events would be
+    degenerate.
+    """
+    import torch
+
+    with torch.no_grad():
+        for index, (name, parameter) in enumerate(sorted(model.named_parameters())):
+            if not parameter.is_floating_point():
+                continue
+            generator = torch.Generator(device=parameter.device).manual_seed(index)
+            if parameter.dim() < 2:
+                scale = 0.02 if name.endswith("bias") or "norm" in name else 1.0
+                parameter.normal_(0, scale, generator=generator)
+                if "norm" in name and not name.endswith("bias"):
+                    parameter.add_(1)
+            elif "position_embedding" in name:
+                parameter.normal_(0, 0.3, generator=generator)
+            elif "embed_tokens" in name:
+                parameter.normal_(0, 0.5, generator=generator)
+            else:
+                parameter.normal_(0, 1 / math.sqrt(parameter[0].numel()), generator=generator)

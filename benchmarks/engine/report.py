@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine.timing import PARTS
+from benchmarks.engine.timing import LANGUAGE_MODEL, OUTSIDE, PARTS
 
-PART_COLOURS = ("#4c72b0", "#8172b3", "#55a868", "#c44e52", "#dd8452", "#937860", "#cccccc")
+PART_COLOURS = (
+    "#4c72b0", "#8172b3", "#55a868", "#c44e52", "#dd8452", "#64b5cd", "#937860", "#777777", "#999999", "#bbbbbb",
+    "#dddddd",
+)  # fmt: skip
 VARIANT_COLOURS = {
     "stock": "#444444", "fewer-frames": "#999999", "metok-paper": "#c44e52", "metok-balanced": "#4c72b0",
 }  # fmt: skip
@@ -47,25 +50,59 @@ def summarise(raw: dict[str, Any]) -> dict[str, Any]:
             **{key: level[key] for key in keys},
             "ttft_ms": quantiles(level["ttft_s"], 1e3),
             "inter_token_ms": quantiles(level["token_gaps_s"], 1e3),
+            "decode_step_ms": quantiles(level["decode_steps_s"], 1e3) if level["decode_steps_s"] else None,
+            "decode_steps": len(level["decode_steps_s"]),
         }
         for level in raw["levels"]
     ]
+    result["first_request"] = first_request(raw["first_request"], result["levels"])
     if "breakdown" in raw:
         result["breakdown"] = breakdown(raw["breakdown"])
     return result
 
 
+def first_request(raw: dict[str, Any], levels: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """The first video request after start, alone; beside warm ones where a level has one at a time."""
+    warm = [level["ttft_ms"]["p50"] for level in levels if level["concurrency"] == 1]
+    ttft = 1e3 * raw["ttft_s"]
+    return {
+        "ttft_ms": ttft,
+        "longest_gap_ms": 1e3 * max(raw["token_gaps_s"]),
+        "ttft_over_warm": ttft / warm[0] if warm else None,
+    }
+
+
 def breakdown(raw: dict[str, Any]) -> dict[str, Any]:
     """Median of each part over the repeats, their sum, and scoring's share of the language model's time."""
-    result: dict[str, Any] = {"first_prune_layer": raw["first_prune_layer"], "requests": len(raw["prefill_ms"])}
+    result: dict[str, Any] = {key: raw[key] for key in ("first_prune_layer", "compiled")}
+    result["requests"] = len(raw["prefill_ms"])
     for phase in ("prefill_ms", "decode_step_ms"):
         parts = {part: statistics.median(request[part] for request in raw[phase]) for part in PARTS}
         result[phase] = {**parts, "total": sum(parts.values())}
     prefill = result["prefill_ms"]
-    model = sum(prefill[part] for part in ("shallow_layers", "scoring", "deep_layers", "rest_of_model"))
+    model = sum(prefill[part] for part in LANGUAGE_MODEL)
     result["language_model_prefill_ms"] = model
     result["scoring_share"] = prefill["scoring"] / model if model else 0.0
     return result
+
+
+def request_ms(entry: dict[str, Any]) -> dict[str, float | None]:
+    """One request alone, from the file to its first token: each part in milliseconds, and their sums.
+
+    Needs a `breakdown`. `file_decode` and `total` are None where decoding a file was not measured.
+    """
+    prefill = entry["breakdown"]["prefill_ms"]
+    decoding = entry["file_decode_ms"]["median"]
+    parts = {
+        "processing": entry["processing_ms"]["p50"],
+        "tower": prefill["tower"],
+        "stage1": prefill["stage1"],
+        "language_model": entry["breakdown"]["language_model_prefill_ms"],
+        "outside_model": sum(prefill[part] for part in OUTSIDE),
+    }
+    without = sum(parts.values())
+    total = None if decoding is None else decoding + without
+    return {"file_decode": decoding, **parts, "without_file_decode": without, "total": total}
 
 
 def ratios(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -79,12 +116,14 @@ def ratios(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
             continue
         levels = []
         for base, level in zip(stock["levels"], other["levels"], strict=True):
+            steps = [at["decode_step_ms"] for at in (base, level)]
             whole = [v["processing_ms"]["p50"] + at["ttft_ms"]["p50"] for v, at in ((stock, base), (other, level))]
             levels.append({
                 "concurrency": level["concurrency"],
                 "ttft": base["ttft_ms"]["p50"] / level["ttft_ms"]["p50"],
                 "ttft_with_processing": whole[0] / whole[1],
                 "inter_token": base["inter_token_ms"]["p50"] / level["inter_token_ms"]["p50"],
+                "decode_step": steps[0]["p50"] / steps[1]["p50"] if all(steps) else None,
                 "requests_per_s": level["requests_per_s"] / base["requests_per_s"],
                 "cpu_time": base["cpu_s_per_request"] / level["cpu_s_per_request"],
             })  # fmt: skip
@@ -92,6 +131,9 @@ def ratios(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
         if "breakdown" in stock and "breakdown" in other:
             mine, theirs = (v["breakdown"]["language_model_prefill_ms"] for v in (other, stock))
             result[name]["language_model_prefill"] = theirs / mine
+        if "request_ms" in stock and "request_ms" in other:
+            whole = [v["request_ms"]["total"] for v in (stock, other)]
+            result[name]["file_to_first_token"] = whole[0] / whole[1] if None not in whole else None
     return result
 
 
@@ -176,8 +218,11 @@ def _draw_request(plt: Any, variants: dict[str, dict[str, Any]]) -> Any:
         values = [variant.get("breakdown", {}).get("prefill_ms", {}).get(part, 0.0) for variant in variants.values()]
         axes[0].barh(labels, values, left=left, color=colour, label=part.replace("_", " "))
         left = [start + value for start, value in zip(left, values, strict=True)]
-    axes[0].set_title("until the first token, alone (ms; medians, timed part by part, eager)", fontsize=10)
-    axes[0].legend(fontsize=8, ncols=len(PARTS), loc="upper center", bbox_to_anchor=(0.5, -0.09), columnspacing=1,
+    title = "until the first token, alone (ms; medians, timed part by part)"
+    if not any("breakdown" in variant for variant in variants.values()):
+        title += ": not measured"
+    axes[0].set_title(title, fontsize=10)
+    axes[0].legend(fontsize=8, ncols=-(-len(PARTS) // 2), loc="upper center", bbox_to_anchor=(0.5, -0.09), columnspacing=1,
                    handlelength=1)  # fmt: skip
     fit = [variant["kv"]["requests_per_gib"] for variant in variants.values()]
     bars = axes[1].barh(labels, fit, color=[VARIANT_COLOURS[name] for name in variants])

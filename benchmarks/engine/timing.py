@@ -1,8 +1,12 @@
 """Where the time of a request goes: spans around the parts of a model, in the benchmark's own process only.
 
-Modules get forward hooks, `embed_multimodal` is wrapped, and METok's choice of survivors tells by itself when
-it begins and ends: it is one of the stages that the engine takes the times of. Every border waits for the
-GPU, which costs time itself: requests timed this way are not those that TTFT is taken from.
+Modules get forward hooks, `embed_multimodal` is wrapped, and METok's pruned step tells by itself when a part
+of it begins and ends. Every border waits for the GPU, which costs time itself: requests timed this way are
+not those that TTFT is taken from.
+
+In vLLM's default mode the layers are one compiled graph, and a decode step is the replay of a CUDA graph:
+there is no border between two layers to stand at. Such a call is timed as a whole, as `compiled_layers`.
+METok's pruned step runs its layers one by one in either mode.
 """
 
 from __future__ import annotations
@@ -14,12 +18,21 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-PARTS = ("tower", "stage1", "shallow_layers", "scoring", "deep_layers", "rest_of_model", "outside_model")
+LANGUAGE_MODEL = ("shallow_layers", "scoring", "deep_layers", "compiled_layers", "rest_of_model")
+"""The parts that are the language model's."""
+
+OUTSIDE = ("scheduling", "preparation", "sampling", "outside_model")
+"""The parts that are no model's: vLLM's scheduler, the batch's inputs and attention metadata, logits and
+sampling, and what is left of a step.
+"""
+
+PARTS = ("tower", "stage1", *LANGUAGE_MODEL, *OUTSIDE)
 """In the order of a request's way. For stock vLLM `stage1` is its pooling, and there is no `scoring`."""
 
-SCORING = "scoring"
-"""The part, and METok's stage of this name: scores,
-selection and the gathering of survivors, at L1, L2 and L3.
+PRUNED_STEP = {"shallow": "shallow_layers", "scoring": "scoring", "deep": "deep_layers"}
+"""METok's names for the parts of a pruned step, and those of here.
+
+`scoring` is scores, selection and the gathering of survivors, at L1, L2 and L3.
 """
 
 
@@ -89,7 +102,7 @@ class Spans:
 
 class SpannedParts:
     """Stands where the engine's `PartTimes` stood: passes every part on to it,
-    and puts a span around `SCORING`.
+    and puts a span around those of `PRUNED_STEP`.
     """
 
     def __init__(self, spans: Spans, times: Any) -> None:
@@ -99,28 +112,56 @@ class SpannedParts:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """What the engine opens around a part of its work."""
-        with self._times.part(name), self._spans.span(name) if name == SCORING else nullcontext():
+        known = PRUNED_STEP.get(name)
+        with self._times.part(name), self._spans.span(known) if known else nullcontext():
             yield
 
 
-def attach(spans: Spans, model: Any, first_prune_layer: int) -> None:
+def attach_step(spans: Spans, scheduler: Any, runner: Any) -> None:
+    """Put spans around the parts of an engine's step: what vLLM's scheduler and V2 model runner do in it."""
+    scheduler.schedule = spans.around(scheduler.schedule, "scheduling")
+    scheduler.update_from_output = spans.around(scheduler.update_from_output, "scheduling")
+    runner.execute_model = spans.around(runner.execute_model, "preparation")
+    runner.sample_tokens = spans.around(runner.sample_tokens, "sampling")
+    if runner.cudagraph_manager is not None:  # a replay does not call the model
+        graphs = runner.cudagraph_manager
+        graphs.run_fullgraph = spans.around(graphs.run_fullgraph, "compiled_layers")
+        graphs.run_pw_graph = spans.around(graphs.run_pw_graph, "rest_of_model")
+
+
+def attach(spans: Spans, model: Any, first_prune_layer: int, *, compiled: bool = False) -> None:
     """Put spans around the parts of a LLaVA-OneVision model, stock or METok;
     both are cut at METok's first pruning layer.
 
+    Args:
+        spans: takes the times.
+        model: vLLM's model, after start.
+        first_prune_layer: layers below it are shallow.
+        compiled: whether its layers are one compiled graph, which calls no hook of a layer.
+
     Raises:
-        LookupError: METok no longer has the part that is timed here.
+        LookupError: METok no longer has a part that is timed here, or vLLM's decoder is compiled otherwise.
     """
     spans.hook(model.vision_tower, "tower")
     spans.hook(model.multi_modal_projector, "tower")
     model.embed_multimodal = spans.around(model.embed_multimodal, "stage1")
     spans.hook(model, "rest_of_model")
-    for index, layer in enumerate(model.language_model.model.layers):
-        spans.hook(layer, "shallow_layers" if index < first_prune_layer else "deep_layers")
+    decoder = model.language_model.model
+    if compiled:
+        # vLLM's decorator gives the class its `__call__`, which Python does not look for in the instance.
+        kind: Any = type(decoder)
+        if "__call__" not in vars(kind):
+            raise LookupError(f"vLLM no longer compiles {kind.__name__} by its class's __call__")
+        kind.__call__ = spans.around(kind.__call__, "compiled_layers")
+    else:
+        for index, layer in enumerate(decoder.layers):
+            spans.hook(layer, "shallow_layers" if index < first_prune_layer else "deep_layers")
     if hasattr(model, "decoder_stack"):
         from metok_vllm.contract.counters import TIMED_PARTS
 
-        if SCORING not in TIMED_PARTS:
-            raise LookupError(f"METok has no part {SCORING!r} any more: its time would be counted elsewhere")
+        gone = sorted(set(PRUNED_STEP) - set(TIMED_PARTS))
+        if gone:
+            raise LookupError(f"METok has no part {', '.join(gone)} any more: its time would be counted elsewhere")
         # Each step asks the model for its stack. What the reports read are the times behind the new ones.
         stack = model.decoder_stack
         model.decoder_stack = replace(stack, times=SpannedParts(spans, stack.times))

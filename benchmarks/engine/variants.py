@@ -55,7 +55,7 @@ def frames_at_equal_tokens(frames: int, grid: int) -> int:
 
 
 def variants(frames: int, grid: int, names: list[str] | None = None) -> list[Variant]:
-    """All variants in the order in which they run, or those named.
+    """All variants, or those named, in the order in which they are to run.
 
     Raises:
         ValueError: a name is unknown.
@@ -72,7 +72,8 @@ def variants(frames: int, grid: int, names: list[str] | None = None) -> list[Var
         raise ValueError(
             f"unknown variant {', '.join(sorted(unknown))}; there are {', '.join(variant.name for variant in known)}"
         )
-    return [variant for variant in known if not names or variant.name in names]
+    by_name = {variant.name: variant for variant in known}
+    return [by_name[name] for name in dict.fromkeys(names or by_name)]
 
 
 def prefill_budget(frames: int, grid: int, text: int) -> int:

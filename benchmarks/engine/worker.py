@@ -8,18 +8,20 @@ the model's parts can be looked at, and so that no transport is measured.
 from __future__ import annotations
 
 import json
-import math
 import resource
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine.timing import Spans, attach
+from benchmarks.engine.models import spread_weights
+from benchmarks.engine.timing import Spans, attach, attach_step
 from benchmarks.engine.workload import prompt_ids, video
 
-WARM_UP = 2  # requests of each kind before anything is measured
+WARM_UP = 2
+"""Requests before what is reported as warm; the very first one after the start is reported apart."""
 
 
 @dataclass
@@ -63,9 +65,9 @@ class Bench:
         if job["dummy"]:
             spread_weights(self.runner.model)
         self.start_s = time.perf_counter() - began
-        self.blocks: dict[str, list[int]] = {}  # request -> the most blocks that it held in each group
         self.peak_running = 0
         self._number = 0
+        self._unanswered = 0  # requests without a first token
         self._prepare(prompt_ids(Path(job["model"]), job["text_tokens"]))
 
     @property
@@ -102,32 +104,27 @@ class Bench:
             temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
         )
         name = f"r{self._number}"
+        self._unanswered += 1
         return name, str(self.llm.llm_engine.add_request(name, fresh, params))
 
     def step(self, timelines: dict[str, Timeline]) -> int:
-        """One engine step; notes the tokens' times and the blocks held.
-
-        Returns how many requests finished.
-        """
+        """One engine step; notes the tokens' times. Returns how many requests finished."""
         outputs: list[Any] = [*self.llm.llm_engine.step()]  # of completions: nothing here is pooled
         now = time.perf_counter()
         finished = 0
         for output in outputs:
             new = sum(len(completion.token_ids) for completion in output.outputs)
-            timelines[output.request_id].tokens += [now] * new
+            tokens = timelines[output.request_id].tokens
+            self._unanswered -= new > 0 and not tokens
+            tokens += [now] * new
             finished += output.finished
         self.peak_running = max(self.peak_running, len(self.scheduler.running))
-        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
-        for request in self.scheduler.running:
-            held = [len(manager.req_to_blocks.get(request.request_id, ())) for manager in managers]
-            before = self.blocks.get(request.request_id, [0] * len(held))
-            self.blocks[request.request_id] = [max(pair) for pair in zip(before, held, strict=True)]
         return finished
 
     def serve(self, concurrency: int, count: int, max_tokens: int) -> dict[str, Any]:
         """`count` requests, `concurrency` of them at any time until the last ones are under way."""
         timelines: dict[str, Timeline] = {}
-        self.blocks.clear()
+        decode_steps = []
         self.peak_running = done = 0
         began, busy = time.perf_counter(), time.process_time()
         while done < count:
@@ -135,7 +132,12 @@ class Bench:
                 submitted = time.perf_counter()
                 name, _ = self.submit(self.prepared[len(timelines) % len(self.prepared)], max_tokens)
                 timelines[name] = Timeline(submitted)
+            # No request is in prefill, and all that there may be are decoding.
+            decoding = self._unanswered == 0 and len(timelines) - done == concurrency
+            step_began = time.perf_counter()
             done += self.step(timelines)
+            if decoding:
+                decode_steps.append(time.perf_counter() - step_began)
         wall = time.perf_counter() - began
         return {
             "concurrency": concurrency,
@@ -145,6 +147,7 @@ class Bench:
             "cpu_s_per_request": (time.process_time() - busy) / count,
             "ttft_s": [timeline.ttft for timeline in timelines.values()],
             "token_gaps_s": [gap for timeline in timelines.values() for gap in timeline.gaps],
+            "decode_steps_s": decode_steps,
             "most_running": self.peak_running,
         }
 
@@ -168,14 +171,21 @@ class Bench:
         kept = {key: report[key] for key in ("prune_layers", "visual_tokens", "kv_bytes", "prefill_flops")}
         return {**counts, **kept}
 
-    def kv(self) -> dict[str, Any]:
+    def kv(self, max_tokens: int) -> dict[str, Any]:
         """What a request holds at its largest,
-        from the blocks that requests were really given, and what fits.
+        from the blocks that one more was really given, and what fits.
+
+        Looked at in a request of its own: looking takes longer with more groups, and would be in their times.
         """
         config = self.scheduler.kv_cache_config
         pool = self.scheduler.kv_cache_manager.block_pool
         managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
-        each = max(self.blocks.values(), key=sum)
+        name, internal = self.submit(self.prepared[0], max_tokens)
+        timelines = {name: Timeline(time.perf_counter())}
+        each = [0] * len(managers)
+        while not self.step(timelines):
+            held = [len(manager.req_to_blocks.get(internal, ())) for manager in managers]
+            each = [max(pair) for pair in zip(each, held, strict=True)]
         return {
             "groups": [
                 {
@@ -190,8 +200,8 @@ class Bench:
         }
 
     def breakdown(self, repeats: int, max_tokens: int) -> dict[str, Any]:
-        """Milliseconds by part, of a request alone: up to its first token,
-        and of each decode step after it.
+        """Milliseconds by part, of a request alone: of the steps that compute its prompt,
+        and of each decode step after them.
         """
         import torch
 
@@ -199,26 +209,31 @@ class Bench:
 
         spans = Spans(torch.cuda.synchronize if self.cuda else lambda: None)
         first = prune_layers(self.job["layers"])[0]
-        attach(spans, self.runner.model, first)
+        compiled = not self.llm.llm_engine.vllm_config.model_config.enforce_eager
+        attach(spans, self.runner.model, first, compiled=compiled)
+        attach_step(spans, self.scheduler, self.runner)
         prefill, decode = [], []
         for repeat in range(WARM_UP + repeats):
+            of_prompt, of_answer = Counter[str](), Counter[str]()
             spans.take()
             spans.enter("outside_model")
-            name, _ = self.submit(self.prepared[repeat % len(self.prepared)], max_tokens)
+            name, internal = self.submit(self.prepared[repeat % len(self.prepared)], max_tokens)
             timelines = {name: Timeline(time.perf_counter())}
             finished = 0
-            while not timelines[name].tokens:
-                finished = self.step(timelines)
-            spans.leave()
-            parts = spans.take()
-            spans.enter("outside_model")
             while not finished:
+                # By what a step computes, not by what it returns: vLLM starts the first decode step before it
+                # hands out the first token.
+                request = self.scheduler.requests[internal]
+                target = of_prompt if request.num_computed_tokens < request.num_prompt_tokens else of_answer
                 finished = self.step(timelines)
+                spans.leave()
+                target.update(spans.take())
+                spans.enter("outside_model")
             spans.leave()
             if repeat >= WARM_UP:
-                prefill.append(parts)
-                decode.append({part: value / (max_tokens - 1) for part, value in spans.take().items()})
-        return {"first_prune_layer": first, "prefill_ms": prefill, "decode_step_ms": decode}
+                prefill.append(dict(of_prompt))
+                decode.append({part: value / (max_tokens - 1) for part, value in of_answer.items()})
+        return {"first_prune_layer": first, "compiled": compiled, "prefill_ms": prefill, "decode_step_ms": decode}
 
 
 def capacity(config: Any, blocks: int, of_a_request: int) -> dict[str, float]:
@@ -239,33 +254,6 @@ def capacity(config: Any, blocks: int, of_a_request: int) -> dict[str, float]:
     }
 
 
-def spread_weights(model: Any) -> None:
-    """Refill made-up weights, in place, so that activations keep their
-    scale and frames differ from each other.
-
-    vLLM's own dummy weights are all near zero: every frame would look alike to METok, and its events would be
-    degenerate.
-    """
-    import torch
-
-    with torch.no_grad():
-        for index, (name, parameter) in enumerate(sorted(model.named_parameters())):
-            if not parameter.is_floating_point():
-                continue
-            generator = torch.Generator(device=parameter.device).manual_seed(index)
-            if parameter.dim() < 2:
-                scale = 0.02 if name.endswith("bias") or "norm" in name else 1.0
-                parameter.normal_(0, scale, generator=generator)
-                if "norm" in name and not name.endswith("bias"):
-                    parameter.add_(1)
-            elif "position_embedding" in name:
-                parameter.normal_(0, 0.3, generator=generator)
-            elif "embed_tokens" in name:
-                parameter.normal_(0, 0.5, generator=generator)
-            else:
-                parameter.normal_(0, 1 / math.sqrt(parameter[0].numel()), generator=generator)
-
-
 def peak_memory(cuda: bool) -> dict[str, float]:
     """MiB at the most since the engine's start; the KV cache and the weights are part of it."""
     if not cuda:
@@ -281,6 +269,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     bench = Bench(job)
     result: dict[str, Any] = {"start_s": bench.start_s, "processing_s": bench.processing}
     if "serve" in job["parts"]:
+        first, _ = bench.one(bench.prepared[0], job["max_tokens"])
+        result["first_request"] = {"ttft_s": first.ttft, "token_gaps_s": first.gaps}
         bench.serve(WARM_UP, 2 * WARM_UP, job["max_tokens"])
         result["tokens"] = bench.tokens()
         if bench.cuda:
@@ -292,10 +282,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         for concurrency in job["concurrency"]:
             count = max(job["requests"], 2 * concurrency)
             result["levels"].append(bench.serve(concurrency, count, job["max_tokens"]))
-        result["kv"] = bench.kv()
         result["memory"] = peak_memory(bench.cuda)
         if bench.cuda:
             result["memory"]["above_idle_mib"] = result["memory"]["allocated_mib"] - idle
+        result["kv"] = bench.kv(job["max_tokens"])
     if "breakdown" in job["parts"]:
         result["breakdown"] = bench.breakdown(job["repeats"], job["max_tokens"])
     bench.llm.llm_engine.engine_core.shutdown()

@@ -1,1 +1,1 @@
-"""A short time on a machine with a GPU: `gpu_day.sh` runs everything, most valuable first; see README.md."""
+"""All that a machine with a GPU can say of METok, in one command: `python -m benchmarks.gpu`."""

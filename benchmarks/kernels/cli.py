@@ -6,15 +6,16 @@ against ceilings measured in the same run.
     # Anywhere: checks the results and this program, times nothing.
     python -m benchmarks.kernels --small --interpret
 
-All cases are compared with their float32 references before anything is timed; one difference, and nothing is
-reported. A time is that of the GPU alone (CUDA events), with the L2 overwritten before each call.
+All cases of an operation are compared with their float32 references before one of them is timed; one
+difference, and nothing is reported of that operation. Each row is written when it is measured: what ends the
+run early keeps what is done. A time is that of the GPU alone (CUDA events), with the L2 overwritten before
+each call.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import os
 import platform
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.paths import RESULTS
-from benchmarks.common.provenance import commit
+from benchmarks.common.provenance import commit, timestamp
 
 COLUMNS = (
     "date", "commit", "mode", "device", "torch", "triton", "op", "shape", "implementation",
@@ -123,12 +124,38 @@ def summary(case: Any, measured: Sequence[dict[str, Any]]) -> str:
     return f"{case.op:22} {case.shape}: {listed} ({shares}){verdict}"
 
 
+def interpreted(case: Any) -> list[dict[str, Any]]:
+    """A case's row in the interpreter: that it agrees with its reference, and no time."""
+    return [{"op": case.op, "shape": case.shape, "implementation": "metok"}]
+
+
+def measured_by(options: argparse.Namespace) -> Callable[[Any], list[dict[str, Any]]]:
+    """What measures a case on the GPU and says so in the terminal; it has measured the ceilings."""
+    import torch
+
+    flush = torch.empty(2**30, dtype=torch.uint8, device="cuda")  # larger than any L2
+    copy, matmul = ceilings(options.repeats, flush)
+    print(f"{torch.cuda.get_device_name()}: copy {copy:.0f} GB/s, bf16 product {matmul:.0f} TFLOP/s")
+
+    def rows(case: Any) -> list[dict[str, Any]]:
+        measured = measure(case, options.repeats, flush, copy, matmul, not options.no_compile)
+        print(summary(case, measured), flush=True)
+        return measured
+
+    return rows
+
+
 def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Append rows to the CSV; a file with other columns is refused rather than mixed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Append rows to the CSV; a file with other columns is refused rather than mixed.
+
+    Without rows nothing is written.
+    """
     new = not path.exists() or path.stat().st_size == 0
     if not new and path.read_text().splitlines()[0] != ",".join(COLUMNS):
         raise SystemExit(f"{path} has other columns: move it away first")
+    if not rows:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         if new:
@@ -143,7 +170,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--small", action="store_true", help="tiny sizes")
     parser.add_argument("--interpret", action="store_true", help="Triton's interpreter on the CPU: no times")
-    parser.add_argument("--only", metavar="OP", help="one operation, by its name")
+    parser.add_argument("--only", metavar="OP", nargs="+", help="these operations, by name")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes longest")
     parser.add_argument("--repeats", type=int, default=100, help="timed calls of each implementation (100)")
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels.csv")
@@ -154,7 +181,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, measure, append. 1 if a result is wrong, 2 if there is no GPU to measure on."""
+    """Check, measure, append, one operation after the other.
+
+    1 if a result is wrong or an operation cannot run, 2 if there is no GPU to measure on.
+    """
     options = arguments(argv)
     if options.interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
@@ -170,35 +200,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     device = torch.device("cpu" if options.interpret else "cuda")
     torch.manual_seed(0)
-    names = {case.op for case in cases(True, torch.device("cpu"))}
-    if options.only is not None and options.only not in names:
-        raise SystemExit(f"--only: no operation {options.only!r}; one of {', '.join(sorted(names))}")
-
-    def chosen() -> Any:
-        # A generator, so that the inputs of one case at a time are in memory.
-        return (case for case in cases(options.small, device) if options.only in (None, case.op))
-
-    wrong = [message for message in map(difference, chosen()) if message]
-    if wrong:
-        print("Results are wrong; nothing is reported.", *wrong, sep="\n", file=sys.stderr)
-        return 1
+    names = list(dict.fromkeys(case.op for case in cases(True, torch.device("cpu"))))
+    unknown = sorted(set(options.only or ()) - set(names))
+    if unknown:
+        raise SystemExit(f"--only: no operation {', '.join(unknown)}; there are {', '.join(names)}")
     common = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "date": timestamp(),
         "commit": commit(), "torch": torch.__version__, "triton": triton.__version__,
         "mode": "interpreter" if options.interpret else "gpu",
         "device": platform.machine() if options.interpret else torch.cuda.get_device_name(),
     }  # fmt: skip
-    rows: list[dict[str, Any]] = []
+    append(options.out, [])  # refuses a file that is of no use before anything is measured
+    rows = interpreted if options.interpret else measured_by(options)
+    failed = done = 0
+    for name in names:
+        if options.only is not None and name not in options.only:
+            continue
+
+        def of_operation(name: str = name) -> Any:
+            # A generator, so that the inputs of one case at a time are in memory.
+            return (case for case in cases(options.small, device) if case.op == name)
+
+        try:
+            wrong = [message for message in map(difference, of_operation()) if message]
+            if not wrong:
+                for case in of_operation():
+                    append(options.out, [{**common, **row} for row in rows(case)])
+                    done += 1
+        except Exception as error:  # an operation that cannot run takes no other one with it
+            wrong = [f"{type(error).__name__}: {error}"]
+        if wrong:
+            failed += 1
+            print(f"{name} is wrong or cannot run; nothing more is reported of it.", *wrong, sep="\n", file=sys.stderr)
     if options.interpret:
-        rows = [{"op": case.op, "shape": case.shape, "implementation": "metok"} for case in chosen()]
-        print(f"{len(rows)} cases agree with their references in the interpreter; no time was measured.")
-    else:
-        flush = torch.empty(2**30, dtype=torch.uint8, device=device)  # larger than any L2
-        copy, matmul = ceilings(options.repeats, flush)
-        print(f"{common['device']}: copy {copy:.0f} GB/s, bf16 product {matmul:.0f} TFLOP/s")
-        for case in chosen():
-            measured = measure(case, options.repeats, flush, copy, matmul, not options.no_compile)
-            rows += measured
-            print(summary(case, measured), flush=True)
-    append(options.out, [{**common, **row} for row in rows])
-    return 0
+        print(f"{done} cases agree with their references in the interpreter; no time was measured.")
+    return int(failed > 0)

@@ -159,7 +159,8 @@ def explain(error: ValidationError, where: str) -> str:
         return f"METok ({where}): {first['ctx']['error']}."
     given = reprlib.repr(first["input"])
     if first["type"] in ("missing", "too_long", "tuple_type"):
-        return f"METok ({where}): '{key}' got {given}: it takes a list of three whole numbers."
+        named = ' or "cheap"' if key == "prune_layers" else ""
+        return f"METok ({where}): '{key}' got {given}: it takes a list of three whole numbers{named}."
     return f"METok ({where}): '{key}' got {given}: {first['msg'][0].lower()}{first['msg'][1:]}."
 
 

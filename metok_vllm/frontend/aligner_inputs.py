@@ -95,8 +95,12 @@ class AlignerProcessor:
         rows = [[*self.prefix, *piece, *self.suffix] for piece in pieces]
         return torch.tensor([row + [self.pad_id] * (self.window - len(row)) for row in rows], dtype=torch.int64)
 
-    def pixels(self, frames: Any) -> torch.Tensor:
-        """Frames, uint8 [T, H, W, 3], to what the tower takes, float32 [T, 3, h, w]."""
+    def pixels(self, frames: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Frames, uint8 [T, H, W, 3], to what the tower takes, `dtype` [T, 3, h, w].
+
+        The tower would round them to its dtype anyway. Rounded here, they are half as large on their way to
+        it, as the model's own pixels are.
+        """
         outputs = self.image_processor(images=list(frames), return_tensors="pt")
         pixels: torch.Tensor = outputs["pixel_values"]
-        return pixels
+        return pixels.to(dtype)

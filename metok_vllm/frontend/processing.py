@@ -200,7 +200,9 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         if aligner == "dual-tower":
             windows = self._aligner_processor.windows(query)
             fields[WINDOWS_FIELD] = windows.expand(len(videos), -1, -1).contiguous()
-            fields[PIXELS_FIELD] = [self._aligner_processor.pixels(videos.get(i)) for i in range(len(videos))]
+            dtype: Any = self.info.ctx.model_config.dtype
+            pixels = (self._aligner_processor.pixels(videos.get(i), dtype) for i in range(len(videos)))
+            fields[PIXELS_FIELD] = list(pixels)
         return fields
 
     def _get_mm_fields_config(

@@ -22,6 +22,7 @@ from metok_vllm.worker import ops
 from metok_vllm.worker.attention import LayerRole, MetokAttention, RunningStep
 from metok_vllm.worker.batch import DecoderStack
 from metok_vllm.worker.dual_tower import FRAMES_PER_BLOCK, DualTower
+from metok_vllm.worker.eager_layers import EagerLayers
 from metok_vllm.worker.requests import pack_tags
 from metok_vllm.worker.timing import PartTimes
 
@@ -63,7 +64,13 @@ class MetokModel:
             role = LayerRole(index, len(decoder.layers), prune_layers, running)
             MetokAttention.adopt(layer.self_attn.attn, role)
         times = PartTimes(torch.get_default_device())
-        self.decoder_stack = DecoderStack(decoder.layers, decoder.norm, prune_layers, running, times)
+        eager = EagerLayers(
+            decoder.layers,
+            decoder.norm,
+            int(vllm_config.scheduler_config.max_num_batched_tokens),
+            vllm_config.compilation_config.custom_ops,
+        )
+        self.decoder_stack = DecoderStack(decoder.layers, decoder.norm, prune_layers, running, times, eager)
         self.metok_aligner = None
         if choices.tower is not None:
             dtype = model_config.dtype

@@ -11,6 +11,7 @@ from torch import nn
 
 from metok_vllm.compression.selection import PruneLayers
 from metok_vllm.worker.attention import RunningStep
+from metok_vllm.worker.eager_layers import EagerLayers
 from metok_vllm.worker.requests import PrunedRequest
 from metok_vllm.worker.timing import PartTimes
 
@@ -24,6 +25,7 @@ class DecoderStack:
     prune_layers: PruneLayers
     running: RunningStep  # where the layers find the step that runs through them
     times: PartTimes
+    eager: EagerLayers  # what the layers' modules do inside such a step
 
     @property
     def scoring_layers(self) -> tuple[int, int]:

@@ -46,7 +46,7 @@ class MetokWorkerExtension:
         """What this worker holds right now: deferred prompts,
         and the KV blocks of every request in each group.
 
-        What a group holds is one of `contract.kv_spec.GROUP_KINDS`.
+        What a group holds is one of `contract.kv_spec.GROUP_KINDS`; its block size is in tokens.
         """
         runner = self.model_runner
         pruned = runner.model_state.pruned
@@ -55,11 +55,15 @@ class MetokWorkerExtension:
         for i, group in enumerate(runner.kv_cache_config.kv_cache_groups):
             blocks = {req_id: int(held[i, index]) for req_id, index in runner.req_states.req_id_to_index.items()}
             groups.append(
-                {"holds": group_kind(group.kv_cache_spec), "layers": len(group.layer_names), "blocks": blocks}
+                {
+                    "holds": group_kind(group.kv_cache_spec),
+                    "layers": len(group.layer_names),
+                    "block_size": group.kv_cache_spec.block_size,
+                    "blocks": blocks,
+                }
             )
         return {
             "pruned_requests": len(pruned.by_id),
             "deferred_bytes": pruned.deferred_bytes,
-            "block_size": runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
             "groups": groups,
         }

@@ -43,6 +43,8 @@ class PrunedStep:
         self.stack = stack
         self.batch = batch
         self.survivors: list[Survivors] = []
+        # What goes from layer to layer. Nobody else may hold it: `memory.py` counts it once.
+        self._rows: list[torch.Tensor] = []  # hidden state and residual, [rows, hidden]; int64 [rows] positions
         self._captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._writes = KVWrites(batch)
         self._retains = False  # whether some of the next layers' visual tokens will be retained by L2
@@ -65,14 +67,17 @@ class PrunedStep:
         context.slot_mapping = {**context.slot_mapping, **self.batch.others_slots}
         # It marks rows of the padded batch. Experts would take it for marks of the rows that they get here.
         context.is_padding = None
-        with self.stack.running.set_to(self):
+        with self.stack.running.set_to(self), self.stack.eager.running():
             positions, hidden = positions[: self.batch.num_tokens], inputs_embeds[: self.batch.num_tokens]
             hidden, residual = self._shallow(positions, hidden)
             self._defer(hidden, residual)
             complete = [chunk for chunk in self.batch.chunks if chunk.completes]
             if not complete and not self.batch.num_others:
                 return torch.zeros_like(hidden)
-            return self._scatter(self._deep(self._at_l1(complete, positions, hidden, residual)))
+            self._rows += self._at_l1(complete, positions, hidden, residual)
+            self._captured.clear()
+            del hidden, residual
+            return self._scatter(self._deep())
 
     def _shallow(self, positions: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         residual: Any = None
@@ -81,24 +86,27 @@ class PrunedStep:
                 hidden, residual = layer(positions, hidden, residual)
         return hidden, residual
 
-    def _deep(self, rows: Rows) -> torch.Tensor:
+    def _deep(self) -> torch.Tensor:
         """Layers from L1 up on the rows that `_at_l1` has gathered; [rows that are left, hidden], normed."""
         first, second, third = self.stack.prune_layers
-        rows = self._layers(first, second, rows)
-        rows = self._gathered(self._at_l2, rows)
+        self._layers(first, second)
+        self._gather(self._at_l2)
         self._captured.clear()
-        rows = self._layers(second, third, rows)
-        rows = self._gathered(self._at_l3, rows)
-        hidden, residual, _ = self._layers(third, len(self.stack.layers), rows)
+        self._layers(second, third)
+        self._gather(self._at_l3)
+        self._layers(third, len(self.stack.layers))
+        hidden, residual, _ = self._rows
+        self._rows.clear()
         normed: torch.Tensor = self.stack.norm(hidden, residual)[0]
         return normed
 
-    def _layers(self, start: int, end: int, rows: Rows) -> Rows:
-        hidden, residual, positions = rows
+    def _layers(self, start: int, end: int) -> None:
+        hidden, residual, positions = self._rows
+        self._rows.clear()
         with self.stack.times.part("deep"):
             for layer in self.stack.layers[start:end]:
                 hidden, residual = layer(positions, hidden, residual)
-        return hidden, residual, positions
+        self._rows += hidden, residual, positions
 
     def _scatter(self, hidden: torch.Tensor) -> torch.Tensor:
         out = hidden.new_zeros(self.batch.num_tokens, hidden.shape[-1])
@@ -134,8 +142,10 @@ class PrunedStep:
             return last
         states = [*chunk.request.chunks, last]
         chunk.request.chunks = []
-        names = ("hidden", "residual", "query", "key")
-        return ChunkState(*(torch.cat([getattr(state, name) for state in states]) for name in names))
+        tensors = [[getattr(state, name) for state in states] for name in ("hidden", "residual", "query", "key")]
+        # One after the other, and the pieces of each are freed before the next is joined.
+        del states, last
+        return ChunkState(*(torch.cat(tensors.pop(0)) for _ in range(4)))
 
     # --- pruning ---
 
@@ -155,19 +165,29 @@ class PrunedStep:
             if not was_deferred:
                 index = torch.cat([self.batch.others, *(s.positions + s.chunk.start for s in self.survivors)])
                 return ops.gather(index, hidden, residual, positions)
-            parts = [ops.gather(self.batch.others, hidden, residual, positions)] if self.batch.num_others else []
-            for survivors, state in zip(self.survivors, states, strict=True):
-                # A whole prompt's state starts at its position 0.
-                every = torch.arange(state.hidden.shape[0], device=hidden.device)
-                parts.append(ops.gather(survivors.positions, state.hidden, state.residual, every))
-            h, r, p = zip(*parts, strict=True)
-            return torch.cat(h), torch.cat(r), torch.cat(p)
+            return self._gather_states(states, positions, hidden, residual)
+
+    def _gather_states(
+        self, states: Sequence[ChunkState], positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> Rows:
+        """The rows that go on: the others' of the batch, the survivors' of each state."""
+        parts = [(self.batch.others, hidden, residual)]
+        parts += [(s.positions, state.hidden, state.residual) for s, state in zip(self.survivors, states, strict=True)]
+        rows, start = sum(index.shape[0] for index, _, _ in parts), 0
+        all_hidden, all_residual = (t.new_empty(rows, t.shape[1]) for t in (hidden, residual))
+        for index, of_hidden, of_residual in parts:
+            here = slice(start, start + index.shape[0])
+            torch.index_select(of_hidden, 0, index, out=all_hidden[here])
+            torch.index_select(of_residual, 0, index, out=all_residual[here])
+            start = here.stop
+        own = [survivors.positions for survivors in self.survivors]
+        return all_hidden, all_residual, torch.cat([positions[self.batch.others], *own])
 
     def _at_l2(self) -> list[torch.Tensor]:
         """Prune at L2. Returns for each prompt the rows that go on, int64, among those it had."""
         sizes = [survivors.size for survivors in self.survivors]
         layer = self.stack.scoring_layers[1]
-        query, key = self._captured[layer]
+        query, key = self._captured.pop(layer)
         scores = survivor_scores(self.stack.attention(layer), self.survivors, self.batch.num_others, query, key)
         rows = prune_l2(self.survivors, scores)
         self._writes.write_waiting(self.survivors, sizes)
@@ -188,7 +208,7 @@ class PrunedStep:
         ends = np.cumsum([0, *(survivors.size for survivors in self.survivors)], dtype=np.int32)
         self._starts = async_tensor_h2d(ends, self.batch.others.device)
 
-    def _gathered(self, prune: Callable[[], list[torch.Tensor]], rows: Rows) -> Rows:
+    def _gather(self, prune: Callable[[], list[torch.Tensor]]) -> None:
         """Prune, and gather the rows that go on."""
         with self.stack.times.part("scoring"):
             kept = [torch.arange(self.batch.num_others, device=self.batch.others.device)]
@@ -198,7 +218,7 @@ class PrunedStep:
                 for of_prompt, size in zip(prune(), sizes, strict=True):
                     kept.append(of_prompt + offset)
                     offset += size
-            return ops.gather(torch.cat(kept), *rows)
+            self._rows[:] = ops.gather(torch.cat(kept), *self._rows)
 
     # --- attention ---
 

@@ -41,12 +41,14 @@ def test_interpreter_rows_carry_no_times(tmp_path: Path) -> None:
         assert row["torch"] == torch.__version__
         figures = cli.COLUMNS[cli.COLUMNS.index("p20_us") :]
         assert [row[name] for name in figures] == [""] * len(figures)
-    assert cli.main(["--small", "--interpret", "--only", "gather_rows", "--out", str(out)]) == 0
-    assert len(rows(out)) == len(first) + 1  # appended
+    two = ["gather_rows", "select_per_event"]
+    assert cli.main(["--small", "--interpret", "--only", *two, "--out", str(out)]) == 0
+    appended = rows(out)[len(first) :]
+    assert sorted(row["op"] for row in appended) == two
 
 
 @pytest.mark.parametrize("broken", ["run", "plain"])
-def test_a_wrong_result_reports_nothing(
+def test_a_wrong_result_reports_nothing_of_its_operation(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     build = cases.cases
@@ -54,14 +56,59 @@ def test_a_wrong_result_reports_nothing(
     def with_an_error(small: bool, device: torch.device) -> Iterator[Any]:
         for case in build(small, device):
             if case.op == "gather_rows":
+                yield case  # a case that is right, before one that is not
                 right = getattr(case, broken)
-                yield replace(case, **{broken: lambda right=right: (right()[0] + 1e-3, *right()[1:])})
+                case = replace(case, **{broken: lambda right=right: (right()[0] + 1e-3, *right()[1:])})
+            yield case
 
     monkeypatch.setattr(cases, "cases", with_an_error)
     out = tmp_path / "kernels.csv"
     assert cli.main(["--small", "--interpret", "--out", str(out)]) == 1
-    assert not out.exists()
-    assert "nothing is reported" in capsys.readouterr().err
+    assert {row["op"] for row in rows(out)} == {case.op for case in build(True, torch.device("cpu"))} - {"gather_rows"}
+    said = capsys.readouterr().err
+    assert "gather_rows is wrong or cannot run" in said
+    assert "Greatest absolute difference" in said
+
+
+def test_an_operation_that_cannot_run_takes_no_other_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build = cases.cases
+
+    def fails() -> Any:
+        raise RuntimeError("no such kernel")
+
+    def with_a_failure(small: bool, device: torch.device) -> Iterator[Any]:
+        return (replace(case, run=fails) if case.op == "tiered_pool" else case for case in build(small, device))
+
+    monkeypatch.setattr(cases, "cases", with_a_failure)
+    out = tmp_path / "kernels.csv"
+    assert cli.main(["--small", "--interpret", "--out", str(out)]) == 1
+    assert {row["op"] for row in rows(out)} == {case.op for case in build(True, torch.device("cpu"))} - {"tiered_pool"}
+    assert "RuntimeError: no such kernel" in capsys.readouterr().err
+
+
+def test_rows_are_written_case_by_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends the run early keeps what is done, within an operation too."""
+    done: list[str] = []
+
+    def interpreted(case: Any) -> list[dict[str, Any]]:
+        if len(done) == 1:  # its second case
+            raise KeyboardInterrupt
+        done.append(case.shape)
+        return [{"op": case.op, "shape": case.shape, "implementation": "metok"}]
+
+    monkeypatch.setattr(cli, "interpreted", interpreted)
+    out = tmp_path / "kernels.csv"
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["--small", "--interpret", "--only", "tiered_pool", "--out", str(out)])
+    assert [row["shape"] for row in rows(out)] == done
+    assert len(done) == 1
+
+
+def test_an_unknown_operation_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no operation gather; there are event_similarity"):
+        cli.main(["--small", "--interpret", "--only", "gather", "gather_rows", "--out", str(tmp_path / "kernels.csv")])
 
 
 def test_rows_of_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:

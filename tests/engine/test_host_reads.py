@@ -19,6 +19,7 @@ from tests.support.oracle.samples import load_sample, scene_video
 ON_THE_HOST = {
     "video_plan.py:from_tensor tolist",  # the plan stays on the host (`keep_on_cpu`)
     "base.py:_fit __int__",  # so does the length of the question
+    "requests.py:question_ids tolist",  # and the question itself, read once when its request comes
     "attn_metadata.py:others_metadata numpy",  # vLLM keeps bounds of the lengths on the host
 }
 """Reads of tensors that never were on the device."""
@@ -82,5 +83,5 @@ def test_one_read_in_a_prefill_and_none_in_decoding(
                 return original(index, *tensors)
 
             monkeypatch.setattr(ops, "gather", waiting)
-            with pytest.raises(AssertionError, match=r"step\.py:_(gathered|at_l1)"):
+            with pytest.raises(AssertionError, match=r"step\.py:_(gather|at_l1)"):
                 check(running)

@@ -18,6 +18,7 @@ from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, LlavaOnev
 
 from benchmarks.witness.checkpoint import paint, write
 from metok_vllm.demo.checkpoint import make_tokenizer
+from tests.support.guards.launches import deep_launches
 from tests.support.harness import Case, Engine, engine
 from tests.support.oracle import assert_same
 from tests.support.oracle.samples import Sample
@@ -97,3 +98,14 @@ def test_the_folder_is_a_stock_checkpoint(running: Engine) -> None:
     assert (folder / "model.safetensors").is_file()
     text = running.sample.model.config.text_config
     assert (text.model_type, text.architectures) == ("llama", ["LlamaForCausalLM"])
+
+
+def test_a_pruned_step_launches_fused_operators(running: Engine) -> None:
+    """As with Qwen2, see `test_eager_layers.py`: ten launches a layer, and two that only the CPU has."""
+    with deep_launches() as found:
+        running.run([Case((captions(running, 9),), max_tokens=4)])
+    assert len(found) == 3
+    for layers in found:
+        assert layers.launches["_C::fused_add_rms_norm"] == 2
+        assert layers.launches["_C::rotary_embedding"] == 1
+        assert layers.total == 12, layers

@@ -156,11 +156,13 @@ def test_every_reason_is_there_from_the_start(server: Server) -> None:
 
 
 def test_blocks_are_shown_while_they_are_held(server: Server) -> None:
-    groups = Counter(group["holds"] for group in json.loads(server.get("/v1/metok/state")[1])["workers"][0]["groups"])
+    groups = json.loads(server.get("/v1/metok/state")[1])["workers"][0]["groups"]
+    counts = Counter(group["holds"] for group in groups)
+    sizes = {group["holds"]: group["block_size"] for group in groups}
 
     def held(samples: Samples, kind: str) -> float:
-        """Blocks of one group of this kind; all groups of a kind hold as many."""
-        return samples[f"metok_kv_blocks{{holds={kind}}}"] / groups[kind]
+        """Slots of one group of this kind; all groups of a kind hold as many."""
+        return samples[f"metok_kv_blocks{{holds={kind}}}"] / counts[kind] * sizes[kind]
 
     idle = scrape(server)
     assert [value for name, value in idle.items() if name.startswith("metok_kv_blocks")] == [0, 0, 0]

@@ -41,7 +41,7 @@ def logits(b_q, b_k, qk_scale, WIDEN: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "num_keys", "keys_per_split"],
+    do_not_specialize=["num_rows", "num_keys"],
     do_not_specialize_on_alignment=["p_row_keys"],
 )
 def partial_lse_kernel(

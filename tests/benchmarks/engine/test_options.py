@@ -26,8 +26,8 @@ def test_small_sets_what_is_not_set_by_hand() -> None:
         ["--frames", "0"],
         ["--concurrency", "0,2"],
         ["--max-tokens", "1"],
-        ["--engine", "{"],
-        ["--engine", "[1]"],
+        ["--engine-option", "{"],
+        ["--engine-option", "[1]"],
         ["--speed"],
     ],
 )
@@ -72,9 +72,9 @@ def test_tokens_of_the_published_shape() -> None:
 
 def test_every_variant_gets_the_same_engine(tmp_path: Path) -> None:
     model = models.BenchmarkModel("7b", tmp_path, 28, 27, 384, dummy=True)
-    more = ["--attention-backend", "TRITON_ATTN", "--engine", '{"seed": 7, "compilation_config": {"mode": 0}}']
+    more = ["--attention-backend", "TRITON_ATTN", "--engine-option", '{"seed": 7, "compilation_config": {"mode": 0}}']
     options = cli.arguments(["--model", "7b", *more])
-    made = cli.engine_options(options, model, cuda=True, eager=False)
+    made = cli.engine_options(options, model, cuda=True)
     prompt = 64 * 196 + 1 + 200
     # Stock's whole prompt fits one step, and with its new tokens the model's length.
     assert made["max_num_batched_tokens"] >= prompt
@@ -83,9 +83,13 @@ def test_every_variant_gets_the_same_engine(tmp_path: Path) -> None:
     assert made["attention_backend"] == "TRITON_ATTN"
     assert made["seed"] == 7
     assert made["compilation_config"] == {"mode": 0}
-    assert "load_format" not in cli.engine_options(
-        options, models.BenchmarkModel("x", tmp_path, 8, 7, 56, dummy=False), cuda=False, eager=True
-    )
+    assert made["enforce_eager"] is False
+    real = models.BenchmarkModel("x", tmp_path, 8, 7, 56, dummy=False)
+    on_cpu = cli.engine_options(options, real, cuda=False)
+    assert "load_format" not in on_cpu
+    assert on_cpu["enforce_eager"] is True
+    options = cli.arguments(["--engine-option", '{"enforce_eager": false}'])
+    assert cli.engine_options(options, real, cuda=False)["enforce_eager"] is False  # what is asked for counts
 
 
 def test_a_published_shape_on_disk(tmp_path: Path) -> None:
@@ -110,39 +114,31 @@ def test_a_published_shape_on_disk(tmp_path: Path) -> None:
     assert models.write_model(str(model.path), tmp_path).dummy
 
 
-def test_one_engine_takes_the_breakdown_of_the_eager_run_before(
-    raw: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[list[str]] = []
+def test_variants_run_in_the_order_given() -> None:
+    named = variants.variants(32, 7, ["metok-paper", "stock", "metok-paper"])
+    assert [variant.name for variant in named] == ["metok-paper", "stock"]
 
-    def run_job(job: dict[str, Any], work: Path, cuda: bool, timeout: int) -> dict[str, Any]:
-        """Leaves what the real one leaves in `work`."""
-        started.append(job["parts"])
-        figures = raw(3.0 if job["engine"]["enforce_eager"] else 1.0)
-        if "breakdown" not in job["parts"]:
-            del figures["breakdown"]
-        stem = work / f"{job['name']}-{'-'.join(job['parts'])}"
-        out = stem.with_suffix(".raw.json")
-        stem.with_suffix(".job.json").write_text(json.dumps({**job, "out": str(out)}))
-        out.write_text(json.dumps(figures))
-        return figures
+
+@pytest.mark.parametrize(("flags", "eager", "parts"), [
+    ([], False, ["serve", "breakdown"]),
+    (["--eager"], True, ["serve", "breakdown"]),
+    (["--no-breakdown"], False, ["serve"]),
+])  # fmt: skip
+def test_one_process_measures_a_variant(
+    flags: list[str], eager: bool, parts: list[str], raw: Callable[..., dict[str, Any]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In vLLM's default mode, too: the breakdown comes from the engine that was measured."""
+    started: list[dict[str, Any]] = []
+
+    def run_job(job: dict[str, Any], *_: Any) -> dict[str, Any]:
+        started.append(job)
+        figures = raw()
+        return figures if "breakdown" in job["parts"] else {k: v for k, v in figures.items() if k != "breakdown"}
 
     monkeypatch.setattr(cli, "run_job", run_job)
     model = models.BenchmarkModel("7b", tmp_path, 28, 27, 384, dummy=True)
     stock = variants.variants(64, 27, ["stock"])[0]
-
-    def measured(*flags: str) -> dict[str, Any]:
-        return cli.measure(stock, cli.arguments(["--work", str(tmp_path), *flags]), model, True)
-
-    assert "breakdown" not in measured("--one-engine")  # nothing was measured before
-    eager = measured("--one-engine", "--eager")
-    graphs = measured("--one-engine")
-    assert graphs["breakdown"] == eager["breakdown"]
-    assert graphs["levels"] != eager["levels"]
-    for other in (["--text-tokens", "30"], ["--engine", '{"attention_backend": "TRITON_ATTN"}']):
-        assert "breakdown" not in measured("--one-engine", *other)  # that was another workload
-    assert started == [["serve"], ["serve", "breakdown"], ["serve"], ["serve"], ["serve"]]
-    (tmp_path / "stock-serve-breakdown.raw.json").unlink()  # it failed
-    assert "breakdown" not in measured("--one-engine")
-    assert "breakdown" in measured()
-    assert started[-2:] == [["serve"], ["breakdown"]]
+    measured = cli.measure(stock, cli.arguments(["--work", str(tmp_path), *flags]), model, True)
+    assert ("breakdown" in measured) == ("breakdown" in parts)
+    assert [(job["parts"], job["engine"]["enforce_eager"]) for job in started] == [(parts, eager)]

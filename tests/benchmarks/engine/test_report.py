@@ -36,9 +36,51 @@ def test_a_summary_is_in_milliseconds(raw: Raw) -> None:
     summary = report.summarise(raw(scoring=1.0))
     assert summary["levels"][0]["ttft_ms"]["p50"] == pytest.approx(350)
     assert summary["levels"][0]["inter_token_ms"]["p80"] == pytest.approx(10)
+    assert summary["levels"][0]["decode_step_ms"]["p50"] == pytest.approx(8)
+    assert summary["levels"][0]["decode_steps"] == 3
     assert summary["breakdown"]["prefill_ms"]["total"] == pytest.approx(51)
     assert summary["breakdown"]["language_model_prefill_ms"] == pytest.approx(4 + 1 + 30 + 1)
     assert summary["breakdown"]["scoring_share"] == pytest.approx(1 / 36)
+
+
+def test_the_first_request_stands_beside_the_warm_ones(raw: Raw) -> None:
+    figures = raw()
+    summary = report.summarise(figures)
+    assert summary["first_request"] == {
+        "ttft_ms": pytest.approx(2100),
+        "longest_gap_ms": pytest.approx(500),
+        "ttft_over_warm": pytest.approx(6),
+    }
+    assert max(figures["levels"][0]["ttft_s"]) < 2.1, "it is among the warm ones"
+    figures["levels"] = figures["levels"][1:]  # two at a time: nothing to compare one request with
+    assert report.summarise(figures)["first_request"]["ttft_over_warm"] is None
+
+
+def test_a_level_without_a_step_that_only_decodes_has_no_decode_step(raw: Raw) -> None:
+    figures = raw()
+    figures["levels"][1]["decode_steps_s"] = []
+    summary = report.summarise(figures)
+    assert summary["levels"][1]["decode_step_ms"] is None
+    levels = report.ratios({"stock": summary, "metok-paper": report.summarise(raw(0.5))})["metok-paper"]["levels"]
+    assert [level["decode_step"] for level in levels] == [pytest.approx(2), None]
+
+
+def test_a_request_is_counted_from_its_file_on(raw: Raw) -> None:
+    """Decoding, processing, tower, language model: apart, and their sum."""
+    summaries = {"stock": report.summarise(raw()), "metok-paper": report.summarise(raw(0.5))}
+    for entry in summaries.values():
+        entry["file_decode_ms"] = {"median": 100.0}
+        entry["request_ms"] = report.request_ms(entry)
+    assert summaries["stock"]["request_ms"] == pytest.approx({
+        "file_decode": 100, "processing": 50, "tower": 10, "stage1": 2, "language_model": 35, "outside_model": 3,
+        "without_file_decode": 100, "total": 200,
+    })  # fmt: skip
+    assert report.ratios(summaries)["metok-paper"]["file_to_first_token"] == pytest.approx(200 / 175)
+    summaries["stock"]["file_decode_ms"] = {"median": None, "reason": "not measured: PyAV is not installed"}
+    summaries["stock"]["request_ms"] = report.request_ms(summaries["stock"])
+    assert summaries["stock"]["request_ms"]["total"] is None
+    assert summaries["stock"]["request_ms"]["without_file_decode"] == pytest.approx(100)
+    assert report.ratios(summaries)["metok-paper"]["file_to_first_token"] is None
 
 
 def test_ratios_above_one_are_better(raw: Raw) -> None:
@@ -48,8 +90,8 @@ def test_ratios_above_one_are_better(raw: Raw) -> None:
     assert ratios["metok-paper"]["kv_capacity"] == pytest.approx(4)
     assert ratios["metok-paper"]["language_model_prefill"] == pytest.approx(4)
     for level in ratios["metok-paper"]["levels"]:
-        keys = ("ttft", "inter_token", "requests_per_s", "cpu_time")
-        assert [level[key] for key in keys] == pytest.approx([4] * 4)
+        keys = ("ttft", "inter_token", "decode_step", "requests_per_s", "cpu_time")
+        assert [level[key] for key in keys] == pytest.approx([4] * 5)
         # 350 and 87.5 ms, and as long to process the frames on either side: 50 ms.
         assert level["ttft_with_processing"] == pytest.approx(400 / 137.5)
     assert report.ratios({"stock": {"error": "x"}, "metok-paper": results["metok-paper"]}) == {}
@@ -104,6 +146,52 @@ class Stack:
     times: PartTimes
 
 
+def compiled(model: Any) -> Any:
+    """Its decoder as vLLM's decorator leaves it: the class has a `__call__` that calls no layer's hook."""
+
+    class Compiled(torch.nn.Module):
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    decoder = Compiled()
+    decoder.layers = model.language_model.model.layers
+    model.language_model.model = decoder
+    return model
+
+
+def test_a_compiled_decoder_is_timed_in_one_piece(spans: timing.Spans) -> None:
+    class Whole(Outline):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.language_model.model(x)
+
+    model = compiled(Whole())
+    timing.attach(spans, model, first_prune_layer=1, compiled=True)
+    assert torch.equal(model(torch.zeros(1)), torch.ones(1))
+    assert {part: ms for part, ms in spans.take().items() if ms} == {"compiled_layers": 1e3, "rest_of_model": 2e3}
+
+
+def test_a_step_is_timed_outside_the_model_too(spans: timing.Spans) -> None:
+    """A replayed graph is the model; scheduler, preparation and sampling are not."""
+    graphs = SimpleNamespace(run_fullgraph=lambda: None, run_pw_graph=lambda model: model())
+    scheduler = SimpleNamespace(schedule=lambda: None, update_from_output=lambda: None)
+    runner = SimpleNamespace(sample_tokens=lambda: None, cudagraph_manager=graphs)
+    runner.execute_model = lambda: (graphs.run_fullgraph(), graphs.run_pw_graph(lambda: None))
+    timing.attach_step(spans, scheduler, runner)
+    with spans.span("outside_model"):
+        scheduler.schedule()
+        runner.execute_model()
+        runner.sample_tokens()
+        scheduler.update_from_output()
+    assert {part: ms for part, ms in spans.take().items() if ms} == {
+        "scheduling": 2e3,
+        "preparation": 3e3,
+        "compiled_layers": 1e3,
+        "rest_of_model": 1e3,
+        "sampling": 1e3,
+        "outside_model": 5e3,
+    }
+
+
 class PrunedOutline(Outline):
     """Opens METok's parts, as `worker/step.py` does."""
 
@@ -147,10 +235,11 @@ def test_metoks_own_part_is_timed_and_its_own_times_go_on(spans: timing.Spans) -
     own = model.decoder_stack.times
     timing.attach(spans, model, first_prune_layer=1)
     assert torch.equal(model(torch.zeros(1)), torch.ones(1))
+    # A layer's own span lies inside METok's: three ticks a layer.
     assert {part: ms for part, ms in spans.take().items() if ms} == {
-        "shallow_layers": 1e3,
+        "shallow_layers": 3e3,
         "scoring": 1e3,
-        "deep_layers": 3e3,
+        "deep_layers": 9e3,
         "rest_of_model": 6e3,
     }
     assert model.decoder_stack.prune_layers == (1, 2, 3)
@@ -158,36 +247,63 @@ def test_metoks_own_part_is_timed_and_its_own_times_go_on(spans: timing.Spans) -
     assert counted == {"tower": 0, "stage1": 0, "shallow": 1, "scoring": 1, "deep": 3}
 
 
+def test_a_pruned_step_is_timed_without_its_layers_hooks(spans: timing.Spans) -> None:
+    """As in the default mode, in which METok's pruned step still runs its layers one by one."""
+    model = compiled(PrunedOutline())
+    timing.attach(spans, model, first_prune_layer=1, compiled=True)
+    model(torch.zeros(1))
+    assert {part: ms for part, ms in spans.take().items() if ms} == {
+        "shallow_layers": 1e3,
+        "scoring": 1e3,
+        "deep_layers": 3e3,
+        "rest_of_model": 6e3,
+    }
+
+
 def test_a_part_that_is_gone_is_not_timed_as_nothing(spans: timing.Spans, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metok_vllm.contract.counters.TIMED_PARTS", ("shallow", "deep"))
-    with pytest.raises(LookupError, match="no part 'scoring'"):
+    with pytest.raises(LookupError, match="no part scoring any more"):
         timing.attach(spans, PrunedOutline(), first_prune_layer=1)
 
 
-def test_the_engine_still_has_what_is_timed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "default"])
+def test_the_engine_still_has_what_is_timed(eager: bool, tmp_path: Path) -> None:
     """A real engine with METok: every part of a request takes time, and no part takes all of it."""
     model = write_model("tiny", tmp_path)
-    options = cli.arguments(["--small", "--frames", "8", "--max-tokens", "3"])
+    # Dynamo traces the model as ever; its graph is then run as it is, which saves half a minute of Inductor.
+    mode = {"enforce_eager": eager, "compilation_config": {"backend": "eager"}}
+    options = cli.arguments(["--small", "--frames", "8", "--max-tokens", "3", "--engine-option", json.dumps(mode)])
     job = {
         "name": "metok", "model": str(model.path), "dummy": False, "layers": model.layers, "frames": 8,
         "image_size": model.image_size, "metok": {"preset": "paper"}, "text_tokens": 30, "max_tokens": 3, "videos": 1,
-        "repeats": 1, "engine": cli.engine_options(options, model, cuda=False, eager=True), "parts": ["breakdown"],
+        "repeats": 1, "engine": cli.engine_options(options, model, cuda=False), "parts": ["breakdown"],
     }  # fmt: skip
     found = report.breakdown(cli.run_job(job, tmp_path, False, 300)["breakdown"])
-    assert all(found["prefill_ms"][part] > 0 for part in timing.PARTS)
+    assert found["compiled"] is not eager
+    assert {part for part in timing.PARTS if found["prefill_ms"][part] == 0} == {"compiled_layers"}
     assert 0 < found["scoring_share"] < 1
-    # While decoding nothing is encoded and nothing is dropped.
+    # While decoding nothing is encoded and nothing is dropped, and compiled layers are one piece.
     idle = {part for part in timing.PARTS if found["decode_step_ms"][part] == 0}
-    assert idle == {"tower", "stage1", "scoring"}
+    in_pieces = {"compiled_layers"} if eager else {"shallow_layers", "deep_layers"}
+    assert idle == {"tower", "stage1", "scoring"} | in_pieces
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("engine-*.json")), ids=lambda path: path.stem)
 def test_results_of_the_repository_have_the_parts_that_are_drawn(path: Path) -> None:
     for variant in json.loads(path.read_text())["variants"].values():
+        if "breakdown" not in variant:
+            continue  # --no-breakdown
         for phase in ("prefill_ms", "decode_step_ms"):
             parts = dict(variant["breakdown"][phase])
             assert parts.pop("total") == pytest.approx(sum(parts.values()))
-            assert set(parts) == set(timing.PARTS)
+            assert set(parts) <= set(timing.PARTS)
+
+
+def test_a_decoder_that_is_compiled_otherwise_is_not_timed_as_nothing(spans: timing.Spans) -> None:
+    model = Outline()
+    model.language_model.model = torch.nn.Identity()
+    with pytest.raises(LookupError, match="no longer compiles Identity"):
+        timing.attach(spans, model, first_prune_layer=1, compiled=True)
 
 
 def test_videos_are_the_same_scenes_at_any_sampling() -> None:
@@ -249,7 +365,7 @@ def test_a_run_records_its_conditions(
         return raw(0.5 if job["metok"] else 1.0)
 
     monkeypatch.setattr(cli, "run_job", run_job)
-    monkeypatch.setattr(cli, "file_decode", lambda *_: {"median": 1.0})
+    monkeypatch.setattr(cli, "file_decode", lambda _, frames: {"median": float(frames)})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out = tmp_path / "out" / "engine.json"
     assert cli.main(["--small", "--work", str(tmp_path), "--out", str(out)]) == 1
@@ -264,6 +380,11 @@ def test_a_run_records_its_conditions(
     assert result["variants"]["metok-balanced"]["error"] == "out of memory"
     assert result["ratios_to_stock"]["metok-paper"]["kv_capacity"] == pytest.approx(2)
     assert (out.parent / "engine-load.png").exists()
+    # Each variant decodes the frames that it takes.
+    decoding = {name: entry["file_decode_ms"]["median"] for name, entry in result["variants"].items()}
+    assert decoding["stock"] == decoding["metok-paper"] == 32
+    assert decoding["fewer-frames"] < 32
+    assert result["variants"]["metok-paper"]["request_ms"]["file_decode"] == 32
 
 
 def test_capacity_counts_one_allocation() -> None:

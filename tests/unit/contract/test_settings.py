@@ -43,7 +43,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "key_events": [0, 1024],
     "key_frames": [0, 65536],
     "strides": [[1, 1, 1], (2, 4, 8), [64, 64, 64], [1, 64, 64]],
-    "prune_layers": [None, [1, 2, 3], (3, 10, 19)],
+    "prune_layers": [None, [1, 2, 3], (3, 10, 19), "cheap"],
     "keep_ratio": [0.000001, 0.5, 1, 1.0, 0.999999],
     "decode_retention": [0, 0.0, 0.123456, 1, 1.0],
     "token_budget": [None, 1, 10**9],

@@ -258,7 +258,8 @@ def test_a_mixture_of_experts(make_config: Make, mixture: Path, arguments: dict[
         ),
         (
             {"prune_layers": [1, 2]},
-            "METok (additional_config): 'prune_layers' got [1, 2]: it takes a list of three whole numbers.",
+            "METok (additional_config): 'prune_layers' got [1, 2]: it takes a list of three whole numbers or "
+            '"cheap".',
         ),
         (
             {"aligner": "dual-tower"},
@@ -318,6 +319,22 @@ def test_what_the_user_chose_stays(make_config: Make) -> None:
         "video_backend": "opencv",
         "num_frames": 3,
     }
+
+
+def test_blocks_are_outermost_unless_the_operator_chose_a_layout(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_KV_CACHE_LAYOUT", raising=False)
+    assert make_config().cache_config.kv_cache_layout == "BLHNC"
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "BLHNC")
+    assert make_config().cache_config.kv_cache_layout == "BLHNC"
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "LBHNC")
+    assert make_config().cache_config.kv_cache_layout is None, "vLLM resolves it"
+
+
+def test_cheap_layers_at_start(make_config: Make) -> None:
+    config = make_config(additional_config={"metok": {"prune_layers": "cheap"}})
+    assert server_choices(config.model_config.hf_config).prune_layers == (1, 2, 3)
 
 
 def test_enable_gives_the_same_configuration(make_config: Make) -> None:

@@ -57,7 +57,7 @@ def test_every_kernel_is_compiled_for_both_chips(reports: list[dict[str, Any]]) 
     for path in (ROOT / "kernels" / "metok_kernels").glob("*/kernel.py"):
         functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
         kernels |= {node.name for node in functions if node.name.endswith("_kernel")}
-    assert len(kernels) >= 8
+    assert len(kernels) >= 10
     for capability in (80, 90):
         assert {row["kernel"] for row in reports if row["capability"] == capability} == kernels
 
@@ -81,8 +81,8 @@ def test_the_checks_find_what_they_look_for() -> None:
 def test_a_launch_refuses_a_device_it_cannot_run_on() -> None:
     """CPU tensors need the interpreter, `meta` ones run nowhere; the message says what to do."""
     meta = torch.device("meta")
-    scores, cu = torch.zeros(9, device=meta), torch.zeros(2, dtype=torch.int32, device=meta)
-    launch = prepare(scores, cu, torch.zeros(1, dtype=torch.int32, device=meta), max_length=9)[0]
+    length = torch.zeros(1, dtype=torch.int32, device=meta)
+    launch = prepare(torch.zeros(9, device=meta), length, length, 9)[0]
     with pytest.raises(RuntimeError, match="on 'meta': move them to a GPU, call the operation's `reference`"):
         launch.run()
 
@@ -97,7 +97,7 @@ def test_compiled_kernels_refuse_cpu_tensors() -> None:
     """Without the interpreter, a CPU tensor is an error with a way out, not a crash."""
     code = (
         "import torch; from metok_kernels.gather_rows import gather_rows\n"
-        "try: gather_rows(torch.zeros(1, dtype=torch.int64), torch.zeros(2, 4))\n"
+        "try: gather_rows(torch.zeros(1).long(), torch.ones(2, 4), torch.ones(2, 4), torch.zeros(2).long())\n"
         "except RuntimeError as error: print('refused:', error)"
     )
     done = run_python(code)

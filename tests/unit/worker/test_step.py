@@ -11,6 +11,7 @@ from vllm.forward_context import ForwardContext, get_forward_context, override_f
 
 from metok_vllm.worker.attention import RunningStep
 from metok_vllm.worker.batch import DecoderStack, PrunedBatch
+from metok_vllm.worker.eager_layers import EagerLayers
 from metok_vllm.worker.step import PrunedStep
 from metok_vllm.worker.timing import PartTimes
 
@@ -29,7 +30,10 @@ class Layer(nn.Module):
 
 def pruned_step(tokens: int, seen: list[Any]) -> PrunedStep:
     layers = [Layer(seen) for _ in range(4)]
-    stack = DecoderStack(layers, nn.Identity(), (1, 2, 3), RunningStep(), PartTimes(torch.device("cpu")))
+    for layer in layers:
+        layer.mlp = nn.Identity()
+    norm, times = nn.Identity(), PartTimes(torch.device("cpu"))
+    stack = DecoderStack(layers, norm, (1, 2, 3), RunningStep(), times, EagerLayers(layers, norm, tokens, ()))
     return PrunedStep(
         stack, PrunedBatch([], tokens, torch.arange(tokens), {}, {}, torch.empty(2, 0, dtype=torch.int64), ())
     )
@@ -40,7 +44,7 @@ def test_experts_find_no_mark_of_other_rows() -> None:
     seen: list[Any] = []
     running: Any = pruned_step(3, seen)
     running._at_l1 = lambda *_: (torch.zeros(9, 2), torch.zeros(9, 2), torch.arange(9))  # rows of earlier chunks
-    running._gathered = lambda _, rows: rows
+    running._gather = lambda _: None
     running.stack.norm.forward = lambda hidden, residual: (hidden, residual)
     context = ForwardContext({}, {}, {}, is_padding=torch.tensor([False, False, False, True]))
     with override_forward_context(context):

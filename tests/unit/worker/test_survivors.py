@@ -14,6 +14,7 @@ from metok_vllm.compression.selection import PruningLayer, keep_count
 from metok_vllm.contract.spans import VideoSpan
 from metok_vllm.worker.attention import RunningStep
 from metok_vllm.worker.batch import DecoderStack, PromptChunk
+from metok_vllm.worker.eager_layers import EagerLayers
 from metok_vllm.worker.requests import PrunedRequest, VideoTags
 from metok_vllm.worker.survivors import Survivors, prune_l2, prune_l3, survivors_of_l1
 from metok_vllm.worker.timing import PartTimes
@@ -111,5 +112,6 @@ def check(survivors: Survivors, text: list[int], alive: list[int]) -> None:
 
 @pytest.mark.parametrize("layers", [(1, 2, 3), (3, 10, 19)])
 def test_the_layers_that_score_are_those_right_before_l1_and_l2(layers: tuple[int, int, int]) -> None:
-    stack = DecoderStack([], torch.nn.Identity(), layers, RunningStep(), PartTimes())
+    norm = torch.nn.Identity()
+    stack = DecoderStack([], norm, layers, RunningStep(), PartTimes(), EagerLayers([], norm, 8, []))
     assert stack.scoring_layers == (layers[0] - 1, layers[1] - 1)
