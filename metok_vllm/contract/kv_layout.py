@@ -2,7 +2,7 @@
 
 vLLM gives every group blocks of the same bytes, and decoding pays for each group: blocks to allocate, a
 block table, slots, attention metadata. With one block size for all layers it makes groups of as many layers
-as the smallest kind has (vllm/v1/core/kv_cache_utils.py, `_get_kv_cache_groups_uniform_page_size`): ten for
+as the smallest kind has (`_get_kv_cache_groups_uniform_page_size` in vllm/v1/core): ten for
 28 layers pruned at 3, 10, 19. With block sizes in the inverse ratio of the layer counts one group a kind is
 enough (`_get_packed_kv_cache_groups`). That needs a physical layout with the blocks outermost.
 """

@@ -13,7 +13,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.config import CacheConfig
-from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from metok_vllm.compression.selection import PruneLayers, prune_layers
@@ -29,6 +28,11 @@ from metok_vllm.contract.kv_layout import (
 )
 from metok_vllm.contract.kv_spec import EVERY_TOKEN, GROUP_KINDS, TEXT_AND_RETAINED, DeepAttentionSpec, group_kind
 from metok_vllm.scheduler.kv_manager import register_kv_cache_spec
+
+try:
+    from vllm.v1.core.kv_cache_planning import get_kv_cache_groups  # vLLM 0.33
+except ImportError:
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups  # vLLM 0.32
 
 SHAPE: dict[str, Any] = {"num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
 

@@ -7,6 +7,7 @@ features have that bit turned.
 from __future__ import annotations
 
 import multiprocessing
+import os
 from typing import Any
 
 import pytest
@@ -69,6 +70,7 @@ def rank_main(rank: int, store: str, results: Any) -> None:
     from metok_vllm.compression.stage1 import alone
 
     torch.set_num_threads(1)
+    os.environ["VLLM_DIST_IDENT"] = str(os.getppid())  # names shared memory; vLLM's CPU worker sets it
     with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(2, rank, f"file://{store}", rank, backend="gloo")
         initialize_model_parallel(2)
