@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from tests.support.fakes import BLOCK, FULL, RETAINING, TEXT_ONLY, Prompt, free_
 from tests.unit.scheduler.test_slot_counts import prompts
 
 SPECS = (FULL, RETAINING, TEXT_ONLY)
+EQUAL = (BLOCK, BLOCK, BLOCK)
 
 
 class Groups:
@@ -31,13 +34,14 @@ class Groups:
     called in the order in which vLLM's `KVCacheManager` calls them.
     """
 
-    def __init__(self, blocks: int, hash_block_size: int = BLOCK) -> None:
+    def __init__(self, blocks: int, hash_block_size: int = BLOCK, sizes: Sequence[int] = EQUAL) -> None:
         self.pool = BlockPool(blocks, True, hash_block_size)
+        self.sizes = sizes
         self.counts: dict[str, SlotCounts] = {}
         self.managers: list[SingleTypeKVCacheManager] = []
-        for i, spec in enumerate(SPECS):
+        for i, (spec, size) in enumerate(zip(SPECS, sizes, strict=True)):
             manager_class = DeepKVManager if isinstance(spec, DeepAttentionSpec) else FullAttentionManager
-            manager = manager_class(spec, self.pool, True, i, BLOCK)
+            manager = manager_class(replace(spec, block_size=size), self.pool, True, i, math.lcm(*sizes))
             if isinstance(manager, DeepKVManager):
                 manager.slot_counts = self.counts
             self.managers.append(manager)
@@ -77,7 +81,7 @@ class Groups:
         slots = [tokens, tokens, tokens]
         if counts is not None:
             slots = [tokens, counts.slots(tokens, True), counts.slots(tokens, False)]
-        return [-(-count // BLOCK) for count in slots]
+        return [-(-count // size) for count, size in zip(slots, self.sizes, strict=True)]
 
     def check_integrity(self, alive: Sequence[Request]) -> None:
         free, held = free_and_held(self.pool, self.managers)
@@ -89,8 +93,8 @@ class Groups:
             if counts is None:
                 continue
             complete = request.num_computed_tokens >= counts.prompt_len
-            publishable = counts.spans[0].start // BLOCK if complete else 0
             for group in (1, 2):
+                publishable = counts.spans[0].start // self.sizes[group] if complete else 0
                 shown = self.published(group, request)
                 assert shown == [i < publishable for i in range(len(shown))]
 
@@ -99,10 +103,11 @@ class BlockTables(RuleBasedStateMachine):
     """Any order of arrivals, chunks, decodes, preemptions, resumptions and ends."""
 
     requests = Bundle("requests")
+    sizes: Sequence[int] = EQUAL
 
     def __init__(self) -> None:
         super().__init__()
-        self.groups = Groups(60)
+        self.groups = Groups(60, sizes=self.sizes)
         self.alive: list[Request] = []
         self.count = 0
 
@@ -144,8 +149,16 @@ class BlockTables(RuleBasedStateMachine):
         assert not any(manager.req_to_blocks for manager in self.groups.managers)
 
 
+class BlockTablesByKind(BlockTables):
+    """Few layers have many tokens a block, as `contract/kv_layout.py` gives them."""
+
+    sizes = (6 * BLOCK, BLOCK, 2 * BLOCK)
+
+
 TestBlockTables = BlockTables.TestCase
 TestBlockTables.settings = settings(max_examples=40, stateful_step_count=30)
+TestBlockTablesByKind = BlockTablesByKind.TestCase
+TestBlockTablesByKind.settings = settings(max_examples=40, stateful_step_count=30)
 
 
 def test_by_hand() -> None:
