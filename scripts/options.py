@@ -86,7 +86,8 @@ def taken(schema: dict[str, Any]) -> str:
         return ", ".join(f'`"{value}"`' for value in schema["enum"])
     first = kinds[0]
     if first.get("type") == "array":
-        return "three numbers"
+        named = [f"`{kind['const']}`" for kind in kinds if "const" in kind]
+        return " or ".join(["three numbers", *named])
     if first.get("type") == "boolean":
         return "`true`, `false`"
     if first.get("type") == "string":

@@ -168,10 +168,16 @@ def _refuse_attention(vllm_config: VllmConfig) -> None:
     flag = "--attention-config" if of_kind else "--attention-backend"
     if backend is not None and (sentence := refused_backend(backend.name, flag)):
         raise ValueError(sentence)
+    if envs.VLLM_TRITON_USE_TD:  # its kernel takes blocks of a power of two alone
+        raise ValueError("METok does not support tensor descriptors in TRITON_ATTN: unset VLLM_TRITON_USE_TD.")
 
 
 def _refuse_caches(vllm_config: VllmConfig) -> None:
     cache = vllm_config.cache_config
+    if cache.kv_cache_dtype_skip_layers:  # the layers of a group would differ in bytes, and in metadata
+        raise ValueError(
+            "METok does not support several types of KV cache in one model: remove --kv-cache-dtype-skip-layers."
+        )
     if vllm_config.kv_transfer_config is not None:
         raise ValueError("METok does not support KV transfer: remove --kv-transfer-config.")
     if cache.kv_offloading_size is not None:  # vLLM turns this option into a KV transfer after it has called us

@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.attention import Attention
 
 
+FLASH_VERSIONS = (2, 3)
+
+
 @dataclass(frozen=True)
 class DenseAttention:
     """What `ops.causal_attention` runs for a layer."""
 
     backend: AttentionBackend
-    flash_version: int | None = None  # of vLLM's flash attention, 2 to 4; None with every other backend
+    flash_version: int | None = None  # of vLLM's flash attention, 2 or 3; None with every other backend
 
     @classmethod
     def of(cls, attention: Attention) -> DenseAttention:
@@ -44,6 +47,13 @@ class DenseAttention:
             raise ValueError(
                 f"METok needs flash attention for heads of {attention.head_size} on this device, and vLLM has none: "
                 "use TRITON_ATTN in --attention-backend, or remove the version from --attention-config."
+            )
+        if impl.vllm_flash_attn_version not in FLASH_VERSIONS:
+            # Version 4 compiles by the length of a prompt and whether it is alone, so in live traffic. And for
+            # some heads it reads blocks of one size only.
+            raise ValueError(
+                f"METok does not support version {impl.vllm_flash_attn_version} of flash attention: "
+                "use TRITON_ATTN in --attention-backend."
             )
         return cls(name, impl.vllm_flash_attn_version)
 

@@ -84,7 +84,9 @@ class _Methods(TorchFunctionMode):
             self.found[f"{who} {func.__name__}"] += 1
         given = _tensors(*args, *kwargs.values())
         hosts = [tensor for tensor in given if getattr(tensor, ON_HOST, False)]
-        if func in FROM_HOST_DATA and kwargs.get("device") is not None and not given:
+        if func is torch.Tensor.new_tensor or (
+            func in FROM_HOST_DATA and kwargs.get("device") is not None and not given
+        ):
             self.found[f"{who} {func.__name__} on a device"] += 1
         elif func is torch.Tensor.cuda or (func is torch.Tensor.to and hosts and _names_a_device(args, kwargs)):
             self.found[f"{who} {func.__name__} from pageable memory"] += 1

@@ -69,6 +69,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"disable_hybrid_kv_cache_manager": True},
         "METok needs the hybrid KV cache manager: remove --disable-hybrid-kv-cache-manager.",
     ),
+    "KV cache types": (
+        {"kv_cache_dtype_skip_layers": ["0"]},
+        f"{NO}several types of KV cache in one model: remove --kv-cache-dtype-skip-layers.",
+    ),
     "other scheduler": (
         {"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"},
         "METok needs its own scheduler, which METok sets itself: remove --scheduler-cls.",
@@ -149,6 +153,13 @@ def test_none_of_it_concerns_a_server_without_metok(make_config: Make, what: str
     except ValueError as error:
         said = str(error)
     assert "METok" not in said
+
+
+def test_tensor_descriptors_are_refused(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_TRITON_USE_TD", "1")
+    assert refusal(make_config) == (
+        "METok does not support tensor descriptors in TRITON_ATTN: unset VLLM_TRITON_USE_TD."
+    )
 
 
 @pytest.mark.parametrize("variable", ["VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_BATCH_INVARIANT"])

@@ -19,6 +19,7 @@ from metok_vllm.compression.pooling import PoolMode
 from metok_vllm.compression.tiers import TierQuota
 from metok_vllm.worker import ops
 from metok_vllm.worker import warm_up as module
+from metok_vllm.worker.dense_attention import DenseAttention
 from metok_vllm.worker.warm_up import ModelShapes, WarmUp, warm_up
 from tests.support.kernels.common import few_examples
 
@@ -75,6 +76,24 @@ def test_the_cache_update_of_each_deep_layer_sees_all_layouts_and_writes_nothing
     alone = SMALL.kv_heads * SMALL.head_dim
     strides = alone + (SMALL.heads + SMALL.kv_heads) * SMALL.head_dim, alone
     assert sorted(seen) == sorted(itertools.product(range(2), strides, strides, (0, 8)))
+
+
+def test_dense_attention_runs_in_all_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    attention = ops.causal_attention
+
+    def noted(query: Any, key: Any, value: Any, lengths: Any, starts: Any, longest: int, *rest: Any) -> None:
+        assert starts.tolist() == [0, *itertools.accumulate(lengths)]
+        assert starts.dtype == torch.int32
+        assert longest == max(lengths)
+        assert sum(lengths) == len(query) == len(key)
+        seen.append((key.stride(0), value.stride(0)))
+        attention(query, key, value, lengths, starts, longest, *rest)
+
+    monkeypatch.setattr(ops, "causal_attention", noted)
+    layer = SimpleNamespace(dense=DenseAttention("CPU_ATTN"))
+    module._attention(replace(SMALL, deep_layers=(layer, layer)), torch.device("cpu"))
+    assert len(set(seen)) == len(seen) == 4
 
 
 def test_a_cpu_with_torch_operations_has_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:

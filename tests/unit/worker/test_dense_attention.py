@@ -60,7 +60,7 @@ def test_the_cpu_layer_that_vllm_builds(layer: Callable[..., Attention]) -> None
     assert adopted(layer()).dense == DenseAttention("CPU_ATTN", None)
 
 
-@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize("version", [2, 3])
 def test_flash_attention_in_the_version_of_the_layer(layer: Callable[..., Attention], version: int) -> None:
     attention = adopted(with_backend(layer(), "FLASH_ATTN", vllm_flash_attn_version=version))
     assert attention.dense == DenseAttention("FLASH_ATTN", version)
@@ -76,6 +76,14 @@ def test_a_backend_that_vllm_chose_by_itself(layer: Callable[..., Attention]) ->
     assert str(error.value) == (
         "METok does not support the attention backend FLASHINFER, which vLLM chose for this device and KV cache: "
         "use FLASH_ATTN or TRITON_ATTN in --attention-backend."
+    )
+
+
+def test_flash_attention_that_compiles_in_live_traffic(layer: Callable[..., Attention]) -> None:
+    with pytest.raises(ValueError, match="METok") as error:
+        adopted(with_backend(layer(), "FLASH_ATTN", vllm_flash_attn_version=4))
+    assert str(error.value) == (
+        "METok does not support version 4 of flash attention: use TRITON_ATTN in --attention-backend."
     )
 
 
