@@ -49,8 +49,8 @@ class DenseAttention:
                 "use TRITON_ATTN in --attention-backend, or remove the version from --attention-config."
             )
         if impl.vllm_flash_attn_version not in FLASH_VERSIONS:
-            # Version 4 compiles by a prompt's length and whether it is alone, so in live traffic. For some heads
-            # it reads blocks of one size only.
+            # Version 4 compiles by a prompt's length and whether it is alone, so in live traffic. For some
+            # heads it reads blocks of one size only.
             raise ValueError(
                 f"METok does not support version {impl.vllm_flash_attn_version} of flash attention: "
                 "use TRITON_ATTN in --attention-backend."
