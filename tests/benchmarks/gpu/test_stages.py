@@ -207,7 +207,9 @@ def test_an_unknown_stage_is_refused(calls: Calls, capsys: pytest.CaptureFixture
     ],
 )  # fmt: skip
 def test_make_calls_it(given: list[str], called: str) -> None:
-    said = subprocess.run(["make", "-n", "gpu-report", *given], cwd=ROOT, capture_output=True, text=True, check=True)
+    # `make test` runs this test, and one make inside another says where it is.
+    command = ["make", "-n", "--no-print-directory", "gpu-report", *given]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     lines = said.stdout.replace("\\\n", "").replace('"', "").splitlines()
     assert " ".join(lines[-1].split()) == called
     # Only the smallest form takes the environment that make sets up: it is one for a CPU.
