@@ -120,8 +120,7 @@ def pruned_batch(
         slots = slot_mappings.index_select(1, others)
         others_slots = {name: slots[group.index] for group in deep_slots.groups for name in group.layer_names}
     text, retained = _prompt_slots(chunks, input_batch, deep_slots)
-    rows = {name: row for row, group in enumerate(deep_slots.groups) for name in group.layer_names}
-    return PrunedBatch(chunks, input_batch.num_tokens, others, others_slots, rows, text, retained)
+    return PrunedBatch(chunks, input_batch.num_tokens, others, others_slots, deep_slots.group_rows, text, retained)
 
 
 def _prompt_slots(

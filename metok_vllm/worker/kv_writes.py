@@ -27,19 +27,17 @@ class KVWrites:
         self._slots = batch.text_slots
         self._waiting: list[tuple[MetokAttention, torch.Tensor]] = []
 
-    def after_l1(self, survivors: Sequence[Survivors]) -> None:
-        """The next layers run on `survivors`; which of their visual tokens are retained is not known yet."""
-        self._slots = self._of_rows(survivors, [of_prompt.text for of_prompt in survivors])
-
-    def after_l2(self, survivors: Sequence[Survivors]) -> None:
-        """The next layers run on `survivors`, some of which are retained."""
-        self._slots = self._of_rows(survivors, [of_prompt.text for of_prompt in survivors])
+    def rows_are(self, survivors: Sequence[Survivors]) -> None:
+        """The next layers run on `survivors`. Until L2 has chosen, they name no retained tokens."""
+        sizes = [of_prompt.size for of_prompt in survivors]
+        self._slots = self._nobodys(sizes)
+        self._slots.index_copy_(1, _joined([p.text for p in survivors], sizes), self.batch.text_slots)
         retaining = [(i, p.retained_rows) for i, p in enumerate(survivors) if p.retained_rows is not None]
         if retaining:
-            self._place_retained(self._slots, [p.size for p in survivors], retaining)
+            self._place_retained(self._slots, sizes, retaining)
 
-    def after_l3(self) -> None:
-        """The next layers run on text alone."""
+    def rows_are_text(self) -> None:
+        """The next layers run on text alone: behind L3."""
         self._slots = self.batch.text_slots
 
     def write(self, layer: MetokAttention, key: torch.Tensor, value: torch.Tensor, waits: bool) -> None:
@@ -60,18 +58,16 @@ class KVWrites:
         """Write what has waited of the tokens that L2 retains; `sizes` are the prompts' before L2."""
         if not self._waiting:
             return
-        slots = self.batch.text_slots.new_full((self.batch.text_slots.shape[0], sum(sizes)), -1)
+        slots = self._nobodys(sizes)
         retaining = [(i, p.retained_rows_at_l1) for i, p in enumerate(survivors) if p.retained_rows_at_l1 is not None]
         self._place_retained(slots, sizes, retaining)
         for layer, (key, value) in self._waiting:
             _update_cache(layer, key, value, self._slots_of(layer, slots))
         self._waiting.clear()
 
-    def _of_rows(self, survivors: Sequence[Survivors], rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        """int64 [groups, rows of the prompts]: the text's slots in the prompts' `rows`, -1 elsewhere."""
-        sizes = [of_prompt.size for of_prompt in survivors]
-        slots = self.batch.text_slots.new_full((self.batch.text_slots.shape[0], sum(sizes)), -1)
-        return slots.index_copy_(1, _joined(rows, sizes), self.batch.text_slots)
+    def _nobodys(self, sizes: Sequence[int]) -> torch.Tensor:
+        """int64 [groups, rows of the prompts], all -1: no row owns a slot yet."""
+        return self.batch.text_slots.new_full((self.batch.text_slots.shape[0], sum(sizes)), -1)
 
     def _place_retained(
         self, slots: torch.Tensor, sizes: Sequence[int], retaining: Sequence[tuple[int, torch.Tensor]]

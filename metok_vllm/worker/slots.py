@@ -19,7 +19,7 @@ addresses. Nothing here makes the host wait.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,7 @@ class DeepSlots:
         self.shift = torch.zeros(len(DEEP_KINDS), max_num_reqs, dtype=torch.int32, device=device)
         self.seq_lens = torch.zeros(len(DEEP_KINDS), max_num_reqs, dtype=torch.int32, device=device)
         self.groups: tuple[DeepGroup, ...] = ()
+        self.group_rows: Mapping[str, int] = {}  # name of a deep layer -> its group's place in `groups`
         self._tables: Sequence[torch.Tensor] = ()
         self._kernel_groups: Any = None  # what the kernels take in place of `groups` and `_tables`
 
@@ -81,6 +82,7 @@ class DeepSlots:
         vLLM calls this again where it allocates another KV cache.
         """
         self.groups = deep_groups(kv_cache_config)
+        self.group_rows = {name: row for row, group in enumerate(self.groups) for name in group.layer_names}
         self._tables = [block_tables.input_block_tables[group.index] for group in self.groups]
         if not ops.uses_triton(self.device):
             return

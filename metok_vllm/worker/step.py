@@ -161,7 +161,7 @@ class PrunedStep:
             self._retains = any(survivors.retained for survivors in self.survivors)
             if self.survivors:
                 self._rows_changed()
-                self._writes.after_l1(self.survivors)
+                self._writes.rows_are(self.survivors)
             if not was_deferred:
                 index = torch.cat([self.batch.others, *(s.positions + s.chunk.start for s in self.survivors)])
                 return ops.gather(index, hidden, residual, positions)
@@ -191,7 +191,7 @@ class PrunedStep:
         scores = survivor_scores(self.stack.attention(layer), self.survivors, self.batch.num_others, query, key)
         rows = prune_l2(self.survivors, scores)
         self._writes.write_waiting(self.survivors, sizes)
-        self._writes.after_l2(self.survivors)
+        self._writes.rows_are(self.survivors)
         self._retains = False
         self._rows_changed()
         return rows
@@ -199,7 +199,7 @@ class PrunedStep:
     def _at_l3(self) -> list[torch.Tensor]:
         """Prune at L3. Returns what `_at_l2` does."""
         rows = prune_l3(self.survivors)
-        self._writes.after_l3()
+        self._writes.rows_are_text()
         self._rows_changed()
         return rows
 
