@@ -26,7 +26,8 @@ def running(request: pytest.FixtureRequest, sample: Sample) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "LBHNC":
             patch.setenv("VLLM_KV_CACHE_LAYOUT", "LBHNC")
-        with engine(sample, max_num_batched_tokens=96, max_num_seqs=8) as started:
+        # One layer, six, one: the two kinds of deep layers differ in block size too.
+        with engine(sample, {"prune_layers": [1, 3, 7]}, max_num_batched_tokens=96, max_num_seqs=8) as started:
             assert started.core.vllm_config.cache_config.kv_cache_layout == request.param
             yield started
 
@@ -34,9 +35,9 @@ def running(request: pytest.FixtureRequest, sample: Sample) -> Iterator[Engine]:
 def test_metadata_by_kind(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     outermost = running.core.vllm_config.cache_config.kv_cache_layout == "BLHNC"
     groups = running.runner.kv_cache_config.kv_cache_groups
-    sizes = {group.kv_cache_spec.block_size for group in groups}
+    sizes = [group.kv_cache_spec.block_size for group in groups]
     assert len(groups) == (3 if outermost else 8), "8 layers, the smallest kind has one"
-    assert sizes == ({128, 32} if outermost else {32})
+    assert sizes == ([192, 32, 192] if outermost else [32] * 8)
 
     built, steps, build = [0], list[int](), CPUAttentionMetadataBuilder.build
 
