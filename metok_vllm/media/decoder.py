@@ -8,12 +8,14 @@ Where frames are wanted so densely that each stretch touches the next, this beco
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import av
 import numpy as np
 import numpy.typing as npt
 from av.video.frame import VideoFrame
 
+from .orientation import orientation
 from .sampling import PacketTable, Run, decode_runs, sample_indices
 from .settings import VideoError, VideoSettings
 from .source import Clock, PacketReader, SeekMissed, VideoFile, frame_rate, open_source, read_packet_table
@@ -28,7 +30,11 @@ class DecodedVideo:
     """Sampled frames and what is known of the video they come from."""
 
     frames: npt.NDArray[np.uint8]
-    """[T, H, W, 3] RGB, upright: a rotation stated by the file is applied, its pixel aspect ratio is not."""
+    """[T, H, W, 3] RGB, upright: a display matrix that turns by quarters, mirrors, or both is applied.
+
+    Its scale and shift are not, nor is the pixel aspect ratio. A matrix that turns by another angle (a degree
+    or more off), shears or maps the picture to nothing changes nothing: the frame comes as it is stored.
+    """
     indices: list[int]
     """[T] number of each frame among the video's frames, in order of display; increasing."""
     total_frames: int
@@ -107,27 +113,26 @@ class _Picker:
     def put(self, slot: int, frame: VideoFrame) -> bool:
         """Store `frame` in `slot` unless an earlier pass has; return whether the slot is filled now.
 
-        Frames that differ in size take the size of the first one stored.
+        Frames that differ in size, once upright, take the size of the first one stored.
         """
         if self.have[slot]:
             return True
+        matrix: Any = frame.side_data.get("DISPLAYMATRIX")  # a buffer
+        upright = orientation(None if matrix is None else bytes(matrix))
         if self.frames is None:
-            self._size = (frame.width, frame.height)
+            self._size = upright.size(frame.width, frame.height)
             _check_size(self._size, self._settings)
             _check_count(len(self.have), self._size, self._settings)
+        width, height = upright.size(*self._size)
         try:
-            rgb = frame.to_ndarray(format="rgb24", width=self._size[0], height=self._size[1])
+            rgb: Any = frame.to_ndarray(format="rgb24", width=width, height=height)
         except (av.FFmpegError, ValueError):
             return False
-        # PyAV states the angle by which the picture is to be turned counter-clockwise to stand upright.
-        quarter_turns = round(frame.rotation / 90) % 4 if frame.rotation % 90 == 0 else 0
-        upright = np.rot90(rgb, quarter_turns)
         if self.frames is None:
-            self.frames = np.empty((len(self.have), *upright.shape), dtype=np.uint8)
-        if upright.shape == self.frames.shape[1:]:
-            self.frames[slot] = upright
-            self.have[slot] = True
-        return bool(self.have[slot])
+            self.frames = np.empty((len(self.have), self._size[1], self._size[0], 3), dtype=np.uint8)
+        self.frames[slot] = upright.apply(rgb)
+        self.have[slot] = True
+        return True
 
 
 def _passes(file: VideoFile, table: PacketTable, indices: list[int], settings: VideoSettings, picker: _Picker) -> None:
