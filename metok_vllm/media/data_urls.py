@@ -24,7 +24,7 @@ _MAX_HEADER = 4096
 _QUOTED_OR_END = re.compile(r'"[^"]*"|(?:;|^data:)\s*base64\s*,', re.IGNORECASE)
 _BLANKS = " \t\n\r\f\v"
 _TO_STANDARD = str.maketrans("-_", "+/", _BLANKS)
-_NOT_BASE64 = re.compile("[^A-Za-z0-9+/=,]")
+_NOT_BASE64 = re.compile("[^A-Za-z0-9+/=]")
 _ESCAPE = re.compile("%.{0,2}", re.DOTALL)
 # Both alphabets, padding, the comma between pictures, blanks. Not "%": nothing is read twice.
 _ESCAPABLE = {f"%{ord(c):02X}": c for c in "+/=,-_" + _BLANKS + ascii_letters + digits}
