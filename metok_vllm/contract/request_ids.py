@@ -15,19 +15,19 @@ LONGEST = 128
 """Characters of an id, or of another word of a client's, as METok stores, logs and shows it."""
 
 _DIGEST = 12  # hexadecimal digits that tell shortened words apart
-_CHILD = re.compile(r"\d+_")
-_RANDOM = re.compile(r"-[0-9a-f]{8}$")
+_CHILD = re.compile(r"^\d+_")
+_RANDOM = re.compile(r"-[0-9a-f]{8}\Z")
 
 
 def client_id(engine_id: str) -> str:
     """The id that the client saw, of the one that the engine has.
 
-    vLLM 0.32 and 0.33 append eight random digits (vllm/v1/engine/input_processor.py, `assign_request_id`), and
-    put `0_`, `1_`, ... before the samples of a request with `n` above 1 (vllm/v1/engine/parallel_sampling.py,
-    `get_child_info`). The id that the client saw does not reach the worker. The HTTP server's ids begin with a
-    word (`chatcmpl-`), so a number before them is a sample's.
+    vLLM 0.32 and 0.33 append eight random digits (vllm/v1/engine/input_processor.py, `assign_request_id`),
+    and put `0_`, `1_`, ... before the samples of a request with `n` above 1 (`get_child_info` in
+    vllm/v1/engine/parallel_sampling.py). The id that the client saw does not reach the worker. The HTTP
+    server's ids begin with a word (`chatcmpl-`), so a number before them is a sample's.
     """
-    own = _CHILD.sub("", engine_id, count=1) if _CHILD.match(engine_id) else engine_id
+    own = _CHILD.sub("", engine_id)
     # A wish of the operator's, which a later vLLM will not know.
     return own if getattr(envs, "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", False) else _RANDOM.sub("", own)
 

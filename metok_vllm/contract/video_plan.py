@@ -111,13 +111,13 @@ class VideoPlan:
         millionths = (self.keep_ratio_micro, self.retention_micro)
         holds = (
             1 <= self.events <= self.frames
-            and 0 <= self.key_events
-            and 0 <= self.key_frames
-            and all(1 <= stride for stride in self.strides)
-            and all(0 <= frames for frames in self.frames_per_tier)
+            and self.key_events >= 0
+            and self.key_frames >= 0
+            and all(stride >= 1 for stride in self.strides)
+            and all(frames >= 0 for frames in self.frames_per_tier)
             and sum(self.frames_per_tier) == self.frames
-            and 1 <= self.tokens
-            and 1 <= self.stock_tokens
+            and self.tokens >= 1
+            and self.stock_tokens >= 1
             and 0 <= self.most_after_l2 <= self.most_after_l1 <= self.tokens
             and all(0 <= share <= 1_000_000 for share in millionths)
         )

@@ -85,12 +85,14 @@ def per_frame(tags: VideoTags, frames: int) -> torch.Tensor:
     """Event, key event, tier and number of tokens of every frame:
     int32 [4, frames], without waiting for the device.
     """
+    # A client may give one uuid to two videos of as many tokens: the encoder's output is then the first one's.
+    frame = tags.frame.clamp(max=frames - 1)
     columns = torch.stack([tags.event, tags.is_key.to(torch.int64), tags.tier])
     table = columns.new_zeros(4, frames)
     # All tokens of a frame, its event's separator too, carry the same, so it does not matter which is
     # written last.
-    table[:3].scatter_(1, tags.frame.expand(3, -1), columns)
-    table[3].index_add_(0, tags.frame, torch.ones_like(tags.frame))
+    table[:3].scatter_(1, frame.expand(3, -1), columns)
+    table[3].index_add_(0, frame, torch.ones_like(frame))
     return table.to(torch.int32)
 
 
@@ -104,7 +106,7 @@ class Record:
 
     @property
     def answer_bytes(self) -> int:
-        """About what it takes as JSON, and no less than it takes here: per frame, per token of the question."""
+        """About what it takes as JSON, and no less than it takes here."""
         frames = sum(video.plan.frames for video in self.videos)
         return _BYTES_AT_LEAST + _BYTES_A_FRAME * frames + _BYTES_A_TOKEN * len(self.question or ())
 
