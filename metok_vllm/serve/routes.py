@@ -59,7 +59,8 @@ class MetokRoutes:
         self._metrics = metrics.serve_metrics(self._figures)
 
     def _shut_down(self) -> None:
-        """No request is running any more, or the start has failed. Nothing of METok's has to end here."""
+        """No request is running any more, or the start has failed."""
+        check_requests().serves_metok_alone = False
 
 
 def error(status: int, message: str, kind: str) -> JSONResponse:

@@ -85,7 +85,7 @@ def per_frame(tags: VideoTags, frames: int) -> torch.Tensor:
     """Event, key event, tier and number of tokens of every frame:
     int32 [4, frames], without waiting for the device.
     """
-    # A client may give one uuid to two videos of as many tokens: the encoder's output is then the first one's.
+    # A client may give one uuid to two videos of as many tokens: the encoder's output is then the first's.
     frame = tags.frame.clamp(max=frames - 1)
     columns = torch.stack([tags.event, tags.is_key.to(torch.int64), tags.tier])
     table = columns.new_zeros(4, frames)
