@@ -15,8 +15,9 @@ cache has the item's data already and sends none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import PlaceholderRange
@@ -26,6 +27,7 @@ from metok_vllm.contract.refusals import FOREIGN_FEATURES, NO_PROMPT_LOGPROBS, R
 
 if TYPE_CHECKING:
     from vllm.inputs import EngineInput, MultiModalInput
+    from vllm.multimodal.cache import BaseMultiModalProcessorCache
 
 HOOK = "validate_request"
 
@@ -55,11 +57,26 @@ def asks_for_prompt_logprobs(params: Any) -> bool:
     return any(getattr(params, name, None) is not None for name in names)
 
 
+def forget_unsent(caches: Iterable[BaseMultiModalProcessorCache], inputs: Any) -> None:
+    """Make the front end's caches forget the items of a request that is refused after they were processed.
+
+    A cache takes an item whose data it has handed out for one that the engine has
+    (vllm/multimodal/cache/lru.py). The next request with that item would be sent without the data, and end
+    with an error.
+    """
+    for modality, items in inputs["mm_kwargs"].items():
+        for item, name in zip(items, inputs["mm_hashes"][modality], strict=False):
+            if item is not None:
+                for cache in caches:
+                    cache.invalidate(name)
+
+
 class Admission:
     """The check in front of a platform's own."""
 
     def __init__(self, platforms_own: Callable[[Any, Any], None]) -> None:
         self._platforms_own = platforms_own
+        self.caches: WeakSet[BaseMultiModalProcessorCache] = WeakSet()  # of the processors in this process
         self.serves_metok_alone = False  # else another model's items may pass here, made by its own processor
 
     def __call__(self, processed_inputs: EngineInput, params: Any) -> None:
@@ -73,17 +90,14 @@ class Admission:
             VLLMValidationError: one sentence; HTTP 400.
         """
         self._platforms_own(processed_inputs, params)
-        ranges = list(_ranges(processed_inputs))
+        if processed_inputs["type"] != "multimodal":
+            return
+        ranges = [one for ranges in processed_inputs["mm_placeholders"].values() for one in ranges]
         if self.serves_metok_alone and not all(isinstance(one, OwnRange) for one in ranges):
             raise _refused("features", FOREIGN_FEATURES)
         if asks_for_prompt_logprobs(params) and any(isinstance(one, PrunedRange) for one in ranges):
+            forget_unsent(self.caches, processed_inputs)
             raise _refused("prompt_logprobs", NO_PROMPT_LOGPROBS)
-
-
-def _ranges(inputs: Any) -> Iterator[PlaceholderRange]:
-    if inputs.get("type") == "multimodal":
-        for ranges in inputs["mm_placeholders"].values():
-            yield from ranges
 
 
 def _refused(reason: Reason, sentence: str) -> VLLMValidationError:

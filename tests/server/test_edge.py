@@ -40,7 +40,7 @@ def edge(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     log = tmp_path_factory.mktemp("log") / "edge.log"
     with serving(
         sample.path, log, "--plugin", "metok", "--api-key", KEY, "--root-path", ROOT, "--enable-scale-out",
-        "--served-model-name", "tiny", "--trust-request-mm-kwargs", *OPTIONS,
+        "--served-model-name", "tiny", "--trust-request-mm-kwargs", "--trust-request-chat-template", *OPTIONS,
     ) as running:  # fmt: skip
         yield running
 
@@ -130,21 +130,42 @@ def test_metrics_and_status_under_the_root_path(edge: Server) -> None:
 
 # --- what is refused, on every route ---
 
-ASKS = {
-    "chat": (CHAT, chat(prompt_logprobs=1)),
-    "the tokens' own": (CHAT, chat(prompt_logprobs=0)),
-    "echo": (CHAT, chat(echo=True)),
-    "several samples": (CHAT, chat(prompt_logprobs=1, n=2, temperature=1)),
-    "a report": (CHAT, chat(prompt_logprobs=1, **metok(report=True))),
-    "batch": (BATCH, chat(prompt_logprobs=1) | {"messages": [chat(video=None)["messages"], chat()["messages"]]}),
+ASKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": (CHAT, {"prompt_logprobs": 1}),
+    "the tokens' own": (CHAT, {"prompt_logprobs": 0}),
+    "echo": (CHAT, {"echo": True}),
+    "several samples": (CHAT, {"prompt_logprobs": 1, "n": 2, "temperature": 1}),
+    "batch": (BATCH, {"prompt_logprobs": 1}),
 }
 
 
-@pytest.mark.parametrize(("path", "body"), ASKS.values(), ids=ASKS)
-def test_prompt_logprobs_of_a_pruned_prompt(edge: Server, path: str, body: dict[str, Any]) -> None:
-    for _ in range(2):  # the second time the video's data stays in the front end's cache
+@pytest.mark.parametrize(("path", "asked"), ASKS.values(), ids=ASKS)
+def test_prompt_logprobs_of_a_pruned_prompt(edge: Server, path: str, asked: dict[str, Any], request: Any) -> None:
+    """Refused when the engine has never seen the video under this question, and when it has."""
+    body = chat(f"What is {request.node.name}?")
+    if path == BATCH:
+        body["messages"] = [chat(video=None)["messages"], body["messages"]]
+    for _ in range(2):
+        for _ in range(2):
+            answer = post(edge, path, {**body, **asked})
+            assert (answer.status_code, answer.json()["error"]["message"]) == (400, f"METok: {NO_PROMPT_LOGPROBS}")
         answer = post(edge, path, body)
-        assert (answer.status_code, answer.json()["error"]["message"]) == (400, f"METok: {NO_PROMPT_LOGPROBS}")
+        assert answer.status_code == 200, answer.text
+
+
+def test_a_prompt_that_is_refused_for_its_text_leaves_no_trace(edge: Server) -> None:
+    """The same video and question, first with nothing behind the video and then as it should be."""
+    settings = metok(query="Is it refused?")
+    turned = chat(**settings)
+    turned["messages"] = [user("Question first."), *turned["messages"]]
+    turned["messages"][-1]["content"] = turned["messages"][-1]["content"][:1]
+    template = (
+        "{% for m in messages %}{% for p in m.content %}"
+        "{% if p.type == 'text' %}{{ p.text }}{% else %}<video>{% endif %}{% endfor %}{% endfor %}"
+    )
+    refused = post(edge, CHAT, turned | {"chat_template": template, "add_generation_prompt": False})
+    assert (refused.status_code, "needs text behind its last video" in refused.text) == (400, True), refused.text
+    assert post(edge, CHAT, chat(**settings)).status_code == 200
 
 
 def test_refused_requests_are_counted(edge: Server) -> None:

@@ -81,6 +81,29 @@ def test_features_made_elsewhere(admission: Admission, modality: str) -> None:
     assert refused("features") == before + 1
 
 
+def test_an_item_that_was_not_sent_is_forgotten(admission: Admission) -> None:
+    """Its data was handed out and goes nowhere; one that the engine has already stays known."""
+
+    class Cache:
+        def __init__(self) -> None:
+            self.forgotten: list[str] = []
+
+        def invalidate(self, name: str) -> None:
+            self.forgotten.append(name)
+
+    cache: Any = Cache()
+    admission.caches.add(cache)
+    inputs = items()
+    inputs["mm_kwargs"] = {"video": [object(), None]}
+    inputs["mm_hashes"] = {"video": ["new", "sent before"]}
+    inputs["mm_placeholders"]["video"] *= 2
+    admission(inputs, PLAIN)
+    assert cache.forgotten == []
+    with pytest.raises(VLLMValidationError):
+        admission(inputs, PROMPT_LOGPROBS["all"])
+    assert cache.forgotten == ["new"]
+
+
 @pytest.fixture
 def platform() -> Iterator[Any]:
     """vLLM's platform as it is without METok, and afterwards as it was."""
