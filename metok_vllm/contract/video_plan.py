@@ -88,7 +88,7 @@ class VideoPlan:
         """The inverse of `to_tensor`; `tensor` lives on the host.
 
         Raises:
-            ValueError: it has not as many numbers as a plan.
+            ValueError: it has not as many numbers as a plan, or they do not go together.
         """
         values = tensor.flatten().tolist()
         names = [field.name for field in fields(cls)]
@@ -99,8 +99,30 @@ class VideoPlan:
         plan: dict[str, Any] = {
             name: (next(numbers), next(numbers), next(numbers)) if name in _TRIPLES else next(numbers) for name in names
         }
+        if not 0 <= plan["aligner"] < len(ALIGNERS):
+            raise ValueError(f"there is no aligner {plan['aligner']}")
         plan |= {"pruned": bool(plan["pruned"]), "report": bool(plan["report"]), "aligner": ALIGNERS[plan["aligner"]]}
-        return cls(**plan)
+        read = cls(**plan)
+        read._check()
+        return read
+
+    def _check(self) -> None:
+        """Raise ValueError where the counts contradict one another."""
+        millionths = (self.keep_ratio_micro, self.retention_micro)
+        holds = (
+            1 <= self.events <= self.frames
+            and self.key_events >= 0
+            and self.key_frames >= 0
+            and all(stride >= 1 for stride in self.strides)
+            and all(frames >= 0 for frames in self.frames_per_tier)
+            and sum(self.frames_per_tier) == self.frames
+            and self.tokens >= 1
+            and self.stock_tokens >= 1
+            and 0 <= self.most_after_l2 <= self.most_after_l1 <= self.tokens
+            and all(0 <= share <= 1_000_000 for share in millionths)
+        )
+        if not holds:
+            raise ValueError("its counts contradict one another")
 
 
 def plan_video(

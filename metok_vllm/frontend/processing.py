@@ -26,6 +26,7 @@ from vllm.multimodal.processing import (
 )
 
 from metok_vllm.compression.pooling import PoolMode
+from metok_vllm.contract.admission import check_requests, forget_unsent, mark
 from metok_vllm.contract.budgets import bytes_per_token, deferral_limit
 from metok_vllm.contract.fields import PIXELS_FIELD, PLAN_FIELD, QUESTION_FIELD, WINDOWS_FIELD
 from metok_vllm.contract.refusals import refusal, refusing
@@ -45,6 +46,10 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
     pool_mode: PoolMode
     separators: bool
     video_token: str
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._admission = check_requests()
 
     # --- what a family states ---
 
@@ -114,8 +119,15 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
             raise ValueError(
                 "METok: the prompt has lost the place of a video or an image; do not truncate it."
             ) from error
+        if inputs.cache is not None:
+            self._admission.caches.add(inputs.cache)
         if settings is not None:
-            self._check_prompt(result)
+            try:
+                self._check_prompt(result)
+            except ValueError:
+                forget_unsent(self._admission.caches, result)
+                raise
+        mark(result, pruned=settings is not None)
         return result
 
     def _hashed(self, settings: RequestSettings | None, prompt: Sequence[int]) -> dict[str, object]:
