@@ -8,16 +8,13 @@ Code in the folder (`auto_map`) is never run, with vLLM's ``--trust-remote-code`
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from metok_vllm.frontend.aligner_inputs import AlignerProcessor
-from metok_vllm.frontend.reasons import reason
+from metok_vllm.frontend.aligner_inputs import AlignerProcessor, reading
 from metok_vllm.frontend.weight_files import tensor_shapes
 
 TOWERS = ("siglip", "clip")
@@ -46,19 +43,10 @@ def check_aligner(tower: str) -> None:
     _check_inputs(tower, config)
 
 
-@contextmanager
-def _part(tower: str, part: str) -> Iterator[None]:
-    """Any error of transformers, which raises whatever its parsers meet, as one sentence about a part."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"METok: the aligner {tower} cannot be loaded: {part}: {reason(error)}.") from None
-
-
 def _config(tower: str) -> Any:
     from transformers import AutoConfig
 
-    with _part(tower, "config.json"):
+    with reading(tower, "config.json"):
         config = AutoConfig.from_pretrained(tower, trust_remote_code=False)
     if config.model_type not in TOWERS:
         raise ValueError(
@@ -71,12 +59,12 @@ def _parameters(tower: str, config: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes that the config asks for; building on the device `meta` allocates nothing."""
     from transformers import AutoModel
 
-    with _part(tower, "config.json"):
+    with reading(tower, "config.json"):
         vision, text = config.vision_config, config.text_config
         if vision.image_size < vision.patch_size or vision.image_size // vision.patch_size > 1024:
             raise ValueError(f"image_size {vision.image_size} does not fit patch_size {vision.patch_size}")
         with torch.device("meta"):
-            model = AutoModel.from_config(config, trust_remote_code=False)
+            model = AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
         # SigLIP compares the two towers as they are; CLIP projects both to the same size.
         image, question = vision.hidden_size, getattr(text, "projection_size", vision.hidden_size)
         if config.model_type == "siglip" and image != question:
@@ -85,7 +73,7 @@ def _parameters(tower: str, config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _check_weights(tower: str, parameters: dict[str, tuple[int, ...]]) -> None:
-    with _part(tower, "weights"):
+    with reading(tower, "weights"):
         held = tensor_shapes(Path(tower))
         if not held.keys() & parameters.keys():
             return  # names of an older layout, which transformers may know; what is missing the worker finds
@@ -99,7 +87,7 @@ def _check_weights(tower: str, parameters: dict[str, tuple[int, ...]]) -> None:
 def _check_inputs(tower: str, config: Any) -> None:
     """One frame and one question, as requests bring them."""
     processor = AlignerProcessor(tower)
-    with _part(tower, "tokenizer"):
+    with reading(tower, "tokenizer"):
         ids = processor.windows("A dog runs after a ball.")
         if processor.reads_nothing("A dog runs after a ball."):
             raise ValueError("it knows no word of a question; its vocabulary is missing")
@@ -107,7 +95,7 @@ def _check_inputs(tower: str, config: Any) -> None:
             raise ValueError(
                 f"it gives ids up to {int(ids.max())}, and config.json has {config.text_config.vocab_size}"
             )
-    with _part(tower, "preprocessor_config.json"):
+    with reading(tower, "preprocessor_config.json"):
         made = tuple(processor.pixels(np.zeros((1, 48, 64, 3), dtype=np.uint8)).shape)
         side = config.vision_config.image_size
         if made != (1, config.vision_config.num_channels, side, side):

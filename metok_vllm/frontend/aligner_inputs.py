@@ -8,7 +8,8 @@ tower (SigLIP or CLIP). Its inputs are made here; it runs beside the model's own
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,11 +29,16 @@ def aligner_folder(model: str) -> str | None:
     return folder if os.path.lexists(folder) else None
 
 
-def _loaded(tower: str, part: str, load: Callable[..., Any]) -> Any:
-    """A part of the checkpoint; code that lies in the folder is not run."""
+@contextmanager
+def reading(tower: str, part: str) -> Iterator[None]:
+    """Any error as one sentence about a part of the checkpoint.
+
+    Raises:
+        ValueError: whatever transformers raises, which is what its parsers meet.
+    """
     try:
-        return load(tower, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its parsers meet
+        yield
+    except Exception as error:
         raise ValueError(f"METok: the aligner {tower} cannot be loaded: {part}: {reason(error)}.") from None
 
 
@@ -46,15 +52,21 @@ class AlignerProcessor:
     def __init__(self, tower: str) -> None:
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
-        config = _loaded(tower, "config.json", AutoConfig.from_pretrained)
-        self.window = int(config.text_config.max_position_embeddings)
-        self.tokenizer = _loaded(tower, "tokenizer", AutoTokenizer.from_pretrained)
-        self.image_processor = _loaded(tower, "preprocessor_config.json", AutoImageProcessor.from_pretrained)
-        # SigLIP was trained on windows padded to their full length; CLIP finds the end of the text by itself.
-        self.pad_id = self.tokenizer.pad_token_id
-        if self.pad_id is None:
-            self.pad_id = self.tokenizer.eos_token_id
-        self.prefix, self.suffix = self._special_tokens()
+        # Code that lies in the folder is not run.
+        with reading(tower, "config.json"):
+            config: Any = AutoConfig.from_pretrained(tower, trust_remote_code=False)
+            self.window = int(config.text_config.max_position_embeddings)
+        with reading(tower, "preprocessor_config.json"):
+            images: Any = AutoImageProcessor
+            self.image_processor: Any = images.from_pretrained(tower, trust_remote_code=False)
+        with reading(tower, "tokenizer"):
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(tower, trust_remote_code=False)
+            # SigLIP was trained on windows padded to their full length; CLIP finds the end of the text by
+            # itself.
+            self.pad_id = self.tokenizer.pad_token_id
+            if self.pad_id is None:
+                self.pad_id = self.tokenizer.eos_token_id
+            self.prefix, self.suffix = self._special_tokens()
 
     def _special_tokens(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts before and after a text."""

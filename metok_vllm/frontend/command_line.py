@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metok_vllm.frontend.config_file import ConfigFile, config_file
+from metok_vllm.frontend.model_files import check_settings_files
 from metok_vllm.frontend.programs import WORKS_WITH, Program, program_of, vllm_command
 from metok_vllm.frontend.reasons import reason
 from metok_vllm.log import metok_logger
@@ -101,6 +102,7 @@ def _read(argv: Sequence[str]) -> tuple[list[str], Namespace | None]:
     if not isinstance(overrides, dict):
         raise ValueError(f"{OVERRIDES} takes a JSON object, not {overrides!r}.")
     model: str = getattr(options, "model_tag", None) or options.model
+    check_settings_files(model)
     architecture = metok_architecture(_architectures(options.hf_config_path or model, options.revision), model)
     # One JSON object with all that the user gave, in whatever form: of several forms vLLM lets one replace
     # the others.
@@ -141,6 +143,7 @@ def _with_chat_template(arguments: list[str], options: Namespace) -> list[str]:
     Raises:
         ValueError: there is no such template.
     """
+    from vllm.exceptions import VLLMValidationError
     from vllm.renderers.chat_utils import validate_chat_template
 
     if getattr(options, "trust_request_chat_template", False):
@@ -153,7 +156,7 @@ def _with_chat_template(arguments: list[str], options: Namespace) -> list[str]:
         return arguments
     try:
         validate_chat_template(template)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, VLLMValidationError) as error:
         raise ValueError(f"--chat-template: {reason(error)}") from None
     additional: Any = options.additional_config
     settings = additional.get("metok") or {} if isinstance(additional, Mapping) else None

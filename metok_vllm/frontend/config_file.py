@@ -43,7 +43,7 @@ def config_file(words: Sequence[str], strict: bool) -> ConfigFile | None:
 
     Args:
         words: the command line, from its first option on. vLLM knows the form in two words alone.
-        strict: whether a file that cannot be read is METok's to refuse; if not, vLLM has its own answer to it.
+        strict: whether a file that cannot be read is METok's to refuse; if not, vLLM has its own answer.
 
     Raises:
         ValueError: it cannot be read, and `strict`.

@@ -6,8 +6,10 @@ here is kept in vLLM's own caches, so the start takes no longer.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metok_vllm.frontend.question import templates_markers
@@ -18,6 +20,37 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
 logger = metok_logger(__name__)
+
+
+SETTINGS = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+)
+"""Files beside config.json that vLLM or transformers read, each if it is there."""
+
+
+def check_settings_files(model: str) -> None:
+    """Refuse a checkpoint's folder with a settings file that is no JSON object.
+
+    vLLM reads some of them before it calls METok (`ModelConfig`), and ends with a trace.
+
+    Raises:
+        ValueError: in one sentence that names the file.
+    """
+    for name in SETTINGS:
+        path = Path(model) / name
+        if not path.exists():
+            continue
+        try:
+            if not isinstance(json.loads(path.read_bytes()), dict):
+                raise ValueError("it is no JSON object")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"METok cannot read {path}: {reason(error)}.") from None
 
 
 def check_front_end(model_config: ModelConfig, chat_template: str | None) -> None:

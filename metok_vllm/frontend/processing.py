@@ -48,6 +48,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
     pool_mode: PoolMode
     separators: bool
     video_token: str
+    _has_warned = False
 
     # --- what a family states ---
 
@@ -74,14 +75,6 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
     def _markers(self) -> tuple[TurnMarkers, ...]:
         template = self._server.settings.chat_template
         return templates_markers(self.info.get_tokenizer(), self.info.ctx.model_config, template)
-
-    @cached_property
-    def _warn_of_unknown_template(self) -> None:
-        """Once: a property that is read again does nothing."""
-        logger.warning(
-            "METok: a prompt was not rendered with this server's chat template, so all its text is taken for the "
-            "question; a request can state its question as 'query'. This is said once."
-        )
 
     @cached_property
     def _not_text(self) -> tuple[str, ...]:
@@ -136,8 +129,13 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         text = self.info.get_tokenizer().decode(list(prompt), skip_special_tokens=False)
         markers = fitting_markers(text, self._markers)
         if markers is None:
-            self._warn_of_unknown_template  # noqa: B018  # said where it is first read
             markers = NO_MARKERS
+            if self._markers and not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "METok: a prompt was not rendered with this server's chat template, so all its text is taken for "
+                    "the question; a request can state its question as 'query'. This is said once."
+                )
         return last_user_text(text, markers, self._not_text)
 
     def _check_places(self, inputs: ProcessorInputs) -> None:

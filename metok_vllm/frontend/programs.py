@@ -1,12 +1,13 @@
 """Which of vLLM's programs a command line starts, and the parser that reads it.
 
-`vllm serve`, `vllm run-batch`, the benchmarks that have an engine of their own, and the two servers that can
-be started as a module (``python -m vllm.entrypoints.openai.api_server``) take `--plugin metok`. The others ask
-a running server, or have no engine.
+`vllm serve`, `vllm run-batch`, the benchmarks that have an engine of their own, and what can be started as a
+module instead (``python -m vllm.entrypoints.openai.api_server``) take `--plugin metok`. The others ask a
+running server, or have no engine.
 """
 
 from __future__ import annotations
 
+import itertools
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,8 +51,8 @@ def vllm_command(argv: Sequence[str]) -> str | None:
         return f"python -m {module}"
     if module is None and (not argv or PurePath(argv[0]).stem != "vllm"):
         return None
-    words = [word for word in argv[1:3] if not word.startswith("-")]
-    return " ".join(["vllm", *(words if words[:1] in (["bench"], ["launch"]) else words[:1])])
+    command = list(itertools.takewhile(lambda word: not word.startswith("-"), argv[1:3]))
+    return " ".join(["vllm", *(command if command[:1] in (["bench"], ["launch"]) else command[:1])])
 
 
 def _module(argv: Sequence[str]) -> str | None:
@@ -99,11 +100,13 @@ def _api_server() -> ArgumentParser:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    return make_arg_parser(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
+    parser: ArgumentParser = make_arg_parser(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
+    return parser
 
 
 def _batch_runner() -> ArgumentParser:
     from vllm.entrypoints.launchers.run_batch import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    return make_arg_parser(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
+    parser: ArgumentParser = make_arg_parser(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
+    return parser

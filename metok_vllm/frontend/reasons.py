@@ -11,9 +11,8 @@ def reason(error: BaseException) -> str:
 
     Libraries that read checkpoints explain at length, on many lines; the start is what tells.
     """
-    if isinstance(error, OSError) and error.strerror:
-        said = error.strerror
-    else:
-        said = " ".join(str(error).split())
-    said = said or type(error).__name__
-    return said.rstrip(".") if len(said) <= MOST else said[: MOST - 3].rstrip() + "..."
+    short = error.strerror if isinstance(error, OSError) else None
+    said = short or " ".join(str(error).split()) or type(error).__name__
+    if len(said) > MOST:
+        said = said[:MOST].rpartition(" ")[0].rstrip(",;:([") + "\u2026"
+    return said.rstrip(".")

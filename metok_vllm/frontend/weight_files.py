@@ -50,7 +50,7 @@ def _header(folder: Path, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(folder / name, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(folder / name, framework="pt") as file:
             for tensor in file.keys():  # noqa: SIM118  # not a mapping
                 yield tensor, tuple(file.get_slice(tensor).get_shape())
     except (SafetensorError, OSError) as error:
