@@ -24,8 +24,8 @@ def enable(**settings: Any) -> dict[str, Any]:
         chosen when its config is read, and an unsupported model is refused there.
 
     Raises:
-        ValueError: an unknown setting, an impossible value, or a list of plugins (``VLLM_PLUGINS``) without METok,
-            in one sentence.
+        ValueError: an unknown setting, an impossible value, or a list of plugins (``VLLM_PLUGINS``) without
+            METok, in one sentence.
     """
     from metok_vllm.contract.settings import parse_settings
     from metok_vllm.models.registry import select_architecture

@@ -35,13 +35,20 @@ SETTINGS = (
 
 
 def check_settings_files(model: str) -> None:
-    """Refuse a checkpoint's folder with a settings file that is no JSON object.
+    """Refuse a checkpoint's folder with a settings file that is no JSON object,
+    or whose name is not UTF-8, which safetensors does not open.
 
-    vLLM reads some of them before it calls METok (`ModelConfig`), and ends with a trace.
+    vLLM reads some of the files before it calls METok (`ModelConfig`), and ends with a trace.
 
     Raises:
         ValueError: in one sentence that names the file.
     """
+    try:
+        model.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"METok cannot serve {model!r}: its path is not UTF-8, and its weights cannot be opened."
+        ) from None
     for name in SETTINGS:
         path = Path(model) / name
         if not path.exists():

@@ -5,15 +5,18 @@ through the template that is in force.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.multimodal.processing import ProcessorInputs, TimingContext
 
 from metok_vllm.frontend.command_line import rewritten
 from metok_vllm.frontend.model_files import SETTINGS
+from tests.support.oracle.samples import scene_video
 from tests.unit.conftest import METOK
 from tests.unit.frontend.test_startup import refusal
 
@@ -78,6 +81,23 @@ def test_a_settings_file_that_cannot_be_read(model: Path, name: str, content: by
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["a b", 'it\'s "quoted"', "\u00fc\u6f22", "-plugin", "$HOME;{}"])
+def test_odd_names_of_a_folder(model: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = model.rename(model.parent / name)
+    monkeypatch.chdir(odd.parent)
+    for argument in (str(odd), f"./{name}"):
+        argv = rewritten(["vllm", "serve", argument, "--plugin", "metok"])
+        assert argv[2] == argument
+
+
+def test_a_name_that_is_not_utf8(model: Path) -> None:
+    odd = os.fsdecode(os.fsencode(model) + b"\xff")
+    model.rename(odd)
+    with pytest.raises(ValueError, match="METok") as error:
+        rewritten(["vllm", "serve", odd, "--plugin", "metok"])
+    assert str(error.value) == f"METok cannot serve {odd!r}: its path is not UTF-8, and its weights cannot be opened."
+
+
 def test_without_a_tokenizer(make_config: Make) -> None:
     assert refusal(make_config, skip_tokenizer_init=True) == (
         "METok reads the question with the model's tokenizer: remove --skip-tokenizer-init."
@@ -118,6 +138,28 @@ def test_a_server_template_that_cannot_be_read(make_config: Make, tmp_path: Path
         path.write_text("{% for m in messages %}")
     sentence = refusal(make_config, additional_config={"metok": {"chat_template": str(path)}})
     assert sentence.startswith("METok: the chat template cannot be loaded: ")
+
+
+# --- the places of the items ---
+
+
+@pytest.mark.parametrize("has_settings", [True, False])
+def test_a_prompt_that_lost_a_video(make_config: Make, has_settings: bool) -> None:
+    """By `truncate_prompt_tokens`. vLLM meets it with an assertion, which METok does not rely on."""
+    made = processor(make_config)
+    frames = scene_video(1, 5)
+    kwargs = {} if has_settings else {"metok": "off"}
+
+    def apply(prompt: str, videos: int) -> Any:
+        ids = made.info.get_tokenizer().encode(prompt)
+        items = made.info.parse_mm_data({"video": [frames] * videos})
+        return made.apply(ProcessorInputs(ids, items, {}, hf_processor_mm_kwargs=kwargs), TimingContext())
+
+    assert len(apply("<video> and <video> Why?", 2)["mm_placeholders"]["video"]) == 2
+    for prompt, videos in (("Why?", 1), ("<video> and Why?", 2)):
+        with pytest.raises(ValueError, match="METok") as error:
+            apply(prompt, videos)
+        assert str(error.value) == "METok: the prompt has lost the place of a video or an image; do not truncate it."
 
 
 # --- the question ---
