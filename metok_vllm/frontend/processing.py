@@ -34,7 +34,10 @@ from metok_vllm.contract.server_choices import ServerChoices, server_choices
 from metok_vllm.contract.settings import RequestSettings, resolve_request
 from metok_vllm.contract.video_plan import VideoPlan, plan_video
 from metok_vllm.frontend.aligner_inputs import AlignerProcessor
-from metok_vllm.frontend.question import TurnMarkers, last_user_text, turn_markers
+from metok_vllm.frontend.question import NO_MARKERS, TurnMarkers, fitting_markers, last_user_text, templates_markers
+from metok_vllm.log import metok_logger
+
+logger = metok_logger(__name__)
 
 KEY = "metok"
 SCOPE = "videos_kwargs"
@@ -46,6 +49,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
     pool_mode: PoolMode
     separators: bool
     video_token: str
+    _has_warned = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -73,10 +77,9 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         return AlignerProcessor(self._server.tower)
 
     @cached_property
-    def _markers(self) -> TurnMarkers:
-        tokenizer = self.info.get_tokenizer()
-        template = getattr(self.info.get_hf_processor(), "chat_template", None)
-        return turn_markers(tokenizer, template)
+    def _markers(self) -> tuple[TurnMarkers, ...]:
+        template = self._server.settings.chat_template
+        return templates_markers(self.info.get_tokenizer(), self.info.ctx.model_config, template)
 
     @cached_property
     def _not_text(self) -> tuple[str, ...]:
@@ -109,16 +112,8 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
                     "embeddings", "METok: precomputed video embeddings are not supported; send the video itself."
                 )
             kwargs[SCOPE] = {KEY: self._hashed(settings, inputs.prompt)}
-        try:
-            result = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
-        except AssertionError as error:
-            if not str(error).startswith("Failed to apply prompt"):
-                raise
-            # vLLM takes it for a fault of its own; it is a request that cut its prompt short
-            # (truncate_prompt_tokens).
-            raise ValueError(
-                "METok: the prompt has lost the place of a video or an image; do not truncate it."
-            ) from error
+        self._check_places(inputs)
+        result = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
         if inputs.cache is not None:
             self._admission.caches.add(inputs.cache)
         if settings is not None:
@@ -144,7 +139,31 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
 
     def _question(self, prompt: Sequence[int]) -> str:
         text = self.info.get_tokenizer().decode(list(prompt), skip_special_tokens=False)
-        return last_user_text(text, self._markers, self._not_text)
+        markers = fitting_markers(text, self._markers)
+        if markers is None:
+            markers = NO_MARKERS
+            if self._markers and not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "METok: a prompt was not rendered with this server's chat template, so all its text is taken for "
+                    "the question; a request can state its question as 'query'. This is said once."
+                )
+        return last_user_text(text, markers, self._not_text)
+
+    def _check_places(self, inputs: ProcessorInputs) -> None:
+        """Refuse a prompt without a place for each of its items: cut short (`truncate_prompt_tokens`), or
+        written by hand. vLLM takes it for a fault of its own, an assertion.
+        """
+        processor = self.info.get_hf_processor()
+        text: str | None = None
+        for modality, items in inputs.mm_data_items.items():
+            placeholder = getattr(processor, f"{modality}_token", None)
+            if placeholder is None or not len(items):
+                continue
+            if text is None:
+                text = self.info.get_tokenizer().decode(list(inputs.prompt), skip_special_tokens=False)
+            if text.count(placeholder) < len(items):
+                raise ValueError("METok: the prompt has lost the place of a video or an image; do not truncate it.")
 
     def _check_prompt(self, result: MultiModalInput) -> None:
         """Refuse what could never be served, while it still is a clear answer to the client."""
