@@ -15,6 +15,8 @@ from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter
 
+from metok_vllm.contract.advice import switch_off
+
 Reason = Literal["setting", "embeddings", "no_text", "deferral", "prompt_logprobs", "session", "video"]
 """Why: a setting of the request is wrong or cannot be met; its video came as embeddings; no text follows the
 last video; the prompt could never be deferred; it asks for log-probabilities of a pruned prompt; its input
@@ -25,14 +27,19 @@ REFUSED_BY_SCHEDULER: tuple[Reason, ...] = ("prompt_logprobs", "session")
 REFUSED = "metok_refused_requests"
 REFUSED_HELP = "Requests that METok refused, by reason."
 
-NO_PROMPT_LOGPROBS = (
-    "prompt_logprobs do not exist for a prompt whose video is pruned, since its tokens do not reach the last layer; "
-    'send the request with mm_processor_kwargs={"metok": "off"}.'
-)
 NO_SESSIONS = "a session whose input goes on streaming cannot hold a pruned video."
 
 FRONT_END = CollectorRegistry()
 """Holds the counter of this process; `serve/metrics.py` reads it."""
+
+
+def no_prompt_logprobs() -> str:
+    """The sentence for a request that asks for them of a pruned prompt."""
+    instead = switch_off(otherwise="leave them out")
+    return (
+        "prompt_logprobs do not exist for a prompt whose video is pruned, since its tokens do not reach the last "
+        f"layer; {instead}."
+    )
 
 
 @cache

@@ -20,6 +20,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
+from metok_vllm.contract.advice import tell_processes
 from metok_vllm.media.request_limits import leave_room
 from metok_vllm.models.registry import metok_architecture
 
@@ -49,6 +50,7 @@ def apply_plugin_option() -> bool:
             # operator's wish holds.
             os.environ.setdefault(CONNECTOR_VARIABLE, CONNECTOR)
             leave_room(options.media_io_kwargs)
+            tell_processes(options.trust_request_mm_kwargs)
     except ValueError as error:
         raise SystemExit(f"vllm: error: {error}") from None
     sys.argv[:] = arguments

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from metok_vllm.contract.budgets import bytes_per_token, deferral_limit, ending_limit
-from metok_vllm.contract.refusals import NO_PROMPT_LOGPROBS, NO_SESSIONS
+from metok_vllm.contract.refusals import NO_SESSIONS, no_prompt_logprobs
 from metok_vllm.contract.spans import pruned_spans
 from metok_vllm.log import metok_logger
 from metok_vllm.scheduler.chunking import DeferralBudget, EncoderSchedule, EndingLimit, longest_chunk
@@ -153,7 +153,7 @@ class MetokScheduler(QueueOrderScheduler):
         """
         params = request.sampling_params
         if params is not None and params.prompt_logprobs is not None:
-            self._refuse(request, "prompt_logprobs", NO_PROMPT_LOGPROBS)
+            self._refuse(request, "prompt_logprobs", no_prompt_logprobs())
             return True
         if request.resumable:
             self._refuse(request, "session", NO_SESSIONS)

@@ -15,7 +15,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from metok_vllm.contract.refusals import NO_PROMPT_LOGPROBS, count_refused
+from metok_vllm.contract.advice import with_report
+from metok_vllm.contract.refusals import count_refused, no_prompt_logprobs
 from metok_vllm.serve import metrics
 from metok_vllm.serve.figures import Latest, ask_workers, engine_figures, recent_requests
 from metok_vllm.serve.status import status, status_page
@@ -47,7 +48,7 @@ class MetokRoutes:
             body, receive = await buffered(receive)
             if asks_for_impossible_logprobs(body):
                 count_refused("prompt_logprobs")
-                await error(400, f"METok: {NO_PROMPT_LOGPROBS}", "BadRequestError")(scope, receive, send)
+                await error(400, f"METok: {no_prompt_logprobs()}", "BadRequestError")(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
@@ -126,8 +127,8 @@ async def report(request_id: str, request: Request) -> JSONResponse:
     found = next((answer for workers in engines for answer in workers if answer is not None), None)
     if found is None:
         message = (
-            f"There is no METok report for request {request_id}; only requests with "
-            'mm_processor_kwargs={"metok": {"report": true}} have one, and only the latest are kept.'
+            f"There is no METok report for request {request_id}; only {with_report()} have one, "
+            "and only the latest are kept."
         )
         return error(404, message, "NotFoundError")
     return JSONResponse({**found, "request_id": request_id})
