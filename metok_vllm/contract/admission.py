@@ -23,7 +23,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.platforms import current_platform
 
-from metok_vllm.contract.refusals import FOREIGN_FEATURES, NO_PROMPT_LOGPROBS, Reason, count_refused
+from metok_vllm.contract.refusals import FOREIGN_FEATURES, Reason, count_refused, no_prompt_logprobs
 
 if TYPE_CHECKING:
     from vllm.inputs import EngineInput, MultiModalInput
@@ -97,7 +97,7 @@ class Admission:
             raise _refused("features", FOREIGN_FEATURES)
         if asks_for_prompt_logprobs(params) and any(isinstance(one, PrunedRange) for one in ranges):
             forget_unsent(self.caches, processed_inputs)
-            raise _refused("prompt_logprobs", NO_PROMPT_LOGPROBS)
+            raise _refused("prompt_logprobs", no_prompt_logprobs())
 
 
 def _refused(reason: Reason, sentence: str) -> VLLMValidationError:

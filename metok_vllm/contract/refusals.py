@@ -15,6 +15,7 @@ from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter
 
+from metok_vllm.contract.advice import switch_off
 from metok_vllm.contract.request_ids import printable
 
 Reason = Literal[
@@ -30,10 +31,6 @@ REFUSED_BY_SCHEDULER: tuple[Reason, ...] = ("features", "prompt_logprobs", "sess
 REFUSED = "metok_refused_requests"
 REFUSED_HELP = "Requests that METok refused, by reason."
 
-NO_PROMPT_LOGPROBS = (
-    "prompt_logprobs do not exist for a prompt whose video is pruned, since its tokens do not reach the last layer; "
-    'send the request with mm_processor_kwargs={"metok": "off"}.'
-)
 FOREIGN_FEATURES = (
     "this server makes the features of images and videos itself; send the images and videos, in messages or in "
     "content_parts, in the place of features."
@@ -42,6 +39,15 @@ NO_SESSIONS = "a session whose input goes on streaming cannot hold a pruned vide
 
 FRONT_END = CollectorRegistry()
 """Holds the counter of this process; `serve/metrics.py` reads it."""
+
+
+def no_prompt_logprobs() -> str:
+    """The sentence for a request that asks for them of a pruned prompt."""
+    instead = switch_off(otherwise="leave them out")
+    return (
+        "prompt_logprobs do not exist for a prompt whose video is pruned, since its tokens do not reach the last "
+        f"layer; {instead}."
+    )
 
 
 @cache

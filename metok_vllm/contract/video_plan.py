@@ -16,6 +16,7 @@ import torch
 from metok_vllm.compression.pooling import PoolMode, Strides, tokens_per_frame
 from metok_vllm.compression.selection import survivor_bounds
 from metok_vllm.compression.tiers import TierQuota, quota, video_tokens, with_budget
+from metok_vllm.contract.advice import settings_place
 from metok_vllm.contract.settings import RequestSettings
 
 ALIGNERS = ("dual-tower", "embedding", "none")
@@ -158,7 +159,7 @@ def plan_video(
         try:
             counts = with_budget(counts, per_frame, separators, settings.token_budget)
         except ValueError as error:
-            raise ValueError(f"METok (mm_processor_kwargs): {error}.") from None
+            raise ValueError(f"METok ({settings_place()}): {error}.") from None
     bounds = survivor_bounds(counts, per_frame, separators, settings.key_events, settings.keep_ratio_micro)
     return VideoPlan(
         pruned=True,

@@ -101,7 +101,8 @@ def choose(vllm_config: VllmConfig) -> ServerChoices:
     except ValueError as error:
         raise ValueError(f"METok (additional_config): {error}.") from None
     aligner, tower = resolve_aligner(model_config.model, settings.aligner, settings.aligner_model)
-    return ServerChoices(settings, layers, aligner, tower, step_tokens(vllm_config.scheduler_config))
+    scheduler = vllm_config.scheduler_config
+    return ServerChoices(settings, layers, aligner, tower, step_tokens(scheduler), scheduler.encoder_cache_size)
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:

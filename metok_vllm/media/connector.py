@@ -29,6 +29,7 @@ from vllm.multimodal.image import open_image
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, VideoMediaIO
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
+from metok_vllm.contract.advice import all_frames
 from metok_vllm.contract.refusals import count_refused, refusing
 
 from .data_urls import DataUrlError, decoded, not_base64, padded, read_data_url
@@ -178,8 +179,7 @@ def check_jpeg_frames(data: str, num_frames: int, limits: VideoSettings) -> int:
     count = data.count(",") + 1
     if 0 < num_frames < count:
         raise VideoError(
-            f"The video is a list of {count} frames and num_frames is {num_frames}: send fewer, or state "
-            'media_io_kwargs={"video": {"num_frames": -1}}, which takes them all.'
+            f"The video is a list of {count} frames and num_frames is {num_frames}: send fewer, or {all_frames()}."
         )
     if count > limits.max_frames:
         raise VideoError(

@@ -301,8 +301,8 @@ def _check_count(count: int, size: tuple[int, int], settings: VideoSettings) -> 
     """Refuse more frames than `max_frames`, and more bytes of them than `max_output_mib`."""
     if count > settings.max_frames:
         raise VideoError(
-            f"Sampling would give {count} frames, more than {settings.max_frames} (video setting max_frames);"
-            " ask for fewer with num_frames or fps."
+            f"Sampling would give {count} frames, more than {settings.max_frames} (video settings max_frames,"
+            " num_frames and fps)."
         )
     mib = count * size[0] * size[1] * 3 / 2**20
     if mib > settings.max_output_mib:

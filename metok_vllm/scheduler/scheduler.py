@@ -15,7 +15,7 @@ from vllm.outputs import RequestError
 
 from metok_vllm.contract.admission import asks_for_prompt_logprobs
 from metok_vllm.contract.budgets import bytes_per_token, deferral_limit, ending_limit
-from metok_vllm.contract.refusals import NO_PROMPT_LOGPROBS, NO_SESSIONS
+from metok_vllm.contract.refusals import NO_SESSIONS, no_prompt_logprobs
 from metok_vllm.contract.request_ids import shown
 from metok_vllm.contract.spans import UnusableItem, pruned_spans
 from metok_vllm.log import metok_logger
@@ -172,7 +172,7 @@ class MetokScheduler(QueueOrderScheduler):
         if spans and (request.resumable or request.request_id in self.requests):
             return "session", NO_SESSIONS
         if spans and asks_for_prompt_logprobs(request.sampling_params):
-            return "prompt_logprobs", NO_PROMPT_LOGPROBS
+            return "prompt_logprobs", no_prompt_logprobs()
         return None
 
     def _end_refused(self, request: Request) -> None:

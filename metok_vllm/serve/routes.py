@@ -12,6 +12,7 @@ nothing. What METok refuses, it refuses where vLLM has authenticated and parsed 
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,11 +20,15 @@ from fastapi.responses import JSONResponse
 
 from metok_vllm.contract import request_ids
 from metok_vllm.contract.admission import check_requests
+from metok_vllm.contract.advice import with_report
+from metok_vllm.contract.server_choices import server_choices
+from metok_vllm.media.in_force import decode_pool, set_in_force
 from metok_vllm.serve import metrics
 from metok_vllm.serve.figures import Latest, ask_workers, engine_figures, recent_requests
 from metok_vllm.serve.status import status, status_page
 
 PREFIX = "/v1/metok"  # under /v1, which is what vLLM's --api-key guards
+RETRY_AFTER_S = b"2"
 PAGE = "/metok"  # without any data, so outside
 
 
@@ -39,8 +44,11 @@ class MetokRoutes:
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
         elif scope["type"] == "http" and self._figures is not None and path_of(scope) == metrics.PATH:
+            decode_pool().publish()
             await self._figures.refresh()
             await (self._metrics or self.app)(scope, receive, send)
+        elif scope["type"] == "http":
+            await self.app(scope, receive, retry_after(send))
         else:
             await self.app(scope, receive, send)
 
@@ -55,7 +63,9 @@ class MetokRoutes:
     def _started(self, app: FastAPI) -> None:
         """The engine client is there; no request has been taken yet."""
         check_requests().serves_metok_alone = True
-        set_in_force_of(app.state.vllm_config)
+        model_config = app.state.vllm_config.model_config
+        settings = server_choices(model_config.hf_config).settings
+        set_in_force(model_config.get_multimodal_config().media_io_kwargs, settings)
         decode_pool().start()
         self._figures = attach_routes(app)
         self._metrics = metrics.serve_metrics(self._figures)
@@ -69,6 +79,20 @@ class MetokRoutes:
 def error(status: int, message: str, kind: str) -> JSONResponse:
     """An error in the form of vLLM's own."""
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
+
+
+def retry_after(send: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
+    """Say with every 503 when to try again, where it does not: vLLM gives its errors no headers."""
+
+    async def with_header(message: Any) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 503:
+            headers = list(message.get("headers", ()))
+            if not any(name.lower() == b"retry-after" for name, _ in headers):
+                headers.append((b"retry-after", RETRY_AFTER_S))
+            message = {**message, "headers": headers}
+        await send(message)
+
+    return with_header
 
 
 def path_of(scope: Any) -> str:
@@ -112,8 +136,8 @@ async def report(request_id: str, request: Request) -> JSONResponse:
     found = next((answer for workers in engines for answer in workers if answer is not None), None)
     if found is None:
         message = (
-            f"There is no METok report for request {request_ids.shown(request_id)}; only requests with "
-            'mm_processor_kwargs={"metok": {"report": true}} have one, and only the latest are kept.'
+            f"There is no METok report for request {request_ids.shown(request_id)}; only {with_report()} have one, "
+            "and only the latest are kept."
         )
         return error(404, message, "NotFoundError")
     return JSONResponse(found)

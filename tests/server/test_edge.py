@@ -19,7 +19,7 @@ import torch
 from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import decode_mm_kwargs_item, encode_mm_kwargs_item
 
 from metok_vllm.contract.fields import PLAN_FIELD
-from metok_vllm.contract.refusals import FOREIGN_FEATURES, NO_PROMPT_LOGPROBS
+from metok_vllm.contract.refusals import FOREIGN_FEATURES, no_prompt_logprobs
 from metok_vllm.contract.request_ids import LONGEST
 from tests.server.test_metrics import read_metrics
 from tests.support.oracle.samples import Sample, scene_video
@@ -148,7 +148,7 @@ def test_prompt_logprobs_of_a_pruned_prompt(edge: Server, path: str, asked: dict
     for _ in range(2):
         for _ in range(2):
             answer = post(edge, path, {**body, **asked})
-            assert (answer.status_code, answer.json()["error"]["message"]) == (400, f"METok: {NO_PROMPT_LOGPROBS}")
+            assert (answer.status_code, answer.json()["error"]["message"]) == (400, f"METok: {no_prompt_logprobs()}")
         answer = post(edge, path, body)
         assert answer.status_code == 200, answer.text
 
@@ -262,7 +262,7 @@ def test_that_route_takes_the_video_itself(edge: Server, rendered: dict[str, Any
     assert post(edge, GENERATE, body).json()["choices"][0]["token_ids"] == expected
     for asked in ({"prompt_logprobs": 1}, {"prompt_logprob_token_ids": [[1]] * (len(ids) - 1)}):
         answer = post(edge, GENERATE, body | {"sampling_params": {**body["sampling_params"], **asked}})
-        assert (answer.status_code, answer.json()["error"]["message"]) == (400, f"METok: {NO_PROMPT_LOGPROBS}")
+        assert (answer.status_code, answer.json()["error"]["message"]) == (400, f"METok: {no_prompt_logprobs()}")
 
 
 # --- ids ---

@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 
-from metok_vllm.contract.refusals import NO_PROMPT_LOGPROBS
+from metok_vllm.contract.refusals import no_prompt_logprobs
 from tests.support.oracle import assert_same
 from tests.support.oracle.samples import Sample, scene_video
 from tests.support.server.asking import OPTIONS, QUESTION, ask, assert_drained, oracle, result
@@ -192,7 +192,7 @@ def test_run_batch_takes_the_plugin(sample: Sample, tmp_path: Path) -> None:
     outputs = [json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines()]
     two, one = sorted(outputs, key=lambda output: output["custom_id"], reverse=True)
     assert two["response"]["status_code"] == 400
-    assert two["error"]["error"]["message"] == f"METok: {NO_PROMPT_LOGPROBS}"
+    assert two["error"]["error"]["message"] == f"METok: {no_prompt_logprobs()}"
     body = one["response"]["body"]
     expected = oracle(sample, video, {"decode_retention": 1})
     assert body["prompt_token_ids"] == expected.prompt_ids

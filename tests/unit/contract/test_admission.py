@@ -17,7 +17,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from metok_vllm.contract.admission import HOOK, Admission, OwnRange, PrunedRange, check_requests, mark
-from metok_vllm.contract.refusals import FOREIGN_FEATURES, FRONT_END, NO_PROMPT_LOGPROBS, REFUSED
+from metok_vllm.contract.refusals import FOREIGN_FEATURES, FRONT_END, REFUSED, no_prompt_logprobs
 from tests.support.fakes import feature, plan
 
 PLAIN = SamplingParams()
@@ -53,7 +53,7 @@ def test_log_probabilities_of_a_pruned_prompt(admission: Admission, params: Any,
     before = refused("prompt_logprobs")
     with pytest.raises(VLLMValidationError) as error:
         admission(items(), params)
-    assert str(error.value) == f"METok: {NO_PROMPT_LOGPROBS}"
+    assert str(error.value) == f"METok: {no_prompt_logprobs()}"
     assert refused("prompt_logprobs") == before + 1
 
 

@@ -14,7 +14,7 @@ from vllm.outputs import RequestError
 from vllm.v1.request import RequestStatus
 
 from metok_vllm.contract.fields import PLAN_FIELD, QUESTION_FIELD
-from metok_vllm.contract.refusals import NO_PROMPT_LOGPROBS, NO_SESSIONS
+from metok_vllm.contract.refusals import NO_SESSIONS, no_prompt_logprobs
 from metok_vllm.contract.spans import UnusableItem, pruned_spans
 from tests.support.fakes import Limits, Prompt, item, plan
 from tests.unit.scheduler.test_scheduler import Run
@@ -170,7 +170,7 @@ def test_vllm_033_takes_the_sentence(busy: Run) -> None:
     scheduler.add_request(request)
     for _ in range(2):
         scheduler._end_refused(request)
-    assert errors == {"bad": RequestError("validation_error", f"METok: {NO_PROMPT_LOGPROBS}")}
+    assert errors == {"bad": RequestError("validation_error", f"METok: {no_prompt_logprobs()}")}
     assert scheduler()["refused"]["prompt_logprobs"] == 1
 
 
