@@ -2,8 +2,8 @@
 
 - `element`: the common form of a file, a tree of parts, each with a name, a body and a stated size.
 - `trees`, `streams`: read and write it for each container. `bases`: the valid files.
-- `operations`: the registry, which `generic`, `mp4_parts`, `ebml_parts`, `ts_parts`, `other_parts` and `pictures`
-  fill.
+- `operations`: the registry, which `generic`, `mp4_parts`, `ebml_parts`, `ts_parts`, `other_parts` and
+  `pictures` fill.
 - `cases`: draws a case from a seed, builds its bytes, reads and prints it as one line, shrinks it.
 - `runner`: decodes one case under limits. `judge`: says what is wrong with the outcome.
 

@@ -41,14 +41,25 @@ class Tally:
 
     def table(self) -> str:
         """The worst time and memory of each container."""
-        lines = [f"{'container':10} {'worst s':>8} {'worst MiB':>10}"]
-        for family in sorted(self.slowest):
-            lines.append(f"{family:10} {self.slowest[family][0]:8.2f} {self.largest[family][0]:10.0f}")
-        return "\n".join(lines)
+        rows = [
+            f"{family:10} {self.slowest[family][0]:8.2f} {self.largest[family][0]:10.0f}"
+            for family in sorted(self.slowest)
+        ]
+        return "\n".join([f"{'container':10} {'worst s':>8} {'worst MiB':>10}", *rows])
 
 
-def report(case: Case, outcome: Outcome, wrong: str, decode: Decode) -> None:
-    """Print a finding: as found, and as small as it gets."""
+Kind = tuple[str, str, frozenset[str]]
+"""What is wrong, the container family, and the operations that it takes."""
+
+
+def is_known(case: Case, wrong: str, known: set[Kind]) -> bool:
+    """Whether a finding like this one was reported: the same fault, and at least the same operations."""
+    names = {step.name for step in case.steps}
+    return any((wrong.partition(":")[0], case.family) == key[:2] and key[2] <= names for key in known)
+
+
+def report(case: Case, outcome: Outcome, wrong: str, decode: Decode) -> Kind:
+    """Print a finding, as small as it gets, and return its kind."""
     kind = wrong.partition(":")[0]
 
     def same(smaller: Case) -> bool:
@@ -59,6 +70,7 @@ def report(case: Case, outcome: Outcome, wrong: str, decode: Decode) -> None:
     size = len(small.data())
     print(f"FINDING {wrong}  ({case.base}, {outcome.seconds:.1f} s, {outcome.peak_mib:.0f} MiB)", flush=True)
     print(f"  make fuzz CASE='{small}'  ({size} bytes)", flush=True)
+    return kind, case.family, frozenset(step.name for step in small.steps)
 
 
 def main() -> int:
@@ -77,6 +89,7 @@ def main() -> int:
         with open(asked.out, "wb") as file:
             file.write(only[0].data())
     tally, findings, told = Tally(), 0, time.monotonic()
+    known: set[Kind] = set()
     kill_after_s = SETTINGS.timeout_s + 3
     with Runner(kill_after_s=kill_after_s, address_space_mib=4 * MOST_MIB) as runner:
 
@@ -90,7 +103,8 @@ def main() -> int:
             tally.add(case, outcome)
             if wrong is not None:
                 findings += 1
-                report(case, outcome, wrong, decode)
+                if not is_known(case, wrong, known):
+                    known.add(report(case, outcome, wrong, decode))
             if only:
                 print(f"{outcome.kind}: {outcome.said}  ({outcome.seconds:.2f} s, {outcome.peak_mib:.0f} MiB)")
                 break

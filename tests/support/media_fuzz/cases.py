@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -88,14 +89,13 @@ def draw(seed: int) -> Case:
     return Case(base, tuple(steps))
 
 
-def shrunk(case: Case, fails: Callable[[Case], bool], tries: int = 60) -> Case:
-    """The smallest case found that still fails: fewer operations first, then smaller numbers."""
-    improved = True
-    while improved and tries > 0:
+def shrunk(case: Case, fails: Callable[[Case], bool], seconds: float = 40.0) -> Case:
+    """The smallest case found in `seconds` that still fails: fewer operations first, then smaller numbers."""
+    improved, end = True, time.monotonic() + seconds
+    while improved and time.monotonic() < end:
         improved = False
         for smaller in _smaller(case):
-            tries -= 1
-            if tries < 0:
+            if time.monotonic() > end:
                 break
             if fails(smaller):
                 case, improved = smaller, True

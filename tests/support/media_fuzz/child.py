@@ -1,4 +1,4 @@
-"""The process behind `runner.Runner`: reads cases from its input, forks for each, writes what became of it."""
+"""The process behind `runner.Runner`: reads cases from its input, forks for each, writes its outcome."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Decode = Callable[[bytes], Outcome]
 
 def sentence_fault(text: str) -> str | None:
     """Why `text` is not one sentence for a user, free of libav's own wording."""
-    if not re.fullmatch(r"[A-Z][^\n]*\.", text) or ". " in text:
+    if not re.fullmatch(r"[A-Z0-9][^\n]*\.", text) or ". " in text:
         return "not one sentence"
     if re.search(r"Errno|avcodec|avformat|0x|Traceback|<none>", text):
         return "libav's wording"

@@ -11,6 +11,7 @@ from .generic import room, set_number
 from .operations import CLAIM, choice, count, operation
 
 _ENTRIES = count(60_000)
+_EDIT = ">IiI"
 _HANDLERS = (b"vide", b"soun", b"meta", b"text")
 _PIFF = bytes.fromhex("a5d40b30e81411ddba2f0800200c9a66")
 
@@ -41,7 +42,7 @@ _TABLES: dict[str, tuple[bytes, Callable[[int, int, int], Element]]] = {
     "sbgp": (b"stbl", lambda c, n, v: Element(b"sbgp", uint(0, 4) + b"rap " + uint(c, 4) + uint(v, 8) * n)),
     "sgpd": (b"stbl", lambda c, n, v: Element(b"sgpd", uint(1 << 24, 4) + b"sync" + uint(1, 4) + uint(c, 4) + bytes(n))),
     "stsd": (b"stbl", lambda c, n, v: _full(b"stsd", c, rest=(uint(16, 4) + b"avc1" + uint(v, 8)) * n)),
-    "elst": (b"edts", lambda c, n, v: _full(b"elst", n, rest=struct.pack(">IiI", c & 0xFFFFFFFF, v % 3 - 1, 1 << 16) * n)),
+    "elst": (b"edts", lambda c, n, v: _full(b"elst", n, rest=struct.pack(_EDIT, c & 0xFFFFFFFF, v % 3 - 1, 1 << 16) * n)),
     "elst_count": (b"edts", lambda c, n, v: _full(b"elst", c, rest=struct.pack(">IiI", 40, v % 3 - 1, 1 << 16) * n)),
     "trun": (b"traf", lambda c, n, v: _full(b"trun", c, rest=uint(v, 4) * n, flags=(0, 1, 0x100, 0x200)[v % 4])),
     "tfhd": (b"traf", lambda c, n, v: _full(b"tfhd", v % 3, rest=uint(c, 8) * (n % 9), flags=0x3B)),
@@ -52,14 +53,14 @@ _TABLES: dict[str, tuple[bytes, Callable[[int, int, int], Element]]] = {
     "tenc": (b"stbl", lambda c, n, v: Element(b"tenc", uint(0, 4) + bytes([0, 0, 1, v % 32]) + uint(c, 16) + bytes(n))),
     "pssh": (b"moov", lambda c, n, v: Element(b"pssh", uint(1 << 24, 4) + bytes(16) + uint(c, 4) + uint(v, 16) * (n % 999))),
     "pssh_data": (b"moov", lambda c, n, v: Element(b"pssh", uint(0, 4) + bytes(16) + uint(c, 4) + bytes(n))),
-    "sidx": (b"", lambda c, n, v: _full(b"sidx", 1, 1000, v, 0, n & 0xFFFF, rest=struct.pack(">III", c & 0xFFFFFFFF, 1, 0) * n)),
+    "sidx": (b"", lambda c, n, v: _full(b"sidx", 1, 1000, v, 0, n & 0xFFFF, rest=(uint(c, 4) + uint(1 << 32, 8)) * n)),
     "tfra": (b"mfra", lambda c, n, v: _full(b"tfra", 1, v, c, rest=uint(v, 11) * n)),
     "dref": (b"dinf", lambda c, n, v: _full(b"dref", c, rest=(uint(12, 4) + b"alis" + uint(v, 4)) * n)),
     "keys": (b"meta", lambda c, n, v: _full(b"keys", c, rest=(uint(8 + v % 9, 4) + b"mdta" + bytes(v % 9)) * n)),
     "trex": (b"mvex", lambda c, n, v: Element(b"trex", (uint(0, 4) + uint(v, 4) + uint(1, 4) + uint(c, 12)) * n)),
     "chpl": (b"udta", lambda c, n, v: Element(b"chpl", uint(1 << 24, 4) + bytes(4) + uint(c, 1) + (uint(v, 8) + b"\1a") * n)),
     "hdlr": (b"mdia", lambda c, n, v: _full(b"hdlr", 0, rest=_HANDLERS[v % 4] + bytes(12) + uint(c, 1) * n)),
-    "avcC": (b"avc1", lambda c, n, v: Element(b"avcC", bytes([1, 66, 0, 10, 255, 0xE0 | c % 32]) + (uint(v, 2) + b"\x67\x42") * n)),
+    "avcC": (b"avc1", lambda c, n, v: Element(b"avcC", b"\1\x42\0\x0a\xff" + uint(c | 0xE0, 1) + (uint(v, 2) + b"\x67\x42") * n)),
     "hvcC": (b"hvc1", lambda c, n, v: Element(b"hvcC", bytes(22) + uint(c, 1) + (b"\x20" + uint(v, 2) + b"\0\1\0") * n)),
     "glbl": (b"avc1", lambda c, n, v: Element(b"glbl", uint(v, 1) * n)),
     "colr": (b"avc1", lambda c, n, v: Element(b"colr", b"prof" + uint(c, 8) + bytes(n))),

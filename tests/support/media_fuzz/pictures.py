@@ -134,7 +134,7 @@ def _still(width: int, height: int, frames: int) -> bytes:
     import numpy as np
 
     black = np.zeros((height, width, 3), np.uint8)
-    pair = encode([black, black], options={"preset": "ultrafast", "g": "1", "threads": "1"})
+    pair = encode([black, black], options={"preset": "superfast", "g": "1", "threads": "1"})
     return repeated(pair, max(1, frames // 2))
 
 
