@@ -15,10 +15,11 @@ from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter
 
-Reason = Literal["setting", "embeddings", "no_text", "deferral", "prompt_logprobs", "session", "video"]
+Reason = Literal["setting", "embeddings", "no_text", "deferral", "prompt_logprobs", "session", "video", "busy"]
 """Why: a setting of the request is wrong or cannot be met; its video came as embeddings; no text follows the
 last video; the prompt could never be deferred; it asks for log-probabilities of a pruned prompt; its input
-goes on streaming; the video itself is broken or too large (`metok_vllm/media`)."""
+goes on streaming; the video itself is broken or too large, or there is no room for it now
+(`metok_vllm/media`)."""
 
 REASONS: tuple[Reason, ...] = get_args(Reason)
 REFUSED_BY_SCHEDULER: tuple[Reason, ...] = ("prompt_logprobs", "session")

@@ -17,7 +17,7 @@ from metok_vllm.contract.server_choices import ServerChoices, attach_choices
 from metok_vllm.contract.settings import parse_settings
 from metok_vllm.frontend.aligner_inputs import resolve_aligner
 from metok_vllm.log import metok_logger
-from metok_vllm.media.loader import prefer_loader
+from metok_vllm.media.in_force import set_in_force
 from metok_vllm.models.registry import SUPPORTED
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class MetokConfig(VerifyAndUpdateConfig):
         choices = choose(vllm_config)
         model_config = vllm_config.model_config
         attach_choices(model_config.hf_config, choices)
-        prefer_loader(model_config.get_multimodal_config().media_io_kwargs)
+        set_in_force(model_config.get_multimodal_config().media_io_kwargs, choices.settings)
         if vllm_config.scheduler_config.scheduler_cls is None:  # else a subclass of METok's, as the check has found
             vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION

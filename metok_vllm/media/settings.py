@@ -91,6 +91,23 @@ class VideoSettings:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class PoolLimits:
+    """What all videos of one API server process may take together; `metok_vllm.contract.settings`."""
+
+    at_once: int = 16
+    """Files decoded at a time, each in a child process."""
+    waiting: int = 64
+    """Files that may wait; more are answered with 503."""
+    memory_mib: int = 4096
+    """MiB of decoded frames in use and of decoders at work."""
+
+
+def too_late(timeout_s: float) -> str:
+    """The sentence for a video whose time is up."""
+    return f"Reading the video took longer than {timeout_s:g} s (video setting timeout_s)."
+
+
 def _shown(value: object) -> str:
     """`value` for an error message: its repr, cut so that a huge input cannot fill the log."""
     text = repr(value)
