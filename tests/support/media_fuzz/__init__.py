@@ -5,7 +5,8 @@
 - `operations`: the registry, which `generic`, `mp4_parts`, `ebml_parts`, `ts_parts`, `other_parts` and
   `pictures` fill.
 - `cases`: draws a case from a seed, builds its bytes, reads and prints it as one line, shrinks it.
-- `runner`: decodes one case under limits. `judge`: says what is wrong with the outcome.
+- `runner`: decodes one case in the server's pool of child processes. `judge`: says what is wrong with what
+  became of it.
 
 ``python -m tests.support.media_fuzz`` runs it.
 """

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 
 from .cases import Case, draw, parse, shrunk
-from .judge import MOST_MIB, SETTINGS, Decode, verdict
+from .judge import SETTINGS, Decode, verdict
 from .runner import Outcome, Runner
 
 
@@ -90,8 +90,7 @@ def main() -> int:
             file.write(only[0].data())
     tally, findings, told = Tally(), 0, time.monotonic()
     known: set[Kind] = set()
-    kill_after_s = SETTINGS.timeout_s + 3
-    with Runner(kill_after_s=kill_after_s, address_space_mib=4 * MOST_MIB) as runner:
+    with Runner() as runner:
 
         def decode(data: bytes) -> Outcome:
             return runner.run_one(data, SETTINGS)

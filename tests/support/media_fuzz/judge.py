@@ -14,6 +14,8 @@ SETTINGS = VideoSettings(num_frames=8, timeout_s=2.0, max_output_mib=256, max_fr
 """How cases are decoded."""
 MOST_MIB = 1024
 """Memory that the process of one decode may hold at its peak."""
+CRASHED = "makes its decoder crash"
+"""What the pool says of a child that died or failed: held, but libav's fault or ours, and worth knowing."""
 Decode = Callable[[bytes], Outcome]
 
 
@@ -28,12 +30,14 @@ def sentence_fault(text: str) -> str | None:
 
 def fault(outcome: Outcome, settings: VideoSettings = SETTINGS) -> str | None:
     """What is wrong with one outcome, or None."""
+    if outcome.kind == "broken":
+        return f"broken: {outcome.said}"
+    if CRASHED in outcome.said:
+        return f"crash: {outcome.said}"
     if outcome.seconds > settings.timeout_s + 1:
         return f"slow: {outcome.seconds:.1f} s"
     if outcome.peak_mib > MOST_MIB:
         return f"memory: {outcome.peak_mib:.0f} MiB"
-    if outcome.kind == "broken":
-        return f"broken: {outcome.said}"
     wrong = sentence_fault(outcome.said) if outcome.kind == "refused" else None
     return f"{wrong}: {outcome.said}" if wrong else None
 

@@ -121,7 +121,7 @@ def h264_header(file: File, width: int, height: int, references: int, reorder: i
             element.body = (element.body[: at + 3] + sps + element.body[at + 3 + len(sps) :])[: len(element.body)]
 
 
-@operation("hevc.header", count(200), CLAIM, choice(8))
+@operation("hevc.header", count(200), CLAIM, choice(8), families="mp4")
 def hevc_header(file: File, at: int, value: int, width: int) -> None:
     """A number anywhere in the parameter sets of an hevc file."""
     for element in file.all():
