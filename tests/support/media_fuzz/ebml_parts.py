@@ -87,10 +87,11 @@ def chapters(file: File, many: int, levels: int) -> None:
         element("b6", element("73c4", uint(i, 3)), element("91", uint(i, 4)), element("80", element("85", b"a")))
         for i in range(min(many, 13_000))
     ]
-    deep = element("b6", element("91", b"\0"))
+    # Written level by level: a tree this deep would be too deep for Python's own stack.
+    deep = b""
     for _ in range(min(levels, 300)):
-        deep = element("b6", element("91", b"\0"), deep)
-    _in_segment(file, element("1043a770", element("45b9", *made, deep)))
+        deep = file.grammar.write([element("b6", Element(b"\x91", b"\0"), Element(b"", deep))])
+    _in_segment(file, element("1043a770", element("45b9", *made, Element(b"", deep))))
 
 
 @operation("mkv.lacing", choice(4), count(255), count(60_000), families="ebml")
@@ -115,6 +116,27 @@ def tracks(file: File, many: int) -> None:
             if part.name in (b"\xd7", b"\x73\xc5"):
                 part.body = uint(number, 3)
         items.append(copy)
+
+
+_KINDS = (
+    (0x11, b"S_TEXT/UTF8"),
+    (0x11, b"S_VOBSUB"),
+    (0x11, b"S_HDMV/PGS"),
+    (2, b"A_PCM/INT/LIT"),
+    (2, b"A_OPUS"),
+    (1, b"V_UNCOMPRESSED"),
+    (0x12, b"B_VOBBTN"),
+    (0x20, b"D_WEBVTT/METADATA"),
+)
+
+
+@operation("mkv.other_track", choice(len(_KINDS)), families="ebml")
+def other_track(file: File, kind: int) -> None:
+    """One more track, of subtitles, sound, buttons or data."""
+    number, codec = _KINDS[kind % len(_KINDS)]
+    parts = (("d7", b"\x09"), ("73c5", b"\x09"), ("83", bytes([number])), ("86", codec))
+    track = element("ae", *(element(name, body) for name, body in parts))
+    file.child(_TRACKS, track, replacing=False)
 
 
 @operation("mkv.private", count(300_000), CLAIM, choice(3), families="ebml")

@@ -61,7 +61,7 @@ _TABLES: dict[str, tuple[bytes, Callable[[int, int, int], Element]]] = {
     "chpl": (b"udta", lambda c, n, v: Element(b"chpl", uint(1 << 24, 4) + bytes(4) + uint(c, 1) + (uint(v, 8) + b"\1a") * n)),
     "hdlr": (b"mdia", lambda c, n, v: _full(b"hdlr", 0, rest=_HANDLERS[v % 4] + bytes(12) + uint(c, 1) * n)),
     "avcC": (b"avc1", lambda c, n, v: Element(b"avcC", b"\1\x42\0\x0a\xff" + uint(c | 0xE0, 1) + (uint(v, 2) + b"gB") * n)),
-    "hvcC": (b"hvc1", lambda c, n, v: Element(b"hvcC", bytes(22) + uint(c, 1) + (b"\x20" + uint(v, 2) + b"\0\1\0") * n)),
+    "hvcC": (b"hev1", lambda c, n, v: Element(b"hvcC", bytes(22) + uint(c, 1) + (b"\x20" + uint(v, 2) + b"\0\1\0") * n)),
     "glbl": (b"avc1", lambda c, n, v: Element(b"glbl", uint(v, 1) * n)),
     "colr": (b"avc1", lambda c, n, v: Element(b"colr", b"prof" + uint(c, 8) + bytes(n))),
     "free": (b"moov", lambda c, n, v: Element(b"free", uint(v, 1) * n, claim=c)),

@@ -17,7 +17,17 @@ class Boxes:
     # Boxes that hold boxes, and how many bytes of fields come first.
     PARENTS = dict.fromkeys(
         (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"udta", b"ilst", b"mvex", b"moof", b"traf", b"mfra"), 0
-    ) | {b"dinf": 0, b"meta": 4, b"stsd": 8, b"dref": 8, b"avc1": 78, b"hvc1": 78, b"mp4v": 78, b"jpeg": 78}
+    ) | {
+        b"dinf": 0,
+        b"meta": 4,
+        b"stsd": 8,
+        b"dref": 8,
+        b"avc1": 78,
+        b"hvc1": 78,
+        b"hev1": 78,
+        b"mp4v": 78,
+        b"jpeg": 78,
+    }
 
     def parse(self, data: bytes) -> list[Element]:
         return self._parse(data, 0)

@@ -21,7 +21,7 @@ from tests.support.media_fuzz.runner import Outcome, Runner
 DRAWN = 100
 QUICK = replace(SETTINGS, timeout_s=1.0)
 
-# Lines of `make fuzz CASE=...`, with a word of the sentence that refuses the file; "" where it has frames; None
+# Lines of `make fuzz CASE=...`, with a word of the sentence that refuses it; "" where it has frames; None
 # where it depends on how fast the machine is.
 ATTACKS: dict[str, tuple[str, str | None]] = {
     # One call of libav that goes on for minutes.
@@ -37,10 +37,14 @@ ATTACKS: dict[str, tuple[str, str | None]] = {
     "decoy handler": ("mp4: mp4.decoy(0) mp4.samples(60000000)", "claims far more frames"),
     "edits": ("mp4: mp4.edits(30000)", None),
     "fragments": ("mp4-fragments: mp4.fragments(2000,80000000,3)", "claims far more frames"),
+    # Streams for which the decoder loads more of itself.
+    "subtitles beside": ("mkv: mkv.other_track(0)", ""),
+    "data beside": ("mkv: mkv.other_track(7)", ""),
+    "private streams": ("ps: ps.small(748) ps.streams(953,133)", "codec"),
     # Good videos that are large.
     "black": ("mp4: black(4096,4096,32)", "max_output_mib"),
     "gif canvas": ("gif: gif.canvas(16000,2200) gif.frames(5000,2)", "max_output_mib"),
-    "slow gif": ("gif: gif.canvas(4096,2048) gif.frames(5000,2)", "timeout_s"),
+    "slow gif": ("gif: gif.canvas(1500,1000) gif.frames(5000,2)", "timeout_s"),
 }
 
 
