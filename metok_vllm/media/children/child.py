@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import math
 import mmap
 import os
+import pkgutil
 import re
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
+import av
 import numpy as np
 import numpy.typing as npt
 
@@ -25,6 +28,8 @@ OPENING = 256 << 20
 
 PICTURE = b"GIF89a\1\0\1\0\x80\0\0\0\0\0\xff\xff\xff!\xf9\4\0\0\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0;"
 """A whole video: a GIF of one black pixel."""
+
+_NOT_DECODING = ("av.__main__", "av.datasets")  # they load what fetches files
 
 _MARGIN = 48 << 20  # of the limit, within which libav's own errors are taken for a lack of memory
 _THREAD = 9 << 20  # address space of a thread's stack and its guard
@@ -140,6 +145,10 @@ def _memory(status: int, name: str) -> int:
 
 def warm_up() -> None:
     """Import and run once, before the first fork, all that a decode runs: a child can open no file."""
+    # PyAV imports a part of itself when it first meets a stream of that kind: subtitles, for one.
+    for module in pkgutil.walk_packages(av.__path__, "av."):
+        if module.name not in _NOT_DECODING:
+            importlib.import_module(module.name)
     decode_video(PICTURE, VideoSettings(timeout_s=10))
     for data in (b"", b"no video", PICTURE[:20]):
         with suppress(VideoError):
