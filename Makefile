@@ -1,5 +1,5 @@
 # Everything sets up .venv first, and only when something it is made from has changed.
-.PHONY: setup demo clip serve witness witness-engine test test-fast options soak accuracy accuracy-short gpu-report lint
+.PHONY: setup demo clip serve witness witness-engine test test-fast fuzz options soak accuracy accuracy-short gpu-report lint
 export HF_HUB_OFFLINE ?= 1
 VENV := .venv/bin
 
@@ -30,6 +30,11 @@ test: setup
 # make test-fast: what needs no engine, no server and no interpreted kernel; under two minutes
 test-fast: setup
 	@OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q tests/unit --ignore tests/unit/media --ignore tests/unit/kernels --ignore tests/unit/oracle
+
+# make fuzz [MINUTES=5] [SEED=0] [CASE="mp4: ..."]: the long form of tests/unit/media/test_fuzz.py; or one case alone
+fuzz: setup
+	@OMP_NUM_THREADS=1 $(VENV)/python -m tests.support.media_fuzz $(if $(MINUTES),--minutes "$(MINUTES)") \
+		$(if $(SEED),--seed "$(SEED)") $(if $(CASE),--case "$(CASE)")
 
 # make options: docs/options.md from the settings' own descriptions
 options: setup

@@ -25,8 +25,11 @@ from pydantic import (
 
 from metok_vllm.compression.ratios import to_micro
 
-SERVER_ONLY = ("prune_layers", "aligner_model", "max_deferred_bytes", "status_shows_questions", "chat_template")
-"""Keys that no request can change: they shape what is allocated at start,
+SERVER_ONLY = (
+    *("prune_layers", "aligner_model", "max_deferred_bytes", "status_shows_questions", "chat_template"),
+    *("videos_at_once", "videos_waiting", "video_memory_mib"),
+)
+"""Keys that no request can change: they shape what is allocated at start, what all requests share,
 or what the operator's status page shows.
 """
 
@@ -94,6 +97,17 @@ class MetokSettings(BaseModel):
         "the question is found through it. `--plugin metok` takes it from `--chat-template`.",
     )
     status_shows_questions: StrictBool = Field(default=False, description="Let the status page show what users asked.")
+    videos_at_once: Annotated[StrictInt, Field(ge=1, le=256)] = Field(
+        default=16, description="Video files that one API server process decodes at a time, each in a child process."
+    )
+    videos_waiting: Annotated[StrictInt, Field(ge=0, le=65536)] = Field(
+        default=64, description="Video files that wait in one API server process; more are answered with 503."
+    )
+    video_memory_mib: Annotated[StrictInt, Field(ge=64, le=1_048_576)] = Field(
+        default=4096,
+        description="MiB that one API server process has for decoded frames and for decoders at work. Videos wait for "
+        "it; one that could never fit is refused. Each decoder has 256 MiB more to open its file.",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -99,11 +99,35 @@ class AlignerProcessor:
         return torch.tensor([row + [self.pad_id] * (self.window - len(row)) for row in rows], dtype=torch.int64)
 
     def pixels(self, frames: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Frames, uint8 [T, H, W, 3], to what the tower takes, `dtype` [T, 3, h, w].
+        """Frames as `rgb_frames` takes them, to what the tower takes, `dtype` [T, 3, h, w].
 
         The tower would round them to its dtype anyway. Rounded here, they are half as large on their way to
         it, as the model's own pixels are.
         """
-        outputs = self.image_processor(images=list(frames), return_tensors="pt")
+        # Stated, since transformers would guess the order from each frame's shape, and by another rule for
+        # pictures than for videos.
+        images = list(rgb_frames(frames))
+        outputs = self.image_processor(images=images, input_data_format="channels_first", return_tensors="pt")
         pixels: torch.Tensor = outputs["pixel_values"]
         return pixels.to(dtype)
+
+
+def rgb_frames(frames: Any) -> torch.Tensor:
+    """A video's frames in one order of dimensions, whoever made them.
+
+    Args:
+        frames: an array or tensor, [T, H, W, 3] as every video file and list of pictures has them, whatever
+            their height and width; else [T, 3, H, W], as `LLM()` takes them too; else grey, [T, 1, H, W] or
+            [T, H, W, 1]. Where a shape fits two of these, the first counts.
+
+    Returns:
+        [T, 3, H, W], the values and dtype of `frames`.
+
+    Raises:
+        ValueError: it is none of these. Stock's own processor comes first and refuses it too.
+    """
+    video = torch.as_tensor(frames)
+    for axis, channels in ((3, 3), (1, 3), (1, 1), (3, 1)):
+        if video.ndim == 4 and video.shape[axis] == channels:
+            return video.movedim(axis, 1).expand(-1, 3, -1, -1).contiguous()
+    raise ValueError(f"a video of shape {tuple(video.shape)} has neither three nor one colour channels.")

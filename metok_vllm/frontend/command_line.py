@@ -22,6 +22,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from metok_vllm.contract.advice import tell_processes
 from metok_vllm.frontend.config_file import ConfigFile, config_file
 from metok_vllm.frontend.model_files import check_settings_files
 from metok_vllm.frontend.programs import WORKS_WITH, Program, program_of, vllm_command
@@ -55,6 +56,7 @@ def apply_plugin_option() -> bool:
             # operator's wish holds.
             os.environ.setdefault(CONNECTOR_VARIABLE, CONNECTOR)
             leave_room(options.media_io_kwargs)
+            tell_processes(options.trust_request_mm_kwargs)
     except ValueError as error:
         raise SystemExit(f"vllm: error: {error}") from None
     sys.argv[:] = arguments

@@ -20,7 +20,7 @@ from metok_vllm.frontend.aligner_choice import resolve_aligner
 from metok_vllm.frontend.command_line import was_asked
 from metok_vllm.frontend.model_files import check_front_end
 from metok_vllm.log import metok_logger
-from metok_vllm.media.loader import prefer_loader
+from metok_vllm.media.in_force import set_in_force
 from metok_vllm.models.registry import SUPPORTED
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _configure(vllm_config: VllmConfig) -> None:
     choices = choose(vllm_config)
     model_config = vllm_config.model_config
     attach_choices(model_config.hf_config, choices)
-    prefer_loader(model_config.get_multimodal_config().media_io_kwargs)
+    set_in_force(model_config.get_multimodal_config().media_io_kwargs, choices.settings)
     check_front_end(model_config, choices.settings.chat_template)
     if vllm_config.scheduler_config.scheduler_cls is None:  # else a subclass of METok's, as the check has found
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
@@ -101,7 +101,8 @@ def choose(vllm_config: VllmConfig) -> ServerChoices:
     except ValueError as error:
         raise ValueError(f"METok (additional_config): {error}.") from None
     aligner, tower = resolve_aligner(model_config.model, settings.aligner, settings.aligner_model)
-    return ServerChoices(settings, layers, aligner, tower, step_tokens(vllm_config.scheduler_config))
+    scheduler = vllm_config.scheduler_config
+    return ServerChoices(settings, layers, aligner, tower, step_tokens(scheduler), scheduler.encoder_cache_size)
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:

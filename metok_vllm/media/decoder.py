@@ -7,16 +7,31 @@ Where frames are wanted so densely that each stretch touches the next, this beco
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from mmap import mmap
+from typing import Any, Protocol
 
 import av
 import numpy as np
 import numpy.typing as npt
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 
+from .orientation import orientation
 from .sampling import PacketTable, Run, decode_runs, sample_indices
-from .settings import VideoError, VideoSettings
-from .source import Clock, PacketReader, SeekMissed, VideoFile, frame_rate, open_source, read_packet_table
+from .settings import VideoError, VideoMemoryError, VideoSettings
+from .source import (
+    Clock,
+    PacketReader,
+    SeekMissed,
+    VideoFile,
+    frame_rate,
+    open_source,
+    read_packet_table,
+    working_memory,
+)
 
 # Codecs whose decoders notice damage with threads on too, so that no frame depends on which thread was first.
 # Not hevc: one damaged file in sixty passed as sound there, and gave other pixels each time.
@@ -28,7 +43,11 @@ class DecodedVideo:
     """Sampled frames and what is known of the video they come from."""
 
     frames: npt.NDArray[np.uint8]
-    """[T, H, W, 3] RGB, upright: a rotation stated by the file is applied, its pixel aspect ratio is not."""
+    """[T, H, W, 3] RGB, upright: a display matrix that turns by quarters, mirrors, or both is applied.
+
+    Its scale and shift are not, nor is the pixel aspect ratio. A matrix that turns by another angle (a degree
+    or more off), shears or maps the picture to nothing changes nothing: the frame comes as it is stored.
+    """
     indices: list[int]
     """[T] number of each frame among the video's frames, in order of display; increasing."""
     total_frames: int
@@ -43,21 +62,54 @@ class DecodedVideo:
     """Packets sent to the decoder over all passes: the work done."""
 
 
-def decode_video(data: bytes, settings: VideoSettings | None = None) -> DecodedVideo:
+class Memory(Protocol):
+    """Where a decode gets its memory from."""
+
+    def reserve(self, frames: int, working: int) -> None:
+        """Wait until there is room for `frames` bytes of frames, and for `working` bytes beside them."""
+
+    def frames(self, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """Room for the frames, [T, H, W, 3]."""
+
+
+class OwnMemory:
+    """This process's own, as much as there is."""
+
+    def reserve(self, frames: int, working: int) -> None:
+        pass
+
+    def frames(self, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
+        return np.empty(shape, np.uint8)
+
+
+def decode_video(
+    data: bytes | mmap, settings: VideoSettings | None = None, memory: Memory | None = None
+) -> DecodedVideo:
     """Decode the sampled frames of the video file `data`.
 
-    Raises `VideoError`, one sentence, for whatever is wrong with the data or too large for `settings`. A file
+    In this process and without a bound on its memory: files from strangers go through `children.pool`. A file
     of which some wanted frames are damaged beyond decoding yields the others. ``settings.fps`` has no effect
-    where the frame rate is unknown.
+    where the frame rate is unknown. Time in which `memory` lets it wait does not count.
+
+    Raises:
+        VideoMemoryError: the file takes more memory than there is, or says so.
+        VideoError: in one sentence, for whatever else is wrong with the data or too large for `settings`.
     """
-    settings = settings or VideoSettings()
+    try:
+        return _decode(data, settings or VideoSettings(), memory or OwnMemory())
+    except MemoryError:
+        raise VideoMemoryError("The video needs more memory to be decoded than there is.") from None
+
+
+def _decode(data: bytes | mmap, settings: VideoSettings, memory: Memory) -> DecodedVideo:
     clock = Clock(settings.timeout_s)
-    file = VideoFile.check(bytes(data))
+    file = VideoFile.check(data)
     with open_source(file, settings) as source:
         size = (source.stream.codec_context.width, source.stream.codec_context.height)
         _check_size(size, settings)
         table = read_packet_table(source, settings, clock)
         fps = frame_rate(source.stream, table)
+        working = working_memory(source.stream, settings.threads)
     total = table.total
     if total == 0:
         raise VideoError("The video holds no frames; it is damaged or cut off.")
@@ -65,7 +117,10 @@ def decode_video(data: bytes, settings: VideoSettings | None = None) -> DecodedV
     indices = sample_indices(total, duration, settings.num_frames, settings.fps if fps > 0 else -1)
     _check_count(len(indices), size, settings)
 
-    picker = _Picker(len(indices), settings, clock)
+    with clock.stopped():
+        memory.reserve(len(indices) * size[0] * size[1] * 3, working)
+
+    picker = _Picker(len(indices), settings, clock, memory)
     try:
         _passes(file, table, indices, settings, picker)
     except _TimesLie:
@@ -75,7 +130,7 @@ def decode_video(data: bytes, settings: VideoSettings | None = None) -> DecodedV
     if picker.frames is None or len(got) == 0:
         raise VideoError("No frame of the video could be decoded; it is damaged or of a kind that cannot be read.")
     return DecodedVideo(
-        frames=picker.frames if len(got) == len(indices) else picker.frames[got],
+        frames=picker.without_gaps(),
         indices=[indices[slot] for slot in got],
         total_frames=total,
         fps=fps,
@@ -92,42 +147,62 @@ class _TimesLie(Exception):
 class _Picker:
     """Keeps the wanted frames that a pass decodes, as RGB in slots of one array."""
 
-    def __init__(self, count: int, settings: VideoSettings, clock: Clock) -> None:
+    def __init__(self, count: int, settings: VideoSettings, clock: Clock, memory: Memory) -> None:
         self.frames: npt.NDArray[np.uint8] | None = None
         self.have = np.zeros(count, dtype=bool)
         self.packets = 0
         self.clock = clock
         self._settings = settings
+        self._memory = memory
         self._size = (0, 0)
+        self._to_rgb = VideoReformatter()
+        self._room: npt.NDArray[np.uint8] | None = None
 
     def forget(self) -> None:
         """Start over: the passes so far turned out to be unsound."""
         self.frames, self.have[:] = None, False
 
+    def without_gaps(self) -> npt.NDArray[np.uint8]:
+        """The frames that there are, moved together where others are missing."""
+        assert self.frames is not None
+        got = np.flatnonzero(self.have)
+        for place, slot in enumerate(got):
+            if place != slot:
+                self.frames[place] = self.frames[slot]
+        return self.frames[: len(got)]
+
+    def _frames(self, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """Room for the frames; the room of an earlier pass where that is as large."""
+        if self._room is None or self._room.size != math.prod(shape):
+            self._room = self._memory.frames(shape)
+        return self._room.reshape(shape)
+
     def put(self, slot: int, frame: VideoFrame) -> bool:
         """Store `frame` in `slot` unless an earlier pass has; return whether the slot is filled now.
 
-        Frames that differ in size take the size of the first one stored.
+        Frames that differ in size, once upright, take the size of the first one stored.
         """
         if self.have[slot]:
             return True
+        matrix: Any = frame.side_data.get("DISPLAYMATRIX")  # a buffer
+        upright = orientation(None if matrix is None else bytes(matrix))
         if self.frames is None:
-            self._size = (frame.width, frame.height)
+            self._size = upright.size(frame.width, frame.height)
             _check_size(self._size, self._settings)
             _check_count(len(self.have), self._size, self._settings)
+        width, height = upright.size(*self._size)
         try:
-            rgb = frame.to_ndarray(format="rgb24", width=self._size[0], height=self._size[1])
+            # One for all frames, with as many threads as the decoder: else each frame starts one a core.
+            rgb: Any = self._to_rgb.reformat(frame, width, height, "rgb24", threads=self._settings.threads).to_ndarray()
+        except MemoryError:
+            raise
         except (av.FFmpegError, ValueError):
             return False
-        # PyAV states the angle by which the picture is to be turned counter-clockwise to stand upright.
-        quarter_turns = round(frame.rotation / 90) % 4 if frame.rotation % 90 == 0 else 0
-        upright = np.rot90(rgb, quarter_turns)
         if self.frames is None:
-            self.frames = np.empty((len(self.have), *upright.shape), dtype=np.uint8)
-        if upright.shape == self.frames.shape[1:]:
-            self.frames[slot] = upright
-            self.have[slot] = True
-        return bool(self.have[slot])
+            self.frames = self._frames((len(self.have), self._size[1], self._size[0], 3))
+        self.frames[slot] = upright.apply(rgb)
+        self.have[slot] = True
+        return True
 
 
 def _passes(file: VideoFile, table: PacketTable, indices: list[int], settings: VideoSettings, picker: _Picker) -> None:
@@ -195,6 +270,8 @@ def _decode_run(reader: PacketReader, run: Run, timed: bool, picker: _Picker, *,
         picker.packets += packet is not None
         try:
             frames = reader.source.stream.codec_context.decode(packet)
+        except MemoryError:
+            raise
         except (av.FFmpegError, ValueError):
             frames, sound = [], False
         for frame in frames:
@@ -224,8 +301,8 @@ def _check_count(count: int, size: tuple[int, int], settings: VideoSettings) -> 
     """Refuse more frames than `max_frames`, and more bytes of them than `max_output_mib`."""
     if count > settings.max_frames:
         raise VideoError(
-            f"Sampling would give {count} frames, more than {settings.max_frames} (video setting max_frames);"
-            " ask for fewer with num_frames or fps."
+            f"Sampling would give {count} frames, more than {settings.max_frames} (video settings max_frames,"
+            " num_frames and fps)."
         )
     mib = count * size[0] * size[1] * 3 / 2**20
     if mib > settings.max_output_mib:

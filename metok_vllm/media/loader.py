@@ -8,55 +8,67 @@ environment variable ``VLLM_VIDEO_LOADER_BACKEND``, and hands every other key of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from http import HTTPStatus
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from vllm import envs
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 from vllm.multimodal.video_decoders import VideoSourceMetadata
 
 from metok_vllm.contract.refusals import count_refused
 from metok_vllm.log import metok_logger
 
+from .children.pool import Busy
+from .decoder import DecodedVideo
+from .in_force import LOADER_NAME, check_within, decode_pool
 from .settings import VideoError, VideoSettings
 
-LOADER_NAME = "metok"
-_LOADER_KEY = "video_backend"
-
 logger = metok_logger(__name__)
+
+Loaded = tuple[npt.NDArray[np.uint8], dict[str, Any]]
+"""Frames ``[T, H, W, 3]`` RGB uint8 and vLLM's metadata."""
 
 
 class VideoRequestError(VLLMValidationError, VideoError):
     """A `VideoError` of the type that vLLM's entry points turn into HTTP 400; still a `ValueError`."""
 
 
+class VideoBusyError(GracefulHTTPError):
+    """There is no room for a video now: HTTP 503."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, HTTPStatus.SERVICE_UNAVAILABLE)
+
+
 class MetokVideoLoader(VideoLoader):
-    """Loads sampled frames with `decode_video`, in the form of vLLM's other loaders."""
+    """Loads sampled frames through `decode_pool`, in the form of vLLM's other loaders."""
 
     @classmethod
-    def load_bytes(cls, data: bytes, **kwargs: Any) -> tuple[npt.NDArray[np.uint8], dict[str, Any]]:
-        """Frames ``[T, H, W, 3]`` RGB uint8 and vLLM's metadata; `kwargs` are the fields of `VideoSettings`.
+    def load_bytes(cls, data: bytes, **kwargs: Any) -> Loaded:
+        """Decode in a child process, and wait for it; `kwargs` are the fields of `VideoSettings`.
 
-        Raises `VideoRequestError`, one sentence, for an unusable video and for unknown or impossible
-        `kwargs`.
+        Raises:
+            VideoRequestError: in one sentence, for an unusable video and for unknown or impossible `kwargs`.
+            VideoBusyError: the server has no room for it now.
         """
-        # PyAV is needed for files only: a machine without it still serves frames that come as arrays.
-        from .decoder import decode_video
+        with request_errors():
+            return cls.loaded(decode_pool().decode(data, request_settings(kwargs)))
 
-        try:
-            settings = VideoSettings.from_mapping(kwargs)
-            if envs.VLLM_MAX_IMAGE_PIXELS > 0:
-                settings = replace(settings, max_pixels=min(settings.max_pixels, envs.VLLM_MAX_IMAGE_PIXELS))
-            video = decode_video(data, settings)
-        except VideoError as error:
-            count_refused("video")
-            raise VideoRequestError(str(error)) from error
-        except MemoryError as error:
-            raise VideoRequestError("The video needs more memory than the server has free.") from error
+    @classmethod
+    async def load_bytes_async(cls, data: bytes, **kwargs: Any) -> Loaded:
+        """As `load_bytes`, without holding a thread; cancelling it ends the child."""
+        with request_errors():
+            return cls.loaded(await decode_pool().decode_async(data, request_settings(kwargs)))
+
+    @classmethod
+    def loaded(cls, video: DecodedVideo) -> Loaded:
+        """A decoded video in vLLM's form; says so in the log where frames are missing."""
         if video.missing:
             logger.warning(
                 "A video is damaged: %d of %d wanted frames could not be decoded and are left out.",
@@ -67,25 +79,28 @@ class MetokVideoLoader(VideoLoader):
         return video.frames, cls.create_hf_metadata(source, video.indices, LOADER_NAME)
 
 
+def request_settings(kwargs: Mapping[str, Any]) -> VideoSettings:
+    """The settings of one video, within the server's limits; raises `VideoError` if they are wrong."""
+    settings = VideoSettings.from_mapping(kwargs)
+    check_within(settings)
+    if envs.VLLM_MAX_IMAGE_PIXELS > 0:
+        settings = replace(settings, max_pixels=min(settings.max_pixels, envs.VLLM_MAX_IMAGE_PIXELS))
+    return settings
+
+
+@contextmanager
+def request_errors() -> Iterator[None]:
+    """Turn what goes wrong with a video into an error that vLLM answers with its own status; count it."""
+    try:
+        yield
+    except VideoError as error:
+        count_refused("video")
+        raise VideoRequestError(str(error)) from error
+    except Busy as error:
+        count_refused("busy")
+        raise VideoBusyError(str(error)) from None
+
+
 def register_loader() -> None:
     """Make the loader known to vLLM by its name; calling it again changes nothing."""
     VIDEO_LOADER_REGISTRY.register(LOADER_NAME)(MetokVideoLoader)
-
-
-def prefer_loader(media_io_kwargs: MutableMapping[str, dict[str, Any]]) -> None:
-    """Make "metok" the default loader in a server's `media_io_kwargs`, and check the keys meant for it.
-
-    For a config hook, before requests come: a wrong key would otherwise show in the first request only. A
-    loader that the operator chose, by the key ``video_backend`` or by ``VLLM_VIDEO_LOADER_BACKEND``, is left
-    alone. Raises `VideoError` for unknown or impossible keys.
-    """
-    video = media_io_kwargs.setdefault("video", {})
-    if _LOADER_KEY not in video and not envs.is_set("VLLM_VIDEO_LOADER_BACKEND"):
-        video[_LOADER_KEY] = LOADER_NAME
-    if (video.get(_LOADER_KEY) or envs.VLLM_VIDEO_LOADER_BACKEND) == LOADER_NAME:
-        check_video_kwargs(video)
-
-
-def check_video_kwargs(video: Mapping[str, Any]) -> VideoSettings:
-    """The settings that the "video" mapping of ``--media-io-kwargs`` states; raises `VideoError` if wrong."""
-    return VideoSettings.from_mapping({key: value for key, value in video.items() if key != _LOADER_KEY})

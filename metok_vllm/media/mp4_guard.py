@@ -1,17 +1,22 @@
-"""Look at an mp4/mov file's headers before libav believes them.
+"""A cheap first look at an mp4/mov file's headers, before libav believes them.
+
+Nothing rests on it: memory and time are bounded by the limits of the process that decodes. It refuses the
+commonest attacks at once, with a sentence that says why, and it tells libav which edit lists to leave alone.
 
 libav builds its index of samples when it opens a file, at 24 bytes and more a sample, from counts that the
 file merely states. Three boxes state counts without a table behind them: a constant-size ``stsz``, a ``trun``
 without per-sample fields, and an ``elst`` whose edits repeat the whole track. A file of 5 KB can so take
-gigabytes and many seconds inside one call that nothing can interrupt. The boxes are searched by name wherever
-they lie outside ``mdat``, because libav accepts them in odd places too.
+gigabytes and many seconds inside one call. The boxes are searched by name wherever they lie outside media and
+padding, because libav accepts them in odd places too (its `mov_read_default` in libavformat/mov.c). The time
+it takes is linear in the bytes outside media and padding, and in the number of top-level boxes.
 """
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Iterator
+from itertools import takewhile
+from mmap import mmap
 from typing import Any
 
 from .settings import VideoError
@@ -23,16 +28,25 @@ _FEW_EDITS = 64
 # metadata ("trunk"): not a reason to refuse a good file.
 _LIBAV_REFUSES = 2**28
 _MAX_TOP_BOXES = 2_000_000
-_FIRST_BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof", b"sidx", b"pnot"}
+# libav looks at so much of a file to tell what it is, and passes over boxes that it does not know.
+_PROBED = 1 << 20
+_KNOWN_BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof", b"sidx", b"pnot"} | {
+    *(b"udta", b"uuid", b"junk", b"pict", b"prfl", b"hoov", b"ediw", b"jP  ", b"\x82\x82\x7f\x7d")
+}
 _NOT_HEADERS = {b"mdat", b"free", b"skip", b"wide"}
+_MOVIE_STARTS = {b"mvhd", b"cmov"}
 
 
-def looks_like_mp4(data: bytes) -> bool:
-    """Whether the first box of `data` is one with which mp4 and mov files begin."""
-    return data[4:8] in _FIRST_BOXES
+def looks_like_mp4(data: bytes | mmap) -> bool:
+    """Whether libav would take `data` for an mp4 or mov file, as far as its first boxes tell.
+
+    The first bytes of a file are enough where its first box is of a known kind.
+    """
+    probed = takewhile(lambda box: box[1] < _PROBED, _boxes(data))
+    return any(name in _KNOWN_BOXES for name, _, _ in probed)
 
 
-def check_mp4(data: bytes) -> bool:
+def check_mp4(data: bytes | mmap) -> bool:
     """Raise `VideoError` if the headers of the mp4/mov file `data` claim far more samples than is sane.
 
     Returns whether its edit lists are short enough for libav to expand; else it must be told to ignore them.
@@ -53,29 +67,46 @@ def check_mp4(data: bytes) -> bool:
     return edits <= _FEW_EDITS or edits * (tabled + claimed) <= MAX_INDEX_ENTRIES
 
 
-def _header_spans(data: bytes) -> Iterator[tuple[int, int]]:
-    """Byte ranges of `data`'s top-level boxes, without those that hold media or padding."""
-    at, boxes = 0, 0
+def _boxes(data: bytes | mmap) -> Iterator[tuple[bytes, int, int]]:
+    """Name, first byte and end of each top-level box, behind the ID3 tag that libav passes over.
+
+    A last box that is cut off, or says that it goes on to the end of the file, ends where `data` ends.
+    """
+    at = _id3_size(data)
     while at + 8 <= len(data):
-        boxes += 1
-        if boxes > _MAX_TOP_BOXES:
-            raise VideoError("The mp4/mov file is cut into too many boxes.")
         size, name = struct.unpack_from(">I4s", data, at)
         if size == 1 and at + 16 <= len(data):
             (size,) = struct.unpack_from(">Q", data, at + 8)
         end = len(data) if size == 0 else min(len(data), at + max(size, 8))
-        if name not in _NOT_HEADERS:
-            yield at, end
+        yield name, at, end
         at = end
 
 
-def _track_spans(data: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
+def _id3_size(data: bytes | mmap) -> int:
+    """Bytes of the ID3 tag at the start of `data`: its header, and a size of four times seven bits."""
+    if data[:3] != b"ID3" or len(data) < 10:
+        return 0
+    first, second, third, last = data[6:10]
+    return 10 + ((first & 127) << 21 | (second & 127) << 14 | (third & 127) << 7 | last & 127)
+
+
+def _header_spans(data: bytes | mmap) -> Iterator[tuple[int, int]]:
+    """Byte ranges of `data`'s top-level boxes, without those that hold media or padding."""
+    for number, (name, start, end) in enumerate(_boxes(data)):
+        if number >= _MAX_TOP_BOXES:
+            raise VideoError("The mp4/mov file is cut into too many boxes.")
+        # Padding in which libav finds the start of a movie's index, where it finds no index elsewhere.
+        if name not in _NOT_HEADERS or (name == b"free" and data[start + 12 : start + 16] in _MOVIE_STARTS):
+            yield start, end
+
+
+def _track_spans(data: bytes | mmap, start: int, end: int) -> Iterator[tuple[int, int]]:
     """The ranges from one ``trak`` to the next; what precedes the first is a range too."""
-    starts = [start, *(match.start() for match in re.compile(b"trak").finditer(data, start, end))]
+    starts = [start, *_places(data, b"trak", start, end)]
     yield from zip(starts, [*starts[1:], end], strict=True)
 
 
-def _sample_counts(data: bytes, start: int, end: int) -> tuple[int, int]:
+def _sample_counts(data: bytes | mmap, start: int, end: int) -> tuple[int, int]:
     """Samples of one track that a table lists, and samples that are merely claimed."""
     tabled = claimed = 0
     for size, count in _fields(data, b"stsz", start, end, 4, ">II"):
@@ -88,7 +119,7 @@ def _sample_counts(data: bytes, start: int, end: int) -> tuple[int, int]:
     return tabled, claimed
 
 
-def _is_pcm_audio(data: bytes, start: int, end: int) -> bool:
+def _is_pcm_audio(data: bytes | mmap, start: int, end: int) -> bool:
     """Whether the track is sound whose samples last one tick: libav indexes its chunks, not its samples."""
     handlers = {handler for (handler,) in _fields(data, b"hdlr", start, end, 8, "4s")}
     times = list(_fields(data, b"stts", start, end, 4, ">III"))
@@ -96,10 +127,18 @@ def _is_pcm_audio(data: bytes, start: int, end: int) -> bool:
     return b"soun" in handlers and b"vide" not in handlers and bool(times) and one_tick
 
 
-def _fields(data: bytes, name: bytes, start: int, end: int, skip: int, layout: str) -> Iterator[tuple[Any, ...]]:
+def _fields(data: bytes | mmap, name: bytes, start: int, end: int, skip: int, layout: str) -> Iterator[tuple[Any, ...]]:
     """Unpack `layout`, `skip` bytes after every occurrence of the box type `name` in ``data[start:end]``."""
     size = struct.calcsize(layout)
-    for match in re.compile(re.escape(name)).finditer(data, start, end):
-        at = match.end() + skip
+    for place in _places(data, name, start, end):
+        at = place + len(name) + skip
         if at + size <= end:
             yield struct.unpack_from(layout, data, at)
+
+
+def _places(data: bytes | mmap, name: bytes, start: int, end: int) -> Iterator[int]:
+    """Where `name` begins in ``data[start:end]``."""
+    at = data.find(name, start, end)
+    while at >= 0:
+        yield at
+        at = data.find(name, at + len(name), end)

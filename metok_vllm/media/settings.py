@@ -12,6 +12,10 @@ class VideoError(ValueError):
     """A video, or a setting for reading it, that cannot be used; the message is one sentence for the user."""
 
 
+class VideoMemoryError(VideoError):
+    """A video that takes more memory than it may."""
+
+
 # Lowest and highest value of every integer setting; -1 is let through where it means "no wish".
 _INT_RANGES: dict[str, tuple[int, int]] = {
     "num_frames": (1, 1_000_000),
@@ -89,6 +93,23 @@ class VideoSettings:
                 f"known are {', '.join(sorted(known))}."
             )
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class PoolLimits:
+    """What all videos of one API server process may take together; `metok_vllm.contract.settings`."""
+
+    at_once: int = 16
+    """Files decoded at a time, each in a child process."""
+    waiting: int = 64
+    """Files that may wait; more are answered with 503."""
+    memory_mib: int = 4096
+    """MiB of decoded frames in use and of decoders at work."""
+
+
+def too_late(timeout_s: float) -> str:
+    """The sentence for a video whose time is up."""
+    return f"Reading the video took longer than {timeout_s:g} s (video setting timeout_s)."
 
 
 def _shown(value: object) -> str:

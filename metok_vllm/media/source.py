@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
+import os
 import time
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from mmap import mmap
 
 import av
 import numpy as np
@@ -18,12 +19,12 @@ from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
 
 from .mp4_guard import check_mp4, looks_like_mp4
+from .recognition import HEAD_BYTES, container_of, usable_length, why_not_opened
 from .sampling import PacketTable
-from .settings import VideoError, VideoSettings
+from .settings import VideoError, VideoSettings, too_late
 
 # Containers that libav may try. Playlists (hls, dash, concat) make it open files and URLs: they are left out.
 _CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,asf,ivf,gif,apng"
-CONTAINER_NAMES = "mp4/mov, webm/mkv, avi, mpeg-ts/ps, flv, ogg, wmv, ivf, gif or animated png"
 # Codecs whose key flag means that decoding may start there. Others (gif paints on its last frame) are walked.
 _JUMP_CODECS = {
     *("h264", "hevc", "vvc", "av1", "vp8", "vp9", "mpeg1video", "mpeg2video", "mpeg4", "h263", "theora"),
@@ -32,13 +33,6 @@ _JUMP_CODECS = {
 }
 # Containers whose seeking is a look-up in an index that was read already.
 _SEEKABLE = ("mov", "matroska")
-_IMAGE_MAGIC = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-}
 
 
 class Clock:
@@ -48,9 +42,16 @@ class Clock:
         self._timeout_s = timeout_s
         self._end = time.monotonic() + timeout_s
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """A time that does not count."""
+        start = time.monotonic()
+        yield
+        self._end += time.monotonic() - start
+
     def __call__(self) -> None:
         if time.monotonic() > self._end:
-            raise VideoError(f"Reading the video took longer than {self._timeout_s:g} s (video setting timeout_s).")
+            raise VideoError(too_late(self._timeout_s))
 
 
 class SeekMissed(Exception):
@@ -61,15 +62,38 @@ class SeekMissed(Exception):
 class VideoFile:
     """The bytes of a video file that passed the first checks, and how libav is to open them."""
 
-    data: bytes
+    data: bytes | mmap
+    length: int
+    """Bytes of `data` that libav is to see."""
     edit_lists: bool
 
     @classmethod
-    def check(cls, data: bytes) -> VideoFile:
+    def check(cls, data: bytes | mmap) -> VideoFile:
         """Refuse, with `VideoError`, what need not be opened: no data, and headers made to exhaust memory."""
         if not data:
             raise VideoError("The video is empty (0 bytes).")
-        return cls(data, edit_lists=not looks_like_mp4(data) or check_mp4(data))
+        return cls(data, usable_length(data), edit_lists=not looks_like_mp4(data) or check_mp4(data))
+
+
+class _Reader:
+    """A file for libav to read, without a copy of the whole."""
+
+    def __init__(self, file: VideoFile) -> None:
+        self._data = memoryview(file.data)[: file.length]
+        self._at = 0
+
+    def read(self, size: int) -> bytes:
+        piece = bytes(self._data[self._at : self._at + size])
+        self._at += len(piece)
+        return piece
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: len(self._data)}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
 
 
 @dataclass
@@ -94,21 +118,25 @@ def open_source(file: VideoFile, settings: VideoSettings) -> Iterator[Source]:
     """Open `file` and choose its main video stream; raises `VideoError` if there is none that may be read."""
     # Where another library switched libav's log on, damage would fill it; here it becomes one error.
     av.logging.set_level(None)
+    stated = container_of(file.data[:HEAD_BYTES])
     try:
         container = av.open(
-            io.BytesIO(file.data),
+            _Reader(file),
             mode="r",
+            format=stated,
             options={"max_pixels": str(settings.max_pixels)},
             container_options={
-                "format_whitelist": _CONTAINERS,
+                "format_whitelist": stated or _CONTAINERS,
                 "protocol_whitelist": "none",
                 "max_streams": "64",
                 "advanced_editlist": str(int(file.edit_lists)),
             },
             metadata_errors="replace",
         )
+    except MemoryError:
+        raise
     except (av.FFmpegError, ValueError, OSError, EOFError) as error:
-        raise VideoError(_why_not_opened(file.data)) from error
+        raise VideoError(why_not_opened(file.data[:HEAD_BYTES])) from error
     try:
         stream = _main_video(container)
         for other in container.streams:
@@ -141,6 +169,8 @@ def read_packet_table(source: Source, settings: VideoSettings, clock: Clock) -> 
             # Bit 4 of a vp8 packet says if it is for display; no other codec here has packets that are not.
             shown.append(not packet.is_discard and not (vp8 and not memoryview(packet)[0] & 0x10))
             cut_off = packet.is_corrupt
+    except MemoryError:
+        raise
     except av.FFmpegError:
         damaged = True
     if cut_off:  # the file ends within its last packet
@@ -185,6 +215,8 @@ class PacketReader:
                     yield packet
                 if number >= end:
                     break
+        except MemoryError:
+            raise
         except av.FFmpegError:
             pass  # the data ends here, as it did when the table was made
         yield None
@@ -195,6 +227,8 @@ class PacketReader:
             self.source.container.seek(int(self._table.pts[start]), stream=self.source.stream)
             packets = self.source.packets()
             first = next(packets, None)
+        except MemoryError:
+            raise
         except av.FFmpegError as error:
             raise SeekMissed from error
         if first is None or first.pts is None:
@@ -203,6 +237,17 @@ class PacketReader:
         if len(found) != 1 or found[0] > start:
             raise SeekMissed
         self._packets, self._next, self._sought = chain([first], packets), int(found[0]), True
+
+
+def working_memory(stream: VideoStream, threads: int) -> int:
+    """Bytes that decoding the stream takes beside the frames that are kept; an upper estimate.
+
+    A codec refers to up to 16 frames, and each thread holds one or two more.
+    """
+    context = stream.codec_context
+    bits = context.format.padded_bits_per_pixel if context.format is not None else 0
+    picture = context.width * context.height * max(bits, 24) // 8
+    return (64 << 20) + (20 + 2 * threads) * picture
 
 
 def frame_rate(stream: VideoStream, table: PacketTable) -> float:
@@ -230,16 +275,3 @@ def _main_video(container: InputContainer) -> VideoStream:
     if stream.codec_context is None:
         raise VideoError("The video is in a codec that cannot be decoded here.")
     return stream
-
-
-def _why_not_opened(data: bytes) -> str:
-    """One sentence on why libav could not open `data`, from its first bytes."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        kind = "animated" if b"ANIM" in data[:64] else "still"
-        return f"The data is a WebP picture ({kind}), which is not read as a video; send mp4, webm or gif."
-    for magic, name in _IMAGE_MAGIC.items():
-        if data.startswith(magic):
-            return f"The data is a still image ({name}), not a video."
-    if looks_like_mp4(data):
-        return "The mp4/mov file is damaged or cut off: its index cannot be read."
-    return f"The data is not a video that can be read; send {CONTAINER_NAMES}."

@@ -1,0 +1,155 @@
+"""Decode one video file in a process that can do nothing else. Runs in a fork of `spawner`."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import math
+import mmap
+import os
+import pkgutil
+import re
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import av
+import numpy as np
+import numpy.typing as npt
+
+from metok_vllm.media.children import messages
+from metok_vllm.media.children.confine import confine, leave_with_parent, limit_memory
+from metok_vllm.media.decoder import decode_video
+from metok_vllm.media.settings import VideoError, VideoMemoryError, VideoSettings
+
+OPENING = 256 << 20
+"""Bytes that a file's headers and the list of its packets may take: a million frames take about 100 MB."""
+
+PICTURE = b"GIF89a\1\0\1\0\x80\0\0\0\0\0\xff\xff\xff!\xf9\4\0\0\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0;"
+"""A whole video: a GIF of one black pixel."""
+
+_NOT_DECODING = ("av.__main__", "av.datasets")  # they load what fetches files
+
+_MARGIN = 48 << 20  # of the limit, within which libav's own errors are taken for a lack of memory
+_THREAD = 9 << 20  # address space of a thread's stack and its guard
+
+
+ABOUT = ("total_frames", "fps", "duration", "missing", "packets_decoded")
+"""Fields of `DecodedVideo` that go to the server as they are."""
+
+
+def shared_size(frames: int, count: int) -> int:
+    """Bytes of the file with `frames` bytes of frames, and the numbers (int64) of `count` of them behind."""
+    return -(-frames // 8) * 8 + 8 * count
+
+
+class PoolMemory:
+    """Memory that the server grants; `metok_vllm.media.decoder.Memory`."""
+
+    def __init__(self, talk: socket.socket, frames_file: int, opening: int) -> None:
+        """
+        Args:
+            talk: the socket to the server.
+            frames_file: open file, shared with the server, in which the frames go.
+            opening: bytes of address space that this process may have before it is granted more.
+        """
+        self._talk = talk
+        self._file = frames_file
+        self._room = np.empty(0, np.uint8)
+        self.room = 0
+        """Bytes of the frames that there is room for."""
+        self.limit = opening
+
+    def reserve(self, frames: int, working: int) -> None:
+        """Wait for room; from then on this process may have so much more."""
+        self._ask({"reserve": {"frames": frames, "working": working}})
+        self.limit += frames + working
+        limit_memory(self.limit)
+
+    def frames(self, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """Room for the frames, in the file that the server maps, with room for their numbers behind."""
+        self.room = size = math.prod(shape)
+        self._ask({"frames": size, "count": shape[0]})
+        self._room = _mapped(self._file, shared_size(size, shape[0]))
+        return self._room[:size].reshape(shape)
+
+    def number(self, indices: Sequence[int]) -> None:
+        """Put the frames' numbers behind the room for all frames."""
+        start = shared_size(self.room, 0)
+        self._room[start : start + 8 * len(indices)] = np.array(indices, np.int64).view(np.uint8)
+
+    def _ask(self, what: dict[str, Any]) -> None:
+        messages.send(self._talk, what)
+        if messages.receive(self._talk) is None:
+            os._exit(0)  # whoever wanted the frames has gone
+
+
+def decode_one(talk: socket.socket, file: int, frames_file: int, job: dict[str, Any], *, filtered: bool) -> NoReturn:
+    """Decode the video in `file`, tell the server over `talk` what came of it, and end this process.
+
+    Args:
+        talk: socket to the server.
+        file: descriptor of the whole video file, in memory.
+        frames_file: descriptor of an empty file in memory; the frames go there.
+        job: ``settings``, and ``most_memory``: bytes that this process may ever have beside its own.
+        filtered: whether system calls are filtered.
+    """
+    status = os.open("/proc/self/status", os.O_RDONLY)
+    leave_with_parent()
+    settings = VideoSettings(**job["settings"])
+    size = os.fstat(file).st_size
+    own = _memory(status, "VmSize") + size + 2 * (settings.threads + 2) * _THREAD
+    data = mmap.mmap(file, size, prot=mmap.PROT_READ) if size else b""
+    memory = PoolMemory(talk, frames_file, own + OPENING)
+    confine(own + OPENING + job["most_memory"], filtered=filtered)
+    limit_memory(memory.limit)
+    messages.send(talk, _outcome(data, settings, memory, status))
+    os._exit(0)
+
+
+def _outcome(data: Any, settings: VideoSettings, memory: PoolMemory, status: int) -> dict[str, Any]:
+    limit = memory.limit
+    try:
+        video = decode_video(data, settings, memory)
+        memory.number(video.indices)
+    except (VideoMemoryError, MemoryError):
+        return {"memory": (memory.limit - limit or OPENING) >> 20}
+    except VideoError as error:
+        # libav takes a lack of memory for damage now and then.
+        if _memory(status, "VmPeak") > memory.limit - _MARGIN:
+            return {"memory": (memory.limit - limit or OPENING) >> 20}
+        return {"error": str(error)}
+    except Exception as error:  # a fault of METok's, or the confinement forbids what the decoder needs
+        return {"fault": f"{type(error).__name__}: {error}"[:500]}
+    return {"video": {name: getattr(video, name) for name in ABOUT}, "shape": list(video.frames.shape)}
+
+
+def _mapped(file: int, size: int) -> npt.NDArray[np.uint8]:
+    """`size` bytes of a shared file. Python's own mmap opens a second descriptor, which is forbidden here."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    address = libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, file, 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise MemoryError
+    room: Any = (ctypes.c_uint8 * size).from_address(address)
+    return np.frombuffer(room, np.uint8)
+
+
+def _memory(status: int, name: str) -> int:
+    """A figure in bytes from the open /proc/self/status."""
+    found = re.search(rb"%s:\s+(\d+) kB" % name.encode(), os.pread(status, 8192, 0))
+    return int(found[1]) << 10 if found else 0
+
+
+def warm_up() -> None:
+    """Import and run once, before the first fork, all that a decode runs: a child can open no file."""
+    # PyAV imports a part of itself when it first meets a stream of that kind: subtitles, for one.
+    for module in pkgutil.walk_packages(av.__path__, "av."):
+        if module.name not in _NOT_DECODING:
+            importlib.import_module(module.name)
+    decode_video(PICTURE, VideoSettings(timeout_s=10))
+    for data in (b"", b"no video", PICTURE[:20]):
+        with suppress(VideoError):
+            decode_video(data, VideoSettings(timeout_s=10))

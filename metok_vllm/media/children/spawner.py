@@ -1,0 +1,217 @@
+"""The process that forks a child for every video file, and kills it when its time is up.
+
+`python -c` with `START` runs it. It holds one socket to the API server: a job comes with the file to decode,
+an empty file for its frames and a socket to the child; ``kill`` ends a job, ``pause`` and ``resume`` stop its
+clock while it waits for memory. Where the server's end closes, this process and all its children end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import os
+import platform
+import selectors
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from metok_vllm.media.children import child, messages
+from metok_vllm.media.children.confine import has_filter
+
+START = "import sys; sys.path[:] = sys.argv[2:]; from metok_vllm.media.children.spawner import main; main()"
+"""The program, for `python -I -c`: the socket's descriptor, then the places to import from."""
+
+TICK_S = 0.1
+"""How exactly clocks are kept."""
+
+NICER = ((0.5, 5), (2.0, 10))
+"""Seconds after which a child gives way to others, and its `nice` value from then on: so a file that takes
+long does not make a small one wait."""
+
+ABOVE = 1000
+"""No open file of this process has so high a number."""
+
+
+@dataclass
+class Job:
+    """A child at work."""
+
+    number: int
+    pid: int
+    talk: socket.socket
+    """Kept to tell the server how the child died."""
+    timeout_s: float
+    started: float
+    deadline: float
+    nice: int = 0
+    paused: float | None = None
+    """When its clock was stopped."""
+    late: bool = False
+
+
+class Spawner:
+    """Forks, keeps the clocks, and reaps."""
+
+    def __init__(self, control: socket.socket, *, filtered: bool) -> None:
+        self.control = control
+        self.jobs: dict[int, Job] = {}
+        self.filtered = filtered
+
+    def run(self) -> None:
+        """Until the server's end of the control socket closes."""
+        wake_read, wake_write = os.pipe()
+        for end in (wake_read, wake_write):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.control, selectors.EVENT_READ)
+            selector.register(wake_read, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select(TICK_S if self.jobs else None):
+                    if key.fileobj is self.control:
+                        if not self._take_message():
+                            return
+                    else:
+                        with suppress(BlockingIOError):
+                            os.read(wake_read, 4096)
+                self._reap()
+                self._keep_time()
+
+    def _take_message(self) -> bool:
+        """One message of the server; False where it has gone."""
+        message, files = messages.receive_with_files(self.control, 3)
+        if message is None:
+            return False
+        if files:
+            self._start(message, files)
+        elif (job := self.jobs.get(message["job"])) is not None:
+            now = time.monotonic()
+            if message["do"] == "kill":
+                _kill(job)
+            elif message["do"] == "pause":
+                job.paused = now
+            elif message["do"] == "resume" and job.paused is not None:
+                job.deadline += now - job.paused
+                job.paused = None
+        return True
+
+    def _start(self, job: dict[str, Any], files: list[int]) -> None:
+        file, frames_file, talk = files
+        pid = os.fork()
+        if pid == 0:
+            _become_child(job, files, filtered=self.filtered)
+        os.close(file)
+        os.close(frames_file)
+        now, timeout_s = time.monotonic(), job["settings"]["timeout_s"]
+        number = job["job"]
+        self.jobs[number] = Job(number, pid, socket.socket(fileno=talk), timeout_s, now, now + timeout_s)
+
+    def _reap(self) -> None:
+        """Tell the server of children that ended without a word of their own."""
+        for job in list(self.jobs.values()):
+            pid, status = os.waitpid(job.pid, os.WNOHANG)
+            if pid == 0:
+                continue
+            del self.jobs[job.number]
+            if status != 0:
+                how = {"late": job.timeout_s} if job.late else {"died": os.waitstatus_to_exitcode(status)}
+                with suppress(OSError):
+                    messages.send(job.talk, how)
+            job.talk.close()
+
+    def _keep_time(self) -> None:
+        now = time.monotonic()
+        for job in self.jobs.values():
+            if job.paused is None and now > job.deadline:
+                job.late = True
+                _kill(job)
+            for seconds, nice in NICER:
+                if now - job.started > seconds and job.nice < nice:
+                    job.nice = nice
+                    _give_way(job)
+
+
+def _become_child(job: dict[str, Any], files: list[int], *, filtered: bool) -> NoReturn:
+    """In the fork: keep the job's own files, and decode."""
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        null = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(null, standard)
+        # All others belong to this process or to other jobs.
+        file, frames_file, talk = (fcntl.fcntl(file, fcntl.F_DUPFD, ABOVE) for file in files)
+        os.closerange(3, ABOVE)
+        os.closerange(talk + 1, os.sysconf("SC_OPEN_MAX"))
+        child.decode_one(socket.socket(fileno=talk), file, frames_file, job, filtered=filtered)
+    finally:
+        os._exit(1)
+
+
+def _why_it_fails(*, filtered: bool) -> str | None:
+    """Try a child on a small picture: a machine may need a system call that is not on the list.
+
+    Returns:
+        None where it decodes, else what went wrong.
+    """
+    talk, other = messages.pair()
+    files = [os.memfd_create("file"), os.memfd_create("frames"), other.detach()]
+    os.write(files[0], child.PICTURE)
+    pid = os.fork()
+    if pid == 0:
+        settings = {"timeout_s": 10, "threads": 2}
+        _become_child({"settings": settings, "most_memory": 1 << 30}, files, filtered=filtered)
+    os.close(files[2])
+    talk.settimeout(10)
+    try:
+        while (message := messages.receive(talk)) is not None and not {"video", "fault", "error", "memory"} & {
+            *message
+        }:
+            if "frames" in message:
+                os.ftruncate(files[1], child.shared_size(message["frames"], message["count"]))
+            messages.send(talk, {})
+    except OSError as error:
+        message = {"fault": str(error)}
+    finally:
+        talk.close()
+        os.close(files[0])
+        os.close(files[1])
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+    if message is not None and "video" in message:
+        return None
+    return str(message or f"it ended with status {os.waitstatus_to_exitcode(status)}")
+
+
+def _kill(job: Job) -> None:
+    with suppress(ProcessLookupError):  # it is not reaped yet, so the number is still its own
+        os.kill(job.pid, signal.SIGKILL)
+
+
+def _give_way(job: Job) -> None:
+    """Lower the priority of all threads of a child: Linux has one for each."""
+    with suppress(OSError):
+        for thread in Path(f"/proc/{job.pid}/task").iterdir():
+            os.setpriority(os.PRIO_PROCESS, int(thread.name), job.nice)
+
+
+def main() -> None:
+    """Serve until the server has gone; `sys.argv[1]` is the socket's descriptor."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    child.warm_up()
+    gc.collect()
+    gc.freeze()  # a fork then copies fewer pages
+    fault = _why_it_fails(filtered=True) if has_filter() else f"METok has no list of calls for {platform.machine()}"
+    filtered = fault is None
+    broken = None if filtered else _why_it_fails(filtered=False)
+    messages.send(control, {"filtered": filtered, "unfiltered": fault, "broken": broken})
+    if broken is None:
+        Spawner(control, filtered=filtered).run()
+    os._exit(0)  # children end with it (`confine.leave_with_parent`)

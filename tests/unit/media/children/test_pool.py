@@ -1,0 +1,418 @@
+"""Child processes for real: what they decode, how they end, and what they cost others."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import av
+import numpy as np
+import psutil
+import pytest
+
+from metok_vllm.contract.refusals import FRONT_END
+from metok_vllm.media.children import pool as pool_module
+from metok_vllm.media.children.outcomes import DECODES
+from metok_vllm.media.children.pool import Busy, DecodePool
+from metok_vllm.media.decoder import decode_video
+from metok_vllm.media.settings import PoolLimits, VideoError, VideoSettings
+from tests.support.clips import clip, encode, rotated, tone
+
+HOUR = VideoSettings(timeout_s=3600)
+
+
+@cache
+def stuck() -> bytes:
+    """A good video of 206 KB that keeps one call of libav busy for minutes: it compares all tags."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="matroska") as file:
+        file.metadata.update({f"tag{i}": "x" for i in range(12000)})
+        stream = file.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = 16
+        for frame in (av.VideoFrame(16, 16, "yuv420p"), None):
+            file.mux(stream.encode(frame))
+    return out.getvalue()
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., DecodePool]]:
+    pools: list[DecodePool] = []
+
+    def made(**limits: int) -> DecodePool:
+        pools.append(DecodePool(PoolLimits(**limits)))
+        pools[-1].start()
+        return pools[-1]
+
+    yield made
+    for one in pools:
+        one.stop()
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[DecodePool]:
+    made = DecodePool()
+    yield made
+    gc.collect()
+    assert (made.places.used, made.places.waiting, made.memory.used) == (0, 0, 0)
+    made.stop()
+
+
+def children(pool: DecodePool) -> list[psutil.Process]:
+    """Child processes at work."""
+    assert pool._spawner is not None
+    return psutil.Process(pool._spawner.pid).children()
+
+
+def until(condition: Callable[[], object], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.01)
+
+
+def outcomes() -> dict[str, float]:
+    """Videos by what came of them, so far in this process."""
+    return {
+        sample.labels["outcome"]: sample.value
+        for metric in FRONT_END.collect()
+        if metric.name == DECODES
+        for sample in metric.samples
+        if sample.name == f"{DECODES}_total"
+    }
+
+
+VIDEOS = {
+    "mp4": clip(30),
+    "mkv": clip(30, container="matroska"),
+    "vp9": clip(12, container="webm", codec="libvpx-vp9"),
+    "gif": clip(12, container="gif", codec="gif", pix_fmt="gray"),
+    "turned": rotated(clip(12), 90),
+    "cut off": clip(30, container="mpegts")[:-4000],
+    "10 bit": clip(12, pix_fmt="yuv420p10le"),
+}
+
+
+@pytest.mark.parametrize("kind", VIDEOS)
+def test_a_child_decodes_what_this_process_would(pool: DecodePool, kind: str) -> None:
+    for settings in (VideoSettings(num_frames=5), VideoSettings()):
+        ours, theirs = decode_video(VIDEOS[kind], settings), pool.decode(VIDEOS[kind], settings)
+        assert np.array_equal(ours.frames, theirs.frames)
+        assert {**vars(ours), "frames": None} == {**vars(theirs), "frames": None}
+        assert theirs.frames.flags.writeable  # as torch wants them
+        assert theirs.frames.flags.c_contiguous
+
+
+def test_what_is_wrong_with_a_file_comes_back_as_the_same_sentence(pool: DecodePool) -> None:
+    for data in (b"", b"no video at all", tone(), VIDEOS["mp4"][:900]):
+        sentences = []
+        for decode in (decode_video, pool.decode):
+            with pytest.raises(VideoError) as raised:
+                decode(data, VideoSettings())
+            sentences.append(str(raised.value))
+        assert sentences[0] == sentences[1]
+
+
+def test_thousands_of_frames_come_with_their_numbers(pool: DecodePool) -> None:
+    data = encode([np.zeros((16, 16, 3), np.uint8)] * 3000, codec="mpeg4")
+    video = pool.decode(data, VideoSettings(num_frames=2500, max_frames=3000))
+    assert len(video.indices) == len(video.frames) == 2500
+    assert video.indices[-1] == 2999
+
+
+def test_frames_outlive_everything_and_are_counted_until_nobody_uses_them(make: Callable[..., DecodePool]) -> None:
+    pool = make()
+    video = pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=4))
+    expected = decode_video(VIDEOS["mp4"], VideoSettings(num_frames=4)).frames
+    assert pool.memory.used == video.frames.nbytes
+    part = video.frames[1:2]
+    del video
+    pool.stop()
+    assert np.array_equal(part, expected[1:2])
+    assert pool.memory.used == expected.nbytes
+    del part
+    assert pool.memory.used == 0
+
+
+def test_frames_made_larger_than_the_header_says_count_as_they_are(make: Callable[..., DecodePool]) -> None:
+    """The header of a Matroska file states a size of its own; the pictures have another."""
+    data = encode([np.full((256, 256, 3), 200, np.uint8)] * 4, codec="mpeg4", container="matroska")
+    at = data.index(b"\xb0\x82\x01\x00")  # PixelWidth, in two bytes
+    small = data[:at] + b"\xb0\x82\x00\x10" + data[at + 4 :]
+    pool = make()
+    video = pool.decode(small, VideoSettings())
+    assert video.frames.shape == decode_video(small, VideoSettings()).frames.shape
+    assert pool.memory.used == video.frames.nbytes
+
+
+def test_a_call_that_never_ends_is_ended_at_its_time_and_no_other_video_waits(make: Callable[..., DecodePool]) -> None:
+    pool = make(at_once=3, waiting=0)
+    before, file = outcomes(), stuck()
+    with ThreadPoolExecutor(2) as threads:
+        start = time.monotonic()
+        slow = [threads.submit(pool.decode, file, VideoSettings(timeout_s=2)) for _ in range(2)]
+        until(lambda: pool.places.used == 2)
+        good = pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=2))
+        assert not any(one.done() for one in slow)  # the good one came through while they were at it
+        for one in slow:
+            with pytest.raises(VideoError, match=r"took longer than 2 s \(video setting timeout_s\)"):
+                one.result()
+        assert time.monotonic() - start < 2 + 2  # one second is promised; the machine may be busy
+    assert len(good.frames) == 2
+    until(lambda: not children(pool))
+    assert pool.places.used == 0
+    assert outcomes()["late"] == before["late"] + 2
+    assert outcomes()["decoded"] == before["decoded"] + 1
+
+
+def test_a_child_that_is_killed_costs_its_own_request_and_nothing_else(make: Callable[..., DecodePool]) -> None:
+    pool = make()
+    with ThreadPoolExecutor(2) as threads:
+        first, second = (threads.submit(pool.decode, stuck(), HOUR) for _ in range(2))
+        until(lambda: len(children(pool)) == 2)
+        # The one that was started first has the lower number.
+        victim, other = sorted(children(pool), key=lambda child: child.create_time())
+        victim.kill()
+        until(lambda: first.done() or second.done())
+        dead = first if first.done() else second
+        with pytest.raises(VideoError, match="decoder crash"):
+            dead.result()
+        assert len(pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=3)).frames) == 3
+        until(lambda: children(pool) == [other])
+        other.kill()
+        with pytest.raises(VideoError, match="decoder crash"):
+            (second if dead is first else first).result()
+
+
+def test_where_the_process_that_forks_dies_another_takes_its_place_and_the_video_is_decoded(
+    make: Callable[..., DecodePool],
+) -> None:
+    pool = make()
+    assert pool._spawner is not None
+    old = pool._spawner.pid
+    with ThreadPoolExecutor(1) as threads:
+        job = threads.submit(pool.decode, stuck(), VideoSettings(timeout_s=4))
+        until(lambda: len(children(pool)) == 1)
+        child = children(pool)[0]
+        os.kill(old, signal.SIGKILL)
+        until(lambda: not psutil.pid_exists(child.pid))  # with the process that forked it
+        with pytest.raises(VideoError, match="longer than 4 s"):  # the second try ended as this file has to
+            job.result()
+    assert pool._spawner.pid != old
+    os.kill(pool._spawner.pid, signal.SIGKILL)
+    assert len(pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=3)).frames) == 3
+
+
+def test_a_process_that_forks_but_does_not_answer_is_replaced(
+    make: Callable[..., DecodePool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "PATIENCE_S", 0.5)
+    pool = make()
+    assert pool._spawner is not None
+    os.kill(pool._spawner.pid, signal.SIGSTOP)
+    start = time.monotonic()
+    assert len(pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=3, timeout_s=1)).frames) == 3
+    assert time.monotonic() - start >= 1.5
+
+
+def test_videos_wait_in_order_and_no_more_than_may(make: Callable[..., DecodePool]) -> None:
+    pool = make(at_once=1, waiting=2)
+    before = outcomes()
+    order: list[int] = []
+
+    def one(number: int) -> None:
+        pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=1))
+        order.append(number)
+
+    with ThreadPoolExecutor(3) as threads:
+        blocker = threads.submit(pool.decode, stuck(), VideoSettings(timeout_s=2))
+        until(lambda: pool.places.used == 1)
+        waiting = []
+        for number in range(2):
+            waiting.append(threads.submit(one, number))
+            until(lambda number=number: pool.places.waiting == number + 1)  # type: ignore[misc]
+        with pytest.raises(Busy, match="decoding 1 videos and 2 wait: try again later"):
+            pool.decode(VIDEOS["mp4"], VideoSettings())
+        with pytest.raises(VideoError):
+            blocker.result()
+        for job in waiting:
+            job.result()
+    assert order == [0, 1]
+    assert outcomes()["busy"] == before["busy"] + 1
+
+
+def test_frames_wait_for_room_and_their_clock_stands_still(make: Callable[..., DecodePool]) -> None:
+    large = encode([np.zeros((720, 1280, 3), np.uint8)] * 20, codec="mpeg4", rate=10)
+    size = 20 * 720 * 1280 * 3
+    pool = make(memory_mib=200)  # not enough for two with their decoders
+    first = pool.decode(large, VideoSettings())
+    assert first.frames.nbytes == size == pool.memory.used
+    with ThreadPoolExecutor(1) as threads:
+        second = threads.submit(pool.decode, large, VideoSettings(timeout_s=3))
+        until(lambda: pool.memory.waiting == 1)
+        time.sleep(2.5)
+        assert not second.done()
+        del first
+        assert len(second.result().frames) == 20
+        assert pool.memory.used == size
+
+
+def test_who_waits_too_long_for_room_is_told_to_come_again(make: Callable[..., DecodePool]) -> None:
+    pool = make(memory_mib=100)
+    held = pool.hold(90 << 20, 1)
+    with pytest.raises(Busy, match=r"no room for 6. MiB more of decoded video now: try again later"):
+        pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=2, timeout_s=1))
+    pool.memory.give_back(held)
+    assert len(pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=2, timeout_s=20)).frames) == 2
+
+
+def test_what_never_fits_is_refused_at_once(make: Callable[..., DecodePool]) -> None:
+    pool = make(memory_mib=64)
+    data = encode([np.zeros((720, 1280, 3), np.uint8)] * 20, codec="mpeg4")
+    with pytest.raises(VideoError, match=r"takes 1.. MiB, more than the 64 MiB that the server has"):
+        pool.decode(data, VideoSettings())
+
+
+def test_a_task_that_is_cancelled_ends_its_child_or_leaves_the_queue(make: Callable[..., DecodePool]) -> None:
+    pool = make(at_once=1)
+    before = outcomes()
+
+    async def run() -> None:
+        at_work = asyncio.create_task(pool.decode_async(stuck(), HOUR))
+        while not children(pool):
+            await asyncio.sleep(0.01)
+        queued = asyncio.create_task(pool.decode_async(VIDEOS["mp4"], HOUR))
+        last = asyncio.create_task(pool.decode_async(VIDEOS["mp4"], VideoSettings(num_frames=2)))
+        await asyncio.sleep(0.05)
+        for task in (queued, at_work):
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert len((await asyncio.wait_for(last, 30)).frames) == 2
+
+    asyncio.run(run())
+    until(lambda: not children(pool) and pool.places.used == 0)
+    assert outcomes()["cancelled"] == before["cancelled"] + 1
+
+
+def test_many_at_once_on_an_event_loop_that_stays_free(make: Callable[..., DecodePool]) -> None:
+    pool = make(at_once=4)
+
+    async def run() -> int:
+        turns = 0
+        tasks = [asyncio.create_task(pool.decode_async(VIDEOS["mp4"], VideoSettings(num_frames=3))) for _ in range(24)]
+        while not all(task.done() for task in tasks):
+            await asyncio.sleep(0.005)
+            turns += 1
+            assert pool.places.used <= 4
+        assert {task.result().frames.shape for task in tasks} == {(3, 48, 64, 3)}
+        return turns
+
+    assert asyncio.run(run()) > 10
+    gc.collect()
+    assert pool.memory.used == 0
+
+
+def test_a_child_that_works_long_gives_way(make: Callable[..., DecodePool]) -> None:
+    pool = make()
+    with ThreadPoolExecutor(1) as threads:
+        job = threads.submit(pool.decode, stuck(), VideoSettings(timeout_s=4))
+        until(lambda: children(pool))
+        child = children(pool)[0]
+        before = child.nice()
+        until(lambda: child.nice() >= before + 10, seconds=3.5)
+        with pytest.raises(VideoError):
+            job.result()
+
+
+def test_stopping_ends_everything_now(make: Callable[..., DecodePool]) -> None:
+    pool = make()
+    with ThreadPoolExecutor(2) as threads:
+        jobs = [threads.submit(pool.decode, stuck(), HOUR) for _ in range(2)]
+        until(lambda: len(children(pool)) == 2)
+        gone = children(pool)
+        start = time.monotonic()
+        pool.stop()
+        for job in jobs:
+            with pytest.raises(Busy, match="shutting down"):
+                job.result()
+        assert time.monotonic() - start < 1
+    until(lambda: not any(psutil.pid_exists(child.pid) for child in gone))
+
+
+@pytest.mark.parametrize("how", ["it ends", "it is killed"])
+def test_a_server_that_ends_leaves_no_process(how: str) -> None:
+    program = """
+import sys, threading, time
+from metok_vllm.media.children.pool import DecodePool
+from metok_vllm.media.settings import VideoSettings
+pool = DecodePool()
+pool.start()
+job = lambda: pool.decode(sys.stdin.buffer.read(), VideoSettings(timeout_s=3600))
+threading.Thread(target=job, daemon=True).start()
+while not pool.places.used:
+    time.sleep(0.01)
+time.sleep(0.3)
+print(pool._spawner.pid, flush=True)
+time.sleep(1 if sys.argv[1] == "it ends" else 3600)
+"""
+    server = subprocess.Popen([sys.executable, "-c", program, how], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(stuck())
+    server.stdin.close()
+    spawner = psutil.Process(int(server.stdout.readline()))
+    until(spawner.children)
+    family = [spawner, *spawner.children()]
+    if how == "it is killed":
+        server.kill()
+    server.wait(30)
+    until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family))
+
+
+def test_a_child_knows_nothing_of_the_server(make: Callable[..., DecodePool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    pool = make()
+    with open(os.devnull) as file, ThreadPoolExecutor(1) as threads:
+        os.set_inheritable(file.fileno(), True)
+        job = threads.submit(pool.decode, stuck(), VideoSettings(timeout_s=2))
+        until(lambda: children(pool))
+        child = children(pool)[0]
+        until(lambda: child.rlimit(psutil.RLIMIT_NOFILE) == (0, 0))
+        assert "secret" not in child.environ().values()
+        assert child.cwd() == "/"
+        assert child.rlimit(psutil.RLIMIT_FSIZE) == (0, 0)
+        assert child.rlimit(psutil.RLIMIT_AS)[0] < 2 << 30
+        # Standard streams that lead nowhere, its file, its frames, its socket, and its own figures.
+        assert len(os.listdir(f"/proc/{child.pid}/fd")) <= 8
+        with pytest.raises(VideoError):
+            job.result()
+
+
+def test_the_parts_of_a_pool_may_be_used_from_any_thread(make: Callable[..., DecodePool]) -> None:
+    pool = make(at_once=3)
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(5):
+                assert len(pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=2)).frames) == 2
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert pool.places.used == 0
