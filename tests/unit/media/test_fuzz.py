@@ -160,6 +160,13 @@ def test_the_judge_finds_an_outcome_that_differs_but_not_where_the_time_limit_st
     assert judged(replace(GOOD, said="late", seconds=SETTINGS.timeout_s)) is None
 
 
+def test_the_judge_takes_a_case_for_slow_that_is_slow_again() -> None:
+    slow = replace(GOOD, seconds=SETTINGS.timeout_s + 2)
+    for outcomes, wrong in (((slow, slow), "slow"), ((slow, GOOD, GOOD), "None")):
+        answers = iter(outcomes)
+        assert str(verdict(parse("mp4:"), lambda data, answers=answers: next(answers))[1]).startswith(wrong)
+
+
 def test_memory_of_a_child_is_seen(runner: Runner) -> None:
     settings = VideoSettings(num_frames=16, timeout_s=20, threads=1)
     outcome = runner.run_one(parse("mp4: black(1024,2048,16)").data(), settings)
