@@ -17,11 +17,12 @@ clip: setup
 	@$(VENV)/python -m training.make_set --split demo --first "$(N)" --videos 1 --questions 12 --scale 4 --out out/clip
 	@echo 'Now: make demo QUESTIONS=out/clip/questions.jsonl'
 
-# make serve MODEL=folder [ARGS="..."]: vLLM's server with METok, on this machine's CPU
+# make serve MODEL=folder [DOMAINS="host ..."] [ARGS="..."]: vLLM's server with METok, on this machine's CPU.
+# Without a list vLLM fetches media from every host; none.invalid is a name that no host can have (RFC 2606)
 serve: setup
 	@[ -n "$(MODEL)" ] || { echo 'make serve: state the checkpoint: make serve MODEL=folder' >&2; exit 2; }
 	@TRITON_INTERPRET=1 VLLM_MEDIA_URL_ALLOW_REDIRECTS=0 VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-4} $(VENV)/vllm serve "$(MODEL)" --plugin metok \
-		--host 127.0.0.1 --allowed-media-domains localhost $(ARGS)
+		--host 127.0.0.1 --allowed-media-domains $(or $(DOMAINS),none.invalid) $(ARGS)
 
 test: setup
 	@scripts/test.sh

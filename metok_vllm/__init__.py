@@ -7,6 +7,7 @@ On the command line add ``--plugin metok`` to ``vllm serve``; in Python::
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 __all__ = ["enable"]
@@ -23,11 +24,14 @@ def enable(**settings: Any) -> dict[str, Any]:
         chosen when its config is read, and an unsupported model is refused there.
 
     Raises:
-        ValueError: an unknown setting or an impossible value, in one sentence.
+        ValueError: an unknown setting, an impossible value, or a list of plugins (``VLLM_PLUGINS``) without
+            METok, in one sentence.
     """
     from metok_vllm.contract.settings import parse_settings
     from metok_vllm.models.registry import select_architecture
 
+    if "metok" not in os.environ.get("VLLM_PLUGINS", "metok").split(","):  # as vLLM reads it (vllm/envs.py)
+        raise ValueError("METok is not among the plugins that vLLM may load: add metok to VLLM_PLUGINS, or unset it.")
     parse_settings(settings, "enable")
     return {
         "hf_overrides": select_architecture,

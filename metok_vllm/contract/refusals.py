@@ -15,25 +15,39 @@ from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter
 
-Reason = Literal["setting", "embeddings", "no_text", "deferral", "prompt_logprobs", "session", "video", "busy"]
-"""Why: a setting of the request is wrong or cannot be met; its video came as embeddings; no text follows the
-last video; the prompt could never be deferred; it asks for log-probabilities of a pruned prompt; its input
-goes on streaming; the video itself is broken or too large, or there is no room for it now
-(`metok_vllm/media`)."""
+from metok_vllm.contract.advice import switch_off
+from metok_vllm.contract.request_ids import printable
+
+Reason = Literal[
+    "setting", "embeddings", "features", "no_text", "deferral", "prompt_logprobs", "session", "video", "busy"
+]
+"""Why: a setting of the request is wrong or cannot be met; its video came as embeddings; its items were made
+elsewhere, or do not fit the prompt; no text follows the last video; the prompt could never be deferred; it
+asks for log-probabilities of a pruned prompt; its input goes on streaming; the video itself is broken or too
+large; there is no room for it now (`metok_vllm/media`)."""
 
 REASONS: tuple[Reason, ...] = get_args(Reason)
-REFUSED_BY_SCHEDULER: tuple[Reason, ...] = ("prompt_logprobs", "session")
+REFUSED_BY_SCHEDULER: tuple[Reason, ...] = ("features", "prompt_logprobs", "session")
 REFUSED = "metok_refused_requests"
 REFUSED_HELP = "Requests that METok refused, by reason."
 
-NO_PROMPT_LOGPROBS = (
-    "prompt_logprobs do not exist for a prompt whose video is pruned, since its tokens do not reach the last layer; "
-    'send the request with mm_processor_kwargs={"metok": "off"}.'
+FOREIGN_FEATURES = (
+    "this server makes the features of images and videos itself; send the images and videos, in messages or in "
+    "content_parts, in the place of features."
 )
 NO_SESSIONS = "a session whose input goes on streaming cannot hold a pruned video."
 
 FRONT_END = CollectorRegistry()
 """Holds the counter of this process; `serve/metrics.py` reads it."""
+
+
+def no_prompt_logprobs() -> str:
+    """The sentence for a request that asks for them of a pruned prompt."""
+    instead = switch_off(otherwise="leave them out")
+    return (
+        "prompt_logprobs do not exist for a prompt whose video is pruned, since its tokens do not reach the last "
+        f"layer; {instead}."
+    )
 
 
 @cache
@@ -53,14 +67,19 @@ def count_refused(reason: Reason) -> None:
 def refusal(reason: Reason, sentence: str) -> ValueError:
     """The error to raise for a refused request, which vLLM answers with HTTP 400; counts it."""
     count_refused(reason)
-    return ValueError(sentence)
+    return ValueError(printable(sentence))
 
 
 @contextmanager
 def refusing(reason: Reason) -> Iterator[None]:
-    """Count a `ValueError` that leaves the block as a refused request."""
+    """Count a `ValueError` that leaves the block as a refused request.
+
+    Its sentence may quote the client. It leaves fit for an answer and for one line of a log.
+    """
     try:
         yield
-    except ValueError:
+    except ValueError as error:
         count_refused(reason)
-        raise
+        if str(error).isprintable():
+            raise
+        raise ValueError(printable(str(error))) from None

@@ -24,6 +24,7 @@ class ServerChoices:
     aligner: str  # what requests get that do not choose: one of `video_plan.ALIGNERS`
     tower: str | None  # name or path of the dual tower that is loaded
     step_tokens: int  # longest prompt that one step always takes, see `budgets.step_tokens`
+    encoder_tokens: int  # longest item that the encoder cache takes, unless the profiled ones are longer
 
 
 def attach_choices(hf_config: Any, choices: ServerChoices) -> None:

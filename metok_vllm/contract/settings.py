@@ -26,7 +26,7 @@ from pydantic import (
 from metok_vllm.compression.ratios import to_micro
 
 SERVER_ONLY = (
-    *("prune_layers", "aligner_model", "max_deferred_bytes", "status_shows_questions"),
+    *("prune_layers", "aligner_model", "max_deferred_bytes", "status_shows_questions", "chat_template"),
     *("videos_at_once", "videos_waiting", "video_memory_mib"),
 )
 """Keys that no request can change: they shape what is allocated at start, what all requests share,
@@ -90,6 +90,11 @@ class MetokSettings(BaseModel):
         default=None,
         description="Memory for prompts that span several steps. Requests wait for it; one that could never fit is "
         "refused. Not set: two prompts of the longest length.",
+    )
+    chat_template: str | None = Field(
+        default=None,
+        description="The chat template (file or text) that prompts are rendered with, where it is not the checkpoint's: "
+        "the question is found through it. `--plugin metok` takes it from `--chat-template`.",
     )
     status_shows_questions: StrictBool = Field(default=False, description="Let the status page show what users asked.")
     videos_at_once: Annotated[StrictInt, Field(ge=1, le=256)] = Field(

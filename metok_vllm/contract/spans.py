@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from metok_vllm.compression.retention import retained_count
-from metok_vllm.contract.fields import PLAN_FIELD
+from metok_vllm.contract.fields import PIXELS_FIELD, PLAN_FIELD, QUESTION_FIELD, WINDOWS_FIELD
 from metok_vllm.contract.video_plan import VideoPlan
 
 if TYPE_CHECKING:
@@ -37,29 +39,77 @@ def retained_bound(spans: Sequence[VideoSpan]) -> int:
     return retained_count(sum(span.plan.most_after_l2 for span in spans), spans[0].plan.retention_micro)
 
 
-def pruned_spans(features: Sequence[MultiModalFeatureSpec] | None, computed: int = 0) -> tuple[VideoSpan, ...]:
+class UnusableItem(ValueError):
+    """A multimodal item that METok can neither prune nor leave alone; says why in one sentence."""
+
+
+def pruned_spans(
+    features: Sequence[MultiModalFeatureSpec] | None, prompt_len: int, computed: int = 0
+) -> tuple[VideoSpan, ...]:
     """The videos of a request that METok prunes, in prompt order; empty where it prunes none.
+
+    Everything is read here that the scheduler and the worker take from a video later, so that nothing which
+    passes makes them fail: items may come from a client, or from a cache by a name that a client chose.
 
     Args:
         features: the request's multimodal items.
+        prompt_len: tokens of its prompt.
         computed: tokens that the request took from the prefix cache. vLLM drops the data of items that lie
             among them on their way to the worker. Those are never pruned ones, since pruned requests read
             nothing from that cache.
 
     Raises:
-        RuntimeError: a video came without its plan, so that it would be served densely unnoticed.
+        UnusableItem: a video without its plan, so that it would be served densely unnoticed, or with a plan
+            that does not fit it, or its place in the prompt.
     """
-    spans = []
+    spans: list[VideoSpan] = []
     for feature in features or ():
-        item: Any = feature.data
-        position = feature.mm_position
+        item, position = feature.data, feature.mm_position
         if feature.modality != "video" or (item is None and position.offset + position.length <= computed):
             continue
-        if item is None or PLAN_FIELD not in item:
-            raise RuntimeError(
-                "METok: a video item reached the engine without its plan; this processor cache type is not supported."
-            )
-        plan = VideoPlan.from_tensor(item[PLAN_FIELD].data)
-        if plan.pruned:
-            spans.append(VideoSpan(position.offset, position.length, plan))
+        plan = _plan(item)
+        if plan.tokens != position.get_num_embeds():
+            raise UnusableItem(f"a video's plan has {plan.tokens} tokens and its place {position.get_num_embeds()}.")
+        if not plan.pruned:
+            continue
+        span = VideoSpan(position.offset, position.length, plan)
+        if span.length != plan.tokens or span.start < (spans[-1].end if spans else 0):
+            raise UnusableItem("the places of two items in the prompt overlap.")
+        spans.append(span)
+    if spans and not _text_behind(features or (), spans[-1].end, prompt_len):
+        raise UnusableItem("no text stands behind the last video.")
+    if len({span.plan.retention_micro for span in spans}) > 1:
+        raise UnusableItem("the videos of a request differ in decode_retention.")
     return tuple(spans)
+
+
+def _text_behind(features: Sequence[MultiModalFeatureSpec], end: int, prompt_len: int) -> bool:
+    items = sum(one.mm_position.length for one in features if one.mm_position.offset >= end)
+    return prompt_len - end > items
+
+
+def _plan(item: Mapping[str, Any] | None) -> VideoPlan:
+    """The plan of a video's item, which must be there, hold together, and have the question it needs."""
+    if item is None or PLAN_FIELD not in item:
+        raise UnusableItem("a video item has come without its plan.")
+    try:
+        plan = VideoPlan.from_tensor(_integers(item[PLAN_FIELD].data))
+    except ValueError as error:
+        raise UnusableItem(f"a video's plan cannot be read: {error}.") from None
+    if not plan.pruned:
+        return plan
+    needed = {"embedding": (QUESTION_FIELD,), "dual-tower": (WINDOWS_FIELD, PIXELS_FIELD), "none": ()}[plan.aligner]
+    missing = [name for name in needed if name not in item]
+    if missing:
+        raise UnusableItem(f"a video item has come without {missing[0]}.")
+    if QUESTION_FIELD in item:
+        count, *ids = _integers(item[QUESTION_FIELD].data).flatten().tolist() or [-1]
+        if not 0 <= count <= len(ids) or any(token < 0 for token in ids):
+            raise UnusableItem("a video's question is not what its length says.")
+    return plan
+
+
+def _integers(data: Any) -> torch.Tensor:
+    if not isinstance(data, torch.Tensor) or data.dtype != torch.int64:
+        raise UnusableItem("a field of a video item is not of integers.")
+    return data

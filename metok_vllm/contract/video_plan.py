@@ -16,6 +16,7 @@ import torch
 from metok_vllm.compression.pooling import PoolMode, Strides, tokens_per_frame
 from metok_vllm.compression.selection import survivor_bounds
 from metok_vllm.compression.tiers import TierQuota, quota, video_tokens, with_budget
+from metok_vllm.contract.advice import settings_place
 from metok_vllm.contract.settings import RequestSettings
 
 ALIGNERS = ("dual-tower", "embedding", "none")
@@ -88,7 +89,7 @@ class VideoPlan:
         """The inverse of `to_tensor`; `tensor` lives on the host.
 
         Raises:
-            ValueError: it has not as many numbers as a plan.
+            ValueError: it has not as many numbers as a plan, or they do not go together.
         """
         values = tensor.flatten().tolist()
         names = [field.name for field in fields(cls)]
@@ -99,8 +100,30 @@ class VideoPlan:
         plan: dict[str, Any] = {
             name: (next(numbers), next(numbers), next(numbers)) if name in _TRIPLES else next(numbers) for name in names
         }
+        if not 0 <= plan["aligner"] < len(ALIGNERS):
+            raise ValueError(f"there is no aligner {plan['aligner']}")
         plan |= {"pruned": bool(plan["pruned"]), "report": bool(plan["report"]), "aligner": ALIGNERS[plan["aligner"]]}
-        return cls(**plan)
+        read = cls(**plan)
+        read._check()
+        return read
+
+    def _check(self) -> None:
+        """Raise ValueError where the counts contradict one another."""
+        millionths = (self.keep_ratio_micro, self.retention_micro)
+        holds = (
+            1 <= self.events <= self.frames
+            and self.key_events >= 0
+            and self.key_frames >= 0
+            and all(stride >= 1 for stride in self.strides)
+            and all(frames >= 0 for frames in self.frames_per_tier)
+            and sum(self.frames_per_tier) == self.frames
+            and self.tokens >= 1
+            and self.stock_tokens >= 1
+            and 0 <= self.most_after_l2 <= self.most_after_l1 <= self.tokens
+            and all(0 <= share <= 1_000_000 for share in millionths)
+        )
+        if not holds:
+            raise ValueError("its counts contradict one another")
 
 
 def plan_video(
@@ -136,7 +159,7 @@ def plan_video(
         try:
             counts = with_budget(counts, per_frame, separators, settings.token_budget)
         except ValueError as error:
-            raise ValueError(f"METok (mm_processor_kwargs): {error}.") from None
+            raise ValueError(f"METok ({settings_place()}): {error}.") from None
     bounds = survivor_bounds(counts, per_frame, separators, settings.key_events, settings.keep_ratio_micro)
     return VideoPlan(
         pruned=True,

@@ -8,7 +8,8 @@ Where the accepted versions differ, METok does what is right with each, in a mod
 - `scheduler/queue_order.py`: 0.33 steps over a waiting request that gets no token;
 - `media/request_limits.py`: 0.33 bounds the media of a request, all of them together;
 - `worker/requests.py: PrunedRequest.question`: 0.33 drops a video's data once its tokens are computed, so the
-  question is read when the request arrives. That is right with both.
+  question is read when the request arrives. That is right with both;
+- `scheduler/scheduler.py: MetokScheduler._end_refused`: 0.33 takes the sentence with which a request ends.
 
 `tests/unit/test_vllm_versions.py` says when each can go.
 """

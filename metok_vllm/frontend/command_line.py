@@ -10,6 +10,7 @@ command line; it goes once vLLM has a hook for plugin options.
 The model's name decides the architecture, and only vLLM's own parser can tell it from the value of some
 option, or find it in the file that ``--config`` names. So the rest of the command line is read with that
 parser; what it refuses or answers by itself (``--help``), it refuses and answers here as it would have.
+A file of ``--config`` may ask for METok as well (``plugin: metok``, `frontend/config_file.py`).
 """
 
 from __future__ import annotations
@@ -18,14 +19,20 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from metok_vllm.contract.advice import tell_processes
+from metok_vllm.frontend.config_file import ConfigFile, config_file
+from metok_vllm.frontend.model_files import check_settings_files
+from metok_vllm.frontend.programs import WORKS_WITH, Program, program_of, vllm_command
+from metok_vllm.frontend.reasons import reason
+from metok_vllm.log import metok_logger
 from metok_vllm.media.request_limits import leave_room
-from metok_vllm.models.registry import metok_architecture
+from metok_vllm.models.registry import SUPPORTED, metok_architecture
 
 OPTION, NAME = "--plugin", "metok"
 MIDDLEWARE = "metok_vllm.serve.routes.MetokRoutes"
-COMMANDS = ("serve", "run-batch")
 OVERRIDES = "--hf-overrides"
 ADDITIONAL = "--additional-config"
 CONNECTOR_VARIABLE, CONNECTOR = "VLLM_MEDIA_CONNECTOR", "metok"
@@ -49,6 +56,7 @@ def apply_plugin_option() -> bool:
             # operator's wish holds.
             os.environ.setdefault(CONNECTOR_VARIABLE, CONNECTOR)
             leave_room(options.media_io_kwargs)
+            tell_processes(options.trust_request_mm_kwargs)
     except ValueError as error:
         raise SystemExit(f"vllm: error: {error}") from None
     sys.argv[:] = arguments
@@ -64,53 +72,122 @@ def rewritten(argv: Sequence[str]) -> list[str]:
     return _read(argv)[0]
 
 
+def was_asked() -> bool:
+    """Whether this process was started by a command line that `apply_plugin_option` has rewritten."""
+    names = [f'"{supported.metok}"' for supported in SUPPORTED]
+    return program_of(sys.argv) is not None and any(name in word for word in sys.argv for name in names)
+
+
 def _read(argv: Sequence[str]) -> tuple[list[str], Namespace | None]:
     """The command line as `rewritten`, and what vLLM reads in it where it asks for METok, else None.
 
     Raises:
         ValueError: the model on the command line is not one that METok can serve, its config cannot be read,
-            or there are settings for METok without the option.
+            there are settings for METok without the option, or the option where it means nothing.
         SystemExit: vLLM's parser refuses the command line.
     """
     arguments = list(argv)
-    command = arguments[1] if len(arguments) > 1 else ""
-    if command not in COMMANDS:
+    program = program_of(arguments)
+    if program is None:
+        _refuse_elsewhere(arguments)
         return arguments, None
-    if not _take_option(arguments):
-        _refuse_lonely_settings(arguments)
+    is_asked = _take_option(arguments, program.options)
+    file = config_file(arguments[program.options :], strict=is_asked)
+    if file is not None and file.asks_for(OPTION.removeprefix("--"), NAME):
+        is_asked = True
+        arguments = _with_file(arguments, program, file)
+    if not is_asked:
+        _refuse_lonely_settings(arguments, file)
         return arguments, None
-    options = _parsed(arguments[1:])
+    options: Namespace = program.parser().parse_args(arguments[program.first :])
     overrides = options.hf_overrides
     if not isinstance(overrides, dict):
         raise ValueError(f"{OVERRIDES} takes a JSON object, not {overrides!r}.")
     model: str = getattr(options, "model_tag", None) or options.model
+    check_settings_files(model)
     architecture = metok_architecture(_architectures(options.hf_config_path or model, options.revision), model)
     # One JSON object with all that the user gave, in whatever form: of several forms vLLM lets one replace
     # the others.
     overrides = {**overrides, "architectures": [architecture]}
-    arguments = [*_without_overrides(arguments), OVERRIDES, json.dumps(overrides)]
-    if command == "serve":
+    arguments = [*_without(arguments, OVERRIDES), OVERRIDES, json.dumps(overrides)]
+    arguments = _with_chat_template(arguments, options)
+    if program.serves:
         arguments += ["--middleware", MIDDLEWARE]
     return arguments, options
 
 
-def _refuse_lonely_settings(arguments: Sequence[str]) -> None:
+def _refuse_elsewhere(arguments: Sequence[str]) -> None:
+    """Say what works, where a program of vLLM's would call the option an unknown one."""
+    called = vllm_command(arguments)
+    if called is not None and _take_option(list(arguments), 1):
+        raise ValueError(f"{called} does not take {OPTION} {NAME}; it works with {WORKS_WITH}.")
+
+
+def _with_file(arguments: Sequence[str], program: Program, file: ConfigFile) -> list[str]:
+    """What a file says in place of the file, in the order in which vLLM would put it
+    (vllm/utils/argparse_utils.py, `_pull_args_from_config`), but for `plugin`.
+    """
+    words = list(arguments[program.options :])
+    del words[file.index : file.index + 2]
+    stated = list(program.parser().load_config_file(file.path))
+    _take_option(stated, 0)
+    front: list[str] = []
+    if program.first < program.options and words and not words[0].startswith("-"):
+        front = [words.pop(0)]  # `vllm serve MODEL`
+    if front or any(word.partition("=")[0] == "--model" for word in words):
+        stated = _without(stated, "--model")  # vLLM would take the first, and the command line wins
+    return [*arguments[: program.options], *front, *stated, *words]
+
+
+def _with_chat_template(arguments: list[str], options: Namespace) -> list[str]:
+    """Let METok know of the server's chat template: vLLM tells it to the HTTP server alone.
+
+    Raises:
+        ValueError: there is no such template.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.renderers.chat_utils import validate_chat_template
+
+    if getattr(options, "trust_request_chat_template", False):
+        metok_logger(__name__).warning(
+            "METok finds the question through the server's chat template: a request that brings another one "
+            "(--trust-request-chat-template) should state its question as 'query'."
+        )
+    template = getattr(options, "chat_template", None)
+    if template is None:
+        return arguments
+    try:
+        validate_chat_template(template)
+    except (OSError, ValueError, VLLMValidationError) as error:
+        raise ValueError(f"--chat-template: {reason(error)}") from None
+    additional: Any = options.additional_config
+    settings = additional.get("metok") or {} if isinstance(additional, Mapping) else None
+    if not isinstance(settings, Mapping) or "chat_template" in settings:
+        return arguments
+    additional = {**additional, "metok": {**settings, "chat_template": template}}
+    return [*_without(arguments, ADDITIONAL), ADDITIONAL, json.dumps(additional)]
+
+
+def _refuse_lonely_settings(arguments: Sequence[str], file: ConfigFile | None) -> None:
     """vLLM ignores what it does not know in its additional config,
     so settings for METok would be ignored without a word.
     """
     if any("METok" in argument for argument in arguments):
         return  # asked for by its architecture, as `metok_vllm.enable` does it
+    is_lonely = file is not None and file.has_settings(ADDITIONAL.removeprefix("--"), "metok")
     for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
         name, is_joined, joined = option.partition("=")
         given = joined if is_joined else value
-        if (name.replace("_", "-") == ADDITIONAL and '"metok"' in given) or name == f"{ADDITIONAL}.metok":
-            raise ValueError(f"{ADDITIONAL} has settings for METok, which is off: add {OPTION} {NAME}.")
+        is_lonely |= name.replace("_", "-") == ADDITIONAL and '"metok"' in given
+        is_lonely |= name.split(".")[:2] == [ADDITIONAL, "metok"]
+    if is_lonely:
+        raise ValueError(f"{ADDITIONAL} has settings for METok, which is off: add {OPTION} {NAME}.")
 
 
-def _take_option(arguments: list[str]) -> bool:
+def _take_option(arguments: list[str], start: int) -> bool:
     """Remove every `--plugin metok` and `--plugin=metok`; whether there was one."""
     found = False
-    i = 2
+    i = start
     while i < len(arguments):
         if arguments[i : i + 2] == [OPTION, NAME]:
             del arguments[i : i + 2]
@@ -123,32 +200,15 @@ def _take_option(arguments: list[str]) -> bool:
     return found
 
 
-def _parsed(arguments: list[str]) -> Namespace:
-    """What vLLM reads in a command line, from the command on.
-
-    Its parser is built the way its `main` builds it.
-    """
-    from vllm.entrypoints.cli.run_batch import RunBatchSubcommand
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = FlexibleArgumentParser(prog="vllm")  # type: ignore[no-untyped-call]
-    commands = parser.add_subparsers()
-    command = ServeSubcommand() if arguments[0] == "serve" else RunBatchSubcommand()
-    command.subparser_init(commands)
-    options: Namespace = parser.parse_args(arguments)
-    return options
-
-
-def _without_overrides(arguments: Sequence[str]) -> list[str]:
-    """The command line without `--hf-overrides`, in all its forms: underscores, dotted keys, `=`."""
+def _without(arguments: Sequence[str], name: str) -> list[str]:
+    """The command line without an option, in all its forms: underscores, dotted keys, `=`."""
     kept: list[str] = []
     skip = False
     for argument in arguments:
         option, is_joined, _ = argument.partition("=")
         if skip:
             skip = False
-        elif option.split(".")[0].replace("_", "-") == OVERRIDES:
+        elif option.split(".")[0].replace("_", "-") == name:
             skip = not is_joined
         else:
             kept.append(argument)
@@ -166,8 +226,7 @@ def _architectures(model: str, revision: str | None) -> list[str] | None:
     try:
         config, _ = PretrainedConfig.get_config_dict(model, revision=revision)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"METok cannot read the config of {model}: {reason}") from None
+        raise ValueError(f"METok cannot read the config of {model}: {reason(error)}") from None
     if not config:
         raise ValueError(f"METok cannot read the config of {model}: there is no config.json.")
     return config.get("architectures")

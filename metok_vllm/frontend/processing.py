@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import BatchFeature
 from vllm.inputs import MultiModalInput
+from vllm.multimodal.encoder_budget import get_mm_max_toks_per_item
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import MultiModalDataItems, VideoEmbeddingItems
 from vllm.multimodal.processing import (
@@ -26,6 +27,8 @@ from vllm.multimodal.processing import (
 )
 
 from metok_vllm.compression.pooling import PoolMode
+from metok_vllm.contract.admission import check_requests, forget_unsent, mark
+from metok_vllm.contract.advice import fewer_frames
 from metok_vllm.contract.budgets import bytes_per_token, deferral_limit
 from metok_vllm.contract.fields import PIXELS_FIELD, PLAN_FIELD, QUESTION_FIELD, WINDOWS_FIELD
 from metok_vllm.contract.refusals import refusal, refusing
@@ -33,10 +36,17 @@ from metok_vllm.contract.server_choices import ServerChoices, server_choices
 from metok_vllm.contract.settings import RequestSettings, resolve_request
 from metok_vllm.contract.video_plan import VideoPlan, plan_video
 from metok_vllm.frontend.aligner_inputs import AlignerProcessor
-from metok_vllm.frontend.question import TurnMarkers, last_user_text, turn_markers
+from metok_vllm.frontend.question import NO_MARKERS, TurnMarkers, fitting_markers, last_user_text, templates_markers
+from metok_vllm.log import metok_logger
+
+logger = metok_logger(__name__)
 
 KEY = "metok"
 SCOPE = "videos_kwargs"
+
+
+class _Dummy(str):
+    """What vLLM's own inputs state, by which it sizes the encoder cache; no request can state it."""
 
 
 class MetokProcessing(BaseMultiModalProcessor[Any]):
@@ -45,6 +55,11 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
     pool_mode: PoolMode
     separators: bool
     video_token: str
+    _has_warned = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._admission = check_requests()
 
     # --- what a family states ---
 
@@ -68,10 +83,9 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         return AlignerProcessor(self._server.tower)
 
     @cached_property
-    def _markers(self) -> TurnMarkers:
-        tokenizer = self.info.get_tokenizer()
-        template = getattr(self.info.get_hf_processor(), "chat_template", None)
-        return turn_markers(tokenizer, template)
+    def _markers(self) -> tuple[TurnMarkers, ...]:
+        template = self._server.settings.chat_template
+        return templates_markers(self.info.get_tokenizer(), self.info.ctx.model_config, template)
 
     @cached_property
     def _not_text(self) -> tuple[str, ...]:
@@ -80,16 +94,31 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         placeholders = {getattr(processor, name, None) for name in ("image_token", "video_token")}
         return tuple(sorted({*placeholders, *tokenizer.all_special_tokens} - {None}, key=len, reverse=True))
 
+    @cached_property
+    def _encoder_tokens(self) -> int:
+        """Tokens of the longest item that the encoder cache takes, as vLLM sizes it.
+
+        As `MultiModalBudget` does (vllm/multimodal/encoder_budget.py), which wants vLLM's whole
+        configuration. It processes a dummy of every kind of item, so it is asked for only where a request may
+        not fit.
+        """
+        with_embeddings = self.info.ctx.model_config.get_multimodal_config().enable_mm_embeds
+        limits = self.info.allowed_mm_limits
+        items = [name for name in self.info.supported_mm_limits if with_embeddings or limits.get(name, 0) > 0]
+        profiled = get_mm_max_toks_per_item(self, dict.fromkeys(items, 1), None)
+        return max(self._server.encoder_tokens, *profiled.values())
+
     # --- one request ---
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
         """Dummy inputs with METok off: the most tokens that a request may ask for."""
-        return replace(super().get_dummy_inputs(*args, **kwargs), hf_processor_mm_kwargs={KEY: "off"})
+        return replace(super().get_dummy_inputs(*args, **kwargs), hf_processor_mm_kwargs={KEY: _Dummy("off")})
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
         kwargs = dict(inputs.hf_processor_mm_kwargs)
+        stated = kwargs.pop(KEY, None)
         with refusing("setting"):
-            settings = resolve_request(self._server.settings, kwargs.pop(KEY, None))
+            settings = resolve_request(self._server.settings, stated)
         if kwargs:
             # The others reshape what the tower gets: with "do_resize" off its worker fails, and the engine
             # with it.
@@ -104,18 +133,17 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
                     "embeddings", "METok: precomputed video embeddings are not supported; send the video itself."
                 )
             kwargs[SCOPE] = {KEY: self._hashed(settings, inputs.prompt)}
-        try:
-            result = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
-        except AssertionError as error:
-            if not str(error).startswith("Failed to apply prompt"):
+        self._check_places(inputs)
+        result = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
+        if inputs.cache is not None:
+            self._admission.caches.add(inputs.cache)
+        if not isinstance(stated, _Dummy):
+            try:
+                self._check_prompt(result, is_pruned=settings is not None)
+            except ValueError:
+                forget_unsent(self._admission.caches, result)
                 raise
-            # vLLM takes it for a fault of its own; it is a request that cut its prompt short
-            # (truncate_prompt_tokens).
-            raise ValueError(
-                "METok: the prompt has lost the place of a video or an image; do not truncate it."
-            ) from error
-        if settings is not None:
-            self._check_prompt(result)
+        mark(result, pruned=settings is not None)
         return result
 
     def _hashed(self, settings: RequestSettings | None, prompt: Sequence[int]) -> dict[str, object]:
@@ -132,13 +160,48 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
 
     def _question(self, prompt: Sequence[int]) -> str:
         text = self.info.get_tokenizer().decode(list(prompt), skip_special_tokens=False)
-        return last_user_text(text, self._markers, self._not_text)
+        markers = fitting_markers(text, self._markers)
+        if markers is None:
+            markers = NO_MARKERS
+            if self._markers and not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "METok: a prompt was not rendered with this server's chat template, so all its text is taken for "
+                    "the question; a request can state its question as 'query'. This is said once."
+                )
+        return last_user_text(text, markers, self._not_text)
 
-    def _check_prompt(self, result: MultiModalInput) -> None:
+    def _check_places(self, inputs: ProcessorInputs) -> None:
+        """Refuse a prompt without a place for each of its items: cut short (`truncate_prompt_tokens`), or
+        written by hand. vLLM takes it for a fault of its own, an assertion.
+        """
+        processor = self.info.get_hf_processor()
+        text: str | None = None
+        for modality, items in inputs.mm_data_items.items():
+            placeholder = getattr(processor, f"{modality}_token", None)
+            if placeholder is None or not len(items):
+                continue
+            if text is None:
+                text = self.info.get_tokenizer().decode(list(inputs.prompt), skip_special_tokens=False)
+            if text.count(placeholder) < len(items):
+                raise ValueError("METok: the prompt has lost the place of a video or an image; do not truncate it.")
+
+    def _check_prompt(self, result: MultiModalInput, is_pruned: bool) -> None:
         """Refuse what could never be served, while it still is a clear answer to the client."""
+        config = self.info.ctx.model_config
         ranges = result["mm_placeholders"].get("video", [])
         length = len(result["prompt_token_ids"])
         if not ranges:
+            return
+        longest = max(r.get_num_embeds() for r in ranges)
+        # Of a prompt beyond max_model_len vLLM says so itself, and nothing else would help.
+        if length < config.max_model_len and longest > self._server.encoder_tokens and longest > self._encoder_tokens:
+            raise refusal(
+                "video",
+                f"METok: a video of {longest} tokens does not fit the encoder cache of {self._encoder_tokens}: start "
+                f"the server with --max-num-batched-tokens {longest} or more, or {fewer_frames()}.",
+            )
+        if not is_pruned:
             return
         last = max(r.offset + r.length for r in ranges)
         behind = [r for items in result["mm_placeholders"].values() for r in items if r.offset >= last]
@@ -147,15 +210,15 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
                 "no_text",
                 "METok: a prompt needs text behind its last video, since that text decides what is kept of it.",
             )
-        config = self.info.ctx.model_config
-        if length > self._server.step_tokens:
+        if self._server.step_tokens < length < config.max_model_len:
             limit = deferral_limit(config)
             needed = length * bytes_per_token(config)
             if needed > limit:
                 raise refusal(
                     "deferral",
-                    f"METok: a prompt of {length} tokens takes {needed} bytes to defer and max_deferred_bytes is {limit}; "
-                    "raise it, or max_num_batched_tokens, or use fewer frames.",
+                    f"METok: a prompt of {length} tokens takes {needed} bytes to defer and max_deferred_bytes is {limit}: "
+                    "start the server with more, by --additional-config "
+                    f"""'{{"metok": {{"max_deferred_bytes": {needed}}}}}', or {fewer_frames()}.""",
                 )
 
     # --- the items ---

@@ -4,6 +4,7 @@ before anything is loaded or allocated.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from vllm import envs
@@ -15,7 +16,9 @@ from metok_vllm.contract.budgets import step_tokens
 from metok_vllm.contract.kv_layout import chosen_layers
 from metok_vllm.contract.server_choices import ServerChoices, attach_choices
 from metok_vllm.contract.settings import parse_settings
-from metok_vllm.frontend.aligner_inputs import resolve_aligner
+from metok_vllm.frontend.aligner_choice import resolve_aligner
+from metok_vllm.frontend.command_line import was_asked
+from metok_vllm.frontend.model_files import check_front_end
 from metok_vllm.log import metok_logger
 from metok_vllm.media.in_force import set_in_force
 from metok_vllm.models.registry import SUPPORTED
@@ -35,24 +38,41 @@ class MetokConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        refuse_unsupported(vllm_config)
-        choices = choose(vllm_config)
-        model_config = vllm_config.model_config
-        attach_choices(model_config.hf_config, choices)
-        set_in_force(model_config.get_multimodal_config().media_io_kwargs, choices.settings)
-        if vllm_config.scheduler_config.scheduler_cls is None:  # else a subclass of METok's, as the check has found
-            vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-        vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
-        choose_kv_cache_layout(vllm_config.cache_config)
-        logger.info(
-            "METok: prunes before layers %s of %d, keep_ratio %s, decode_retention %s, aligner %s%s",
-            "/".join(map(str, choices.prune_layers)),
-            model_config.hf_text_config.num_hidden_layers,
-            choices.settings.keep_ratio,
-            choices.settings.decode_retention,
-            choices.aligner,
-            f" ({choices.tower})" if choices.tower else "",
-        )
+        """Check and set.
+
+        Raises:
+            ValueError: METok cannot serve this, in one sentence.
+            SystemExit: the same, where a command line asked for METok. vLLM would print a trace around the
+                sentence (pydantic's validation of `VllmConfig` turns a ValueError into an error of its own).
+        """
+        try:
+            _configure(vllm_config)
+        except ValueError as error:
+            if not was_asked():
+                raise
+            raise SystemExit(f"vllm: error: {error}") from None
+
+
+def _configure(vllm_config: VllmConfig) -> None:
+    refuse_unsupported(vllm_config)
+    choices = choose(vllm_config)
+    model_config = vllm_config.model_config
+    attach_choices(model_config.hf_config, choices)
+    set_in_force(model_config.get_multimodal_config().media_io_kwargs, choices.settings)
+    check_front_end(model_config, choices.settings.chat_template)
+    if vllm_config.scheduler_config.scheduler_cls is None:  # else a subclass of METok's, as the check has found
+        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+    vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
+    choose_kv_cache_layout(vllm_config.cache_config)
+    logger.info(
+        "METok: prunes before layers %s of %d, keep_ratio %s, decode_retention %s, aligner %s%s",
+        "/".join(map(str, choices.prune_layers)),
+        model_config.hf_text_config.num_hidden_layers,
+        choices.settings.keep_ratio,
+        choices.settings.decode_retention,
+        choices.aligner,
+        f" ({choices.tower})" if choices.tower else "",
+    )
 
 
 def choose_kv_cache_layout(cache_config: CacheConfig) -> None:
@@ -81,7 +101,8 @@ def choose(vllm_config: VllmConfig) -> ServerChoices:
     except ValueError as error:
         raise ValueError(f"METok (additional_config): {error}.") from None
     aligner, tower = resolve_aligner(model_config.model, settings.aligner, settings.aligner_model)
-    return ServerChoices(settings, layers, aligner, tower, step_tokens(vllm_config.scheduler_config))
+    scheduler = vllm_config.scheduler_config
+    return ServerChoices(settings, layers, aligner, tower, step_tokens(scheduler), scheduler.encoder_cache_size)
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
@@ -90,6 +111,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     Raises:
         ValueError: with that sentence; vLLM ends the start with it.
     """
+    _refuse_interpreter()
     _refuse_model(vllm_config.model_config)
     _refuse_parallelism(vllm_config)
     _refuse_experts(vllm_config)
@@ -97,6 +119,12 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     _refuse_caches(vllm_config)
     _refuse_scheduling(vllm_config)
     _refuse_runner(vllm_config)
+
+
+def _refuse_interpreter() -> None:
+    """Stock vLLM does not start without its assertions either: its CPU worker fails, and the start hangs."""
+    if sys.flags.optimize:
+        raise ValueError("METok and vLLM need Python's assertions: unset PYTHONOPTIMIZE and leave out python -O.")
 
 
 def _refuse_model(model_config: ModelConfig) -> None:
@@ -109,6 +137,8 @@ def _refuse_model(model_config: ModelConfig) -> None:
         raise ValueError("METok needs the model's video input: remove --language-model-only.")
     if model_config.runner_type != "generate":
         raise ValueError("METok generates text: remove --runner pooling and --convert.")
+    if model_config.skip_tokenizer_init:
+        raise ValueError("METok reads the question with the model's tokenizer: remove --skip-tokenizer-init.")
     if model_config.enable_prompt_embeds:
         raise ValueError("METok does not support prompt embeddings: remove --enable-prompt-embeds.")
     if getattr(multimodal, "video_pruning_rate", None):

@@ -11,15 +11,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from mmap import mmap
-from typing import Protocol
+from typing import Any, Protocol
 
 import av
 import numpy as np
 import numpy.typing as npt
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 
+from .orientation import orientation
 from .sampling import PacketTable, Run, decode_runs, sample_indices
-from .settings import VideoError, VideoSettings
+from .settings import VideoError, VideoMemoryError, VideoSettings
 from .source import (
     Clock,
     PacketReader,
@@ -41,7 +43,11 @@ class DecodedVideo:
     """Sampled frames and what is known of the video they come from."""
 
     frames: npt.NDArray[np.uint8]
-    """[T, H, W, 3] RGB, upright: a rotation stated by the file is applied, its pixel aspect ratio is not."""
+    """[T, H, W, 3] RGB, upright: a display matrix that turns by quarters, mirrors, or both is applied.
+
+    Its scale and shift are not, nor is the pixel aspect ratio. A matrix that turns by another angle (a degree
+    or more off), shears or maps the picture to nothing changes nothing: the frame comes as it is stored.
+    """
     indices: list[int]
     """[T] number of each frame among the video's frames, in order of display; increasing."""
     total_frames: int
@@ -86,11 +92,16 @@ def decode_video(
     where the frame rate is unknown. Time in which `memory` lets it wait does not count.
 
     Raises:
-        VideoError: in one sentence, for whatever is wrong with the data or too large for `settings`.
-        MemoryError: there is not as much memory as the file takes.
+        VideoMemoryError: the file takes more memory than there is, or says so.
+        VideoError: in one sentence, for whatever else is wrong with the data or too large for `settings`.
     """
-    settings = settings or VideoSettings()
-    memory = memory or OwnMemory()
+    try:
+        return _decode(data, settings or VideoSettings(), memory or OwnMemory())
+    except MemoryError:
+        raise VideoMemoryError("The video needs more memory to be decoded than there is.") from None
+
+
+def _decode(data: bytes | mmap, settings: VideoSettings, memory: Memory) -> DecodedVideo:
     clock = Clock(settings.timeout_s)
     file = VideoFile.check(data)
     with open_source(file, settings) as source:
@@ -144,6 +155,7 @@ class _Picker:
         self._settings = settings
         self._memory = memory
         self._size = (0, 0)
+        self._to_rgb = VideoReformatter()
         self._room: npt.NDArray[np.uint8] | None = None
 
     def forget(self) -> None:
@@ -168,29 +180,29 @@ class _Picker:
     def put(self, slot: int, frame: VideoFrame) -> bool:
         """Store `frame` in `slot` unless an earlier pass has; return whether the slot is filled now.
 
-        Frames that differ in size take the size of the first one stored.
+        Frames that differ in size, once upright, take the size of the first one stored.
         """
         if self.have[slot]:
             return True
+        matrix: Any = frame.side_data.get("DISPLAYMATRIX")  # a buffer
+        upright = orientation(None if matrix is None else bytes(matrix))
         if self.frames is None:
-            self._size = (frame.width, frame.height)
+            self._size = upright.size(frame.width, frame.height)
             _check_size(self._size, self._settings)
             _check_count(len(self.have), self._size, self._settings)
+        width, height = upright.size(*self._size)
         try:
-            rgb = frame.to_ndarray(format="rgb24", width=self._size[0], height=self._size[1])
+            # One for all frames, with as many threads as the decoder: else each frame starts one a core.
+            rgb: Any = self._to_rgb.reformat(frame, width, height, "rgb24", threads=self._settings.threads).to_ndarray()
         except MemoryError:
             raise
         except (av.FFmpegError, ValueError):
             return False
-        # PyAV states the angle by which the picture is to be turned counter-clockwise to stand upright.
-        quarter_turns = round(frame.rotation / 90) % 4 if frame.rotation % 90 == 0 else 0
-        upright = np.rot90(rgb, quarter_turns)
         if self.frames is None:
-            self.frames = self._frames((len(self.have), *upright.shape))
-        if upright.shape == self.frames.shape[1:]:
-            self.frames[slot] = upright
-            self.have[slot] = True
-        return bool(self.have[slot])
+            self.frames = self._frames((len(self.have), self._size[1], self._size[0], 3))
+        self.frames[slot] = upright.apply(rgb)
+        self.have[slot] = True
+        return True
 
 
 def _passes(file: VideoFile, table: PacketTable, indices: list[int], settings: VideoSettings, picker: _Picker) -> None:
@@ -289,8 +301,8 @@ def _check_count(count: int, size: tuple[int, int], settings: VideoSettings) -> 
     """Refuse more frames than `max_frames`, and more bytes of them than `max_output_mib`."""
     if count > settings.max_frames:
         raise VideoError(
-            f"Sampling would give {count} frames, more than {settings.max_frames} (video setting max_frames);"
-            " ask for fewer with num_frames or fps."
+            f"Sampling would give {count} frames, more than {settings.max_frames} (video settings max_frames,"
+            " num_frames and fps)."
         )
     mib = count * size[0] * size[1] * 3 / 2**20
     if mib > settings.max_output_mib:

@@ -112,5 +112,5 @@ def check_within(settings: VideoSettings) -> None:
         most = getattr(_in_force.server, name)
         if getattr(settings, name) > most:
             raise VideoError(
-                f"A request may lower the video setting {name}, not raise it; on this server it is {most:g}."
+                f"A request may lower the video setting {name}, not raise it; on this server it is {most}."
             )

@@ -12,6 +12,10 @@ class VideoError(ValueError):
     """A video, or a setting for reading it, that cannot be used; the message is one sentence for the user."""
 
 
+class VideoMemoryError(VideoError):
+    """A video that takes more memory than it may."""
+
+
 # Lowest and highest value of every integer setting; -1 is let through where it means "no wish".
 _INT_RANGES: dict[str, tuple[int, int]] = {
     "num_frames": (1, 1_000_000),

@@ -19,12 +19,12 @@ from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
 
 from .mp4_guard import check_mp4, looks_like_mp4
+from .recognition import HEAD_BYTES, container_of, usable_length, why_not_opened
 from .sampling import PacketTable
 from .settings import VideoError, VideoSettings, too_late
 
 # Containers that libav may try. Playlists (hls, dash, concat) make it open files and URLs: they are left out.
 _CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,ogg,asf,ivf,gif,apng"
-CONTAINER_NAMES = "mp4/mov, webm/mkv, avi, mpeg-ts/ps, flv, ogg, wmv, ivf, gif or animated png"
 # Codecs whose key flag means that decoding may start there. Others (gif paints on its last frame) are walked.
 _JUMP_CODECS = {
     *("h264", "hevc", "vvc", "av1", "vp8", "vp9", "mpeg1video", "mpeg2video", "mpeg4", "h263", "theora"),
@@ -33,13 +33,6 @@ _JUMP_CODECS = {
 }
 # Containers whose seeking is a look-up in an index that was read already.
 _SEEKABLE = ("mov", "matroska")
-_IMAGE_MAGIC = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-}
 
 
 class Clock:
@@ -70,6 +63,8 @@ class VideoFile:
     """The bytes of a video file that passed the first checks, and how libav is to open them."""
 
     data: bytes | mmap
+    length: int
+    """Bytes of `data` that libav is to see."""
     edit_lists: bool
 
     @classmethod
@@ -77,14 +72,14 @@ class VideoFile:
         """Refuse, with `VideoError`, what need not be opened: no data, and headers made to exhaust memory."""
         if not data:
             raise VideoError("The video is empty (0 bytes).")
-        return cls(data, edit_lists=not looks_like_mp4(data) or check_mp4(data))
+        return cls(data, usable_length(data), edit_lists=not looks_like_mp4(data) or check_mp4(data))
 
 
 class _Reader:
     """A file for libav to read, without a copy of the whole."""
 
-    def __init__(self, data: bytes | mmap) -> None:
-        self._data = memoryview(data)
+    def __init__(self, file: VideoFile) -> None:
+        self._data = memoryview(file.data)[: file.length]
         self._at = 0
 
     def read(self, size: int) -> bytes:
@@ -123,13 +118,15 @@ def open_source(file: VideoFile, settings: VideoSettings) -> Iterator[Source]:
     """Open `file` and choose its main video stream; raises `VideoError` if there is none that may be read."""
     # Where another library switched libav's log on, damage would fill it; here it becomes one error.
     av.logging.set_level(None)
+    stated = container_of(file.data[:HEAD_BYTES])
     try:
         container = av.open(
-            _Reader(file.data),
+            _Reader(file),
             mode="r",
+            format=stated,
             options={"max_pixels": str(settings.max_pixels)},
             container_options={
-                "format_whitelist": _CONTAINERS,
+                "format_whitelist": stated or _CONTAINERS,
                 "protocol_whitelist": "none",
                 "max_streams": "64",
                 "advanced_editlist": str(int(file.edit_lists)),
@@ -139,7 +136,7 @@ def open_source(file: VideoFile, settings: VideoSettings) -> Iterator[Source]:
     except MemoryError:
         raise
     except (av.FFmpegError, ValueError, OSError, EOFError) as error:
-        raise VideoError(_why_not_opened(file.data[:64])) from error
+        raise VideoError(why_not_opened(file.data[:HEAD_BYTES])) from error
     try:
         stream = _main_video(container)
         for other in container.streams:
@@ -278,16 +275,3 @@ def _main_video(container: InputContainer) -> VideoStream:
     if stream.codec_context is None:
         raise VideoError("The video is in a codec that cannot be decoded here.")
     return stream
-
-
-def _why_not_opened(data: bytes) -> str:
-    """One sentence on why libav could not open `data`, from its first bytes."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        kind = "animated" if b"ANIM" in data[:64] else "still"
-        return f"The data is a WebP picture ({kind}), which is not read as a video; send mp4, webm or gif."
-    for magic, name in _IMAGE_MAGIC.items():
-        if data.startswith(magic):
-            return f"The data is a still image ({name}), not a video."
-    if looks_like_mp4(data):
-        return "The mp4/mov file is damaged or cut off: its index cannot be read."
-    return f"The data is not a video that can be read; send {CONTAINER_NAMES}."

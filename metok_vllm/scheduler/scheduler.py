@@ -11,9 +11,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm.outputs import RequestError
+
+from metok_vllm.contract.admission import asks_for_prompt_logprobs
 from metok_vllm.contract.budgets import bytes_per_token, deferral_limit, ending_limit
-from metok_vllm.contract.refusals import NO_PROMPT_LOGPROBS, NO_SESSIONS
-from metok_vllm.contract.spans import pruned_spans
+from metok_vllm.contract.refusals import NO_SESSIONS, no_prompt_logprobs
+from metok_vllm.contract.request_ids import shown
+from metok_vllm.contract.spans import UnusableItem, pruned_spans
 from metok_vllm.log import metok_logger
 from metok_vllm.scheduler.chunking import DeferralBudget, EncoderSchedule, EndingLimit, longest_chunk
 from metok_vllm.scheduler.counters import SchedulerCounters
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from metok_vllm.contract.refusals import Reason
+    from metok_vllm.contract.spans import VideoSpan
 
 logger = metok_logger(__name__)
 
@@ -43,6 +48,7 @@ class MetokScheduler(QueueOrderScheduler):
         self.deferral = DeferralBudget(bytes_per_token(model_config), deferral_limit(model_config))
         self.ending = EndingLimit(ending_limit(self.vllm_config))
         self._counters = SchedulerCounters()
+        self._refusals: dict[str, tuple[Reason, str]] = {}  # of requests that wait to be ended, why
 
     def __call__(self) -> dict[str, Any]:
         """Figures for the HTTP server: totals since the start, and what is held right now."""
@@ -52,9 +58,20 @@ class MetokScheduler(QueueOrderScheduler):
     # --- requests come and go ---
 
     def add_request(self, request: Request) -> None:
-        spans = pruned_spans(request.mm_features)
-        if spans and request.request_id not in self.requests:
+        """Take a request, and note why it has to be refused where it has to.
+
+        Nothing that a request holds makes this raise: that would end the engine.
+        """
+        try:
+            spans = pruned_spans(request.mm_features, request.num_prompt_tokens)
+        except UnusableItem as error:
+            self._refusals[request.request_id] = ("features", str(error))
+            spans = ()
+        if refusal := self._refusal(request, spans):
+            self._refusals[request.request_id] = refusal
+        elif spans:
             self.slot_counts[request.request_id] = SlotCounts(request.num_prompt_tokens, spans)
+        if spans or request.request_id in self._refusals:
             # The deep layers of a pruned prompt run once, over all of it: a prefix hit would leave the cached
             # part out.
             request.skip_reading_prefix_cache = True
@@ -63,6 +80,7 @@ class MetokScheduler(QueueOrderScheduler):
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
         self.slot_counts.pop(request.request_id, None)
+        self._refusals.pop(request.request_id, None)
         self.deferral.forget(request.request_id)
         self.ending.forget(request.request_id)
 
@@ -90,21 +108,22 @@ class MetokScheduler(QueueOrderScheduler):
         encoder_compute_budget: int,
         shift_computed_tokens: int = 0,
     ) -> tuple[list[int], int, int, list[int], list[int]]:
+        if request.request_id in self._refusals:
+            self._end_refused(request)  # and nobody need wait for it (`turn_away`)
+            return EncoderSchedule.nothing(encoder_compute_budget)
         counts = self.slot_counts.get(request.request_id)
         if counts is None or num_computed_tokens >= counts.prompt_len:
             return super()._try_schedule_encoder_inputs(
                 request, num_computed_tokens, num_new_tokens, encoder_compute_budget, shift_computed_tokens
             )
-        schedule = EncoderSchedule.nothing(encoder_compute_budget)
-        if not self._refused(request):
-            schedule = self._schedule_chunk(
-                request,
-                counts.prompt_len,
-                num_computed_tokens,
-                num_new_tokens,
-                encoder_compute_budget,
-                shift_computed_tokens,
-            )
+        schedule = self._schedule_chunk(
+            request,
+            counts.prompt_len,
+            num_computed_tokens,
+            num_new_tokens,
+            encoder_compute_budget,
+            shift_computed_tokens,
+        )
         if not schedule.num_tokens and not num_computed_tokens:
             # It stays in the queue, and must not hold what a look-up took for it from the encoder cache.
             self.encoder_cache_manager.free(request)
@@ -145,23 +164,31 @@ class MetokScheduler(QueueOrderScheduler):
 
     # --- refusals ---
 
-    def _refused(self, request: Request) -> bool:
-        """Whether the request asks for what a pruned prompt cannot have; it is ended then.
+    def _refusal(self, request: Request, spans: tuple[VideoSpan, ...]) -> tuple[Reason, str] | None:
+        """Why a request with pruned videos cannot be served.
 
-        The HTTP server has answered 400 before this. Users of `vllm.LLM` get the finish reason "error" and a
-        line in the log.
+        The front end has refused most of these (`contract/admission.py`).
         """
-        params = request.sampling_params
-        if params is not None and params.prompt_logprobs is not None:
-            self._refuse(request, "prompt_logprobs", NO_PROMPT_LOGPROBS)
-            return True
-        if request.resumable:
-            self._refuse(request, "session", NO_SESSIONS)
-            return True
-        return False
+        if spans and (request.resumable or request.request_id in self.requests):
+            return "session", NO_SESSIONS
+        if spans and asks_for_prompt_logprobs(request.sampling_params):
+            return "prompt_logprobs", no_prompt_logprobs()
+        return None
 
-    def _refuse(self, request: Request, reason: Reason, sentence: str) -> None:
-        """End a request the way vLLM ends one whose encoder input does not fit."""
-        logger.error("METok refused request %s: %s", request.request_id, sentence)
+    def _end_refused(self, request: Request) -> None:
+        """End a request the way vLLM ends one whose encoder input does not fit.
+
+        vLLM 0.32 answers HTTP 500 then, or the finish reason "error"; 0.33 takes a sentence, for HTTP 400.
+        """
+        reason, sentence = self._refusals[request.request_id]
+        ending: Any = self.grammar_compile_error_reqs
+        told = isinstance(ending, dict)
+        ended = ending if told else self.encoder_cache_mismatch_reqs
+        if request.request_id in ended:
+            return  # asked for again before the step's end
+        logger.error("METok refused request %s: %s", shown(request.request_id), sentence)
         self._counters.refused[reason] += 1
-        self.encoder_cache_mismatch_reqs.add(request.request_id)
+        if told:
+            ending[request.request_id] = RequestError("validation_error", f"METok: {sentence}")
+        else:
+            self.encoder_cache_mismatch_reqs.add(request.request_id)

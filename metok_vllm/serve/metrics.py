@@ -38,7 +38,9 @@ class MetokCollector(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        yield from self.families(refused_in(FRONT_END.collect()))
+        front_end = list(FRONT_END.collect())
+        yield from (metric for metric in front_end if metric.name != REFUSED)
+        yield from self.families(refused_in(front_end))
 
     def families(self, refused: Mapping[str, float]) -> Iterator[Metric]:
         """All metrics; `refused` is what the front end has refused, by reason."""

@@ -2,32 +2,38 @@
 
 vLLM's own group for plugin routes (`vllm.endpoint_plugins`) warns in every server where such a plugin is
 merely installed, and METok must be silent there. A middleware is only there when asked for. This one adds the
-routes when the server starts, so that requests to them pass vLLM's API key check like all others, asks the
-engines before `/metrics` is answered, and refuses what only shows in a request as a whole.
+routes when the server starts, so that requests to them pass vLLM's API key check like all others, and asks
+the engines before `/metrics` is answered.
+
+A middleware is outermost: it runs before vLLM has looked at the API key. So it reads no body and refuses
+nothing. What METok refuses, it refuses where vLLM has authenticated and parsed the request
+(`frontend/processing.py`, `contract/admission.py`).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from metok_vllm.contract.refusals import NO_PROMPT_LOGPROBS, count_refused
+from metok_vllm.contract import request_ids
+from metok_vllm.contract.admission import check_requests
+from metok_vllm.contract.advice import with_report
+from metok_vllm.contract.server_choices import server_choices
+from metok_vllm.media.in_force import decode_pool, set_in_force
 from metok_vllm.serve import metrics
 from metok_vllm.serve.figures import Latest, ask_workers, engine_figures, recent_requests
 from metok_vllm.serve.status import status, status_page
 
 PREFIX = "/v1/metok"  # under /v1, which is what vLLM's --api-key guards
+RETRY_AFTER_S = b"2"
 PAGE = "/metok"  # without any data, so outside
 
 
 class MetokRoutes:
-    """ASGI middleware: METok's routes and metrics from the start of the app's lifespan on,
-    and a check of chat requests.
-    """
+    """ASGI middleware: METok's routes and metrics from the start of the app's lifespan on."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -36,51 +42,38 @@ class MetokRoutes:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
-            self._figures = attach_routes(scope["app"])
-            self._metrics = metrics.serve_metrics(self._figures)
-        elif scope["type"] == "http" and path_of(scope) == metrics.PATH and self._figures is not None:
+            await self._live(scope, receive, send)
+        elif scope["type"] == "http" and self._figures is not None and path_of(scope) == metrics.PATH:
+            decode_pool().publish()
             await self._figures.refresh()
-            if self._metrics is not None:
-                await self._metrics(scope, receive, send)
-                return
-        elif scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith("/chat/completions"):
-            body, receive = await buffered(receive)
-            if asks_for_impossible_logprobs(body):
-                count_refused("prompt_logprobs")
-                await error(400, f"METok: {NO_PROMPT_LOGPROBS}", "BadRequestError")(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+            await (self._metrics or self.app)(scope, receive, send)
+        elif scope["type"] == "http":
+            await self.app(scope, receive, retry_after(send))
+        else:
+            await self.app(scope, receive, send)
 
+    async def _live(self, scope: Any, receive: Any, send: Any) -> None:
+        """The server's life: from its start, through all requests, to its shutdown."""
+        self._started(scope["app"])
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._shut_down()
 
-async def buffered(receive: Callable[[], Awaitable[Any]]) -> tuple[bytes, Callable[[], Awaitable[Any]]]:
-    """The request's whole body, and a `receive` that gives it once more; vLLM reads it whole as well."""
-    messages: list[Any] = []
-    while True:
-        message = await receive()
-        messages.append(message)
-        if message["type"] != "http.request" or not message.get("more_body", False):
-            break
-    pending = iter(messages)
+    def _started(self, app: FastAPI) -> None:
+        """The engine client is there; no request has been taken yet."""
+        check_requests().serves_metok_alone = True
+        model_config = app.state.vllm_config.model_config
+        settings = server_choices(model_config.hf_config).settings
+        set_in_force(model_config.get_multimodal_config().media_io_kwargs, settings)
+        decode_pool().start()
+        self._figures = attach_routes(app)
+        self._metrics = metrics.serve_metrics(self._figures)
 
-    async def replay() -> Any:
-        return next(pending, None) or await receive()
-
-    return b"".join(message.get("body", b"") for message in messages), replay
-
-
-def asks_for_impossible_logprobs(body: bytes) -> bool:
-    """Whether a chat request asks for prompt logprobs of a prompt with a pruned video."""
-    # Bodies with a video are large: they are parsed here only where all the words are there.
-    if b'"prompt_logprobs"' not in body or b'"video' not in body:
-        return False
-    try:
-        request = json.loads(body)
-    except ValueError:
-        return False  # vLLM has the right answer to this
-    if not isinstance(request, dict) or request.get("prompt_logprobs") is None:
-        return False
-    kwargs = request.get("mm_processor_kwargs")
-    return not (isinstance(kwargs, dict) and kwargs.get("metok") == "off")
+    def _shut_down(self) -> None:
+        """No request is running any more, or the start has failed."""
+        check_requests().serves_metok_alone = False
+        decode_pool().stop()
 
 
 def error(status: int, message: str, kind: str) -> JSONResponse:
@@ -88,10 +81,27 @@ def error(status: int, message: str, kind: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
 
 
+def retry_after(send: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
+    """Say with every 503 when to try again, where it does not: vLLM gives its errors no headers."""
+
+    async def with_header(message: Any) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 503:
+            headers = list(message.get("headers", ()))
+            if not any(name.lower() == b"retry-after" for name, _ in headers):
+                headers.append((b"retry-after", RETRY_AFTER_S))
+            message = {**message, "headers": headers}
+        await send(message)
+
+    return with_header
+
+
 def path_of(scope: Any) -> str:
     """A request's path inside the app, without a slash at its end."""
     path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", "")).rstrip("/")
+    root: str = scope.get("root_path", "").rstrip("/")
+    if path.startswith(f"{root}/"):
+        path = path[len(root) :]
+    return path.rstrip("/")
 
 
 def attach_routes(app: FastAPI) -> Latest[dict[str, Any]]:
@@ -103,7 +113,7 @@ def attach_routes(app: FastAPI) -> Latest[dict[str, Any]]:
     async def current_status(request: Request) -> JSONResponse:
         return await status(request, figures, recent)
 
-    app.add_api_route(f"{PREFIX}/reports/{{request_id}}", report, methods=["GET"])
+    app.add_api_route(f"{PREFIX}/reports/{{request_id:path}}", report, methods=["GET"])
     app.add_api_route(f"{PREFIX}/state", state, methods=["GET"])
     app.add_api_route(f"{PREFIX}/status", current_status, methods=["GET"])
     app.add_api_route(PAGE, status_page, methods=["GET"])
@@ -122,12 +132,12 @@ async def report(request_id: str, request: Request) -> JSONResponse:
     """What METok did to a request that was sent with ``"report": true``;
     404 where there is no such report.
     """
-    engines = await ask_workers(request.app.state.engine_client, "metok_report", request_id)
+    engines = await ask_workers(request.app.state.engine_client, "metok_report", request_ids.key(request_id))
     found = next((answer for workers in engines for answer in workers if answer is not None), None)
     if found is None:
         message = (
-            f"There is no METok report for request {request_id}; only requests with "
-            'mm_processor_kwargs={"metok": {"report": true}} have one, and only the latest are kept.'
+            f"There is no METok report for request {request_ids.shown(request_id)}; only {with_report()} have one, "
+            "and only the latest are kept."
         )
         return error(404, message, "NotFoundError")
-    return JSONResponse({**found, "request_id": request_id})
+    return JSONResponse(found)

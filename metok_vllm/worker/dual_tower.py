@@ -14,14 +14,31 @@ FRAMES_PER_BLOCK = 32
 
 
 class DualTower(nn.Module):
-    """A paired image and text tower, SigLIP or CLIP."""
+    """A paired image and text tower, SigLIP or CLIP.
+
+    Args:
+        tower: folder or hub name of the checkpoint; the files of a folder have been looked through at start
+            (`frontend/aligner_files.py`).
+
+    Raises:
+        ValueError: its weights cannot be loaded, or are not all there.
+    """
 
     def __init__(self, tower: str, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         from transformers import AutoModel
 
-        with torch.device("cpu"):
-            model = AutoModel.from_pretrained(tower, dtype=torch.float32)
+        try:
+            with torch.device("cpu"):
+                model, found = AutoModel.from_pretrained(
+                    tower, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+                )
+        except Exception as error:  # transformers raises whatever its parsers meet
+            said = " ".join(str(error).split())
+            raise ValueError(f"METok: the aligner {tower} cannot be loaded: {said:.200}.") from error
+        if found["missing_keys"]:  # transformers would go on with random numbers in their place
+            name = min(found["missing_keys"])
+            raise ValueError(f"METok: the aligner {tower} cannot be loaded: its weights have no {name}.")
         self.model = model.to(device=device, dtype=dtype).eval()
 
     @torch.inference_mode()

@@ -5,14 +5,15 @@ and a record of the latest for the status page and for reports.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from metok_vllm.compression.accounting import ModelShape, VisualTokens, account
+from metok_vllm.contract.request_ids import client_id, key, shown
 from metok_vllm.contract.server_choices import server_choices
 from metok_vllm.contract.video_plan import VideoPlan
 from metok_vllm.log import metok_logger
@@ -30,6 +31,12 @@ KEPT_REPORTS = 256
 
 KEPT_RECENT = 50
 """Requests that the status page shows."""
+
+KEPT_REPORT_BYTES = 64 << 20
+"""Most bytes of those reports together, as `Record.answer_bytes` reckons them; the latest is always there."""
+
+KEPT_RECENT_BYTES = 8 << 20
+"""The same of the requests that the status page shows: so large its JSON may become."""
 
 REMEMBERED = 4096
 """So many of the latest requests are remembered,
@@ -78,12 +85,14 @@ def per_frame(tags: VideoTags, frames: int) -> torch.Tensor:
     """Event, key event, tier and number of tokens of every frame:
     int32 [4, frames], without waiting for the device.
     """
+    # A client may give one uuid to two videos of as many tokens: the encoder's output is then the first's.
+    frame = tags.frame.clamp(max=frames - 1)
     columns = torch.stack([tags.event, tags.is_key.to(torch.int64), tags.tier])
     table = columns.new_zeros(4, frames)
     # All tokens of a frame, its event's separator too, carry the same, so it does not matter which is
     # written last.
-    table[:3].scatter_(1, tags.frame.expand(3, -1), columns)
-    table[3].index_add_(0, tags.frame, torch.ones_like(tags.frame))
+    table[:3].scatter_(1, frame.expand(3, -1), columns)
+    table[3].index_add_(0, frame, torch.ones_like(frame))
     return table.to(torch.int32)
 
 
@@ -94,6 +103,12 @@ class Record:
         self.summary = summary
         self.videos = videos
         self.question = question  # ids of its tokens; None where the operator does not let it be shown
+
+    @property
+    def answer_bytes(self) -> int:
+        """About what it takes as JSON, and no less than it takes here."""
+        frames = sum(video.plan.frames for video in self.videos)
+        return _BYTES_AT_LEAST + _BYTES_A_FRAME * frames + _BYTES_A_TOKEN * len(self.question or ())
 
     def report(self) -> dict[str, Any]:
         """For the client that asked for it: per video one entry a frame."""
@@ -116,6 +131,40 @@ class Record:
         return {**self.summary, "videos": videos, **shown}
 
 
+_BYTES_AT_LEAST = 2048
+_BYTES_A_FRAME = 64
+_BYTES_A_TOKEN = 32
+
+
+class Kept:
+    """The latest records by some key: bounded in number and in bytes, the oldest forgotten first."""
+
+    def __init__(self, most: int, most_bytes: int) -> None:
+        self.most = most
+        self.most_bytes = most_bytes
+        self.held_bytes = 0
+        self._records: OrderedDict[Hashable, Record] = OrderedDict()
+
+    def put(self, key: Hashable, record: Record) -> None:
+        """Keep one more, in the place of one with the same key. The latest is kept whatever its size."""
+        self._forget(key)
+        self._records[key] = record
+        self.held_bytes += record.answer_bytes
+        while len(self._records) > 1 and (len(self._records) > self.most or self.held_bytes > self.most_bytes):
+            self._forget(next(iter(self._records)))
+
+    def get(self, key: Hashable) -> Record | None:
+        return self._records.get(key)
+
+    def latest_first(self) -> list[Record]:
+        return list(reversed(self._records.values()))
+
+    def _forget(self, key: Hashable) -> None:
+        record = self._records.pop(key, None)
+        if record is not None:
+            self.held_bytes -= record.answer_bytes
+
+
 class Reports:
     """Logs and counts each pruned request and remembers the latest. Silent on all ranks but the first."""
 
@@ -131,9 +180,11 @@ class Reports:
         self.keeps_questions = choices.settings.status_shows_questions
         self.times = times or PartTimes()
         self.counters = PruningCounters()
-        self._recent: deque[Record] = deque(maxlen=KEPT_RECENT)
-        self._asked_for: OrderedDict[str, Record] = OrderedDict()
-        self._counted: OrderedDict[int, None] = OrderedDict()  # by the hash of the id, which a client may make long
+        # Ids are kept as digests or shortened (`contract/request_ids.py`): a client may make them long.
+        self._recent = Kept(KEPT_RECENT, KEPT_RECENT_BYTES)
+        self._asked_for = Kept(KEPT_REPORTS, KEPT_REPORT_BYTES)
+        self._counted: OrderedDict[int, None] = OrderedDict()
+        self._added = 0
 
     def add(self, request: PrunedRequest) -> None:
         """Log, count and remember one pruned request.
@@ -145,21 +196,20 @@ class Reports:
         """
         if get_tensor_model_parallel_rank() != 0:
             return
-        summary = self._summary(request)
+        client_sees = client_id(request.req_id)
+        summary = self._summary(request, shown(client_sees))
         self._log(summary, len(request.spans))
-        self._count(summary, [span.plan for span in request.spans])
+        self._count(summary, request)
         videos = [
             Timeline(span.plan, tags)
             for span, tags in zip(request.spans, request.tags, strict=True)
             if tags is not None
         ]
         record = Record(summary, videos, request.question if self.keeps_questions else None)
-        self._recent.append(record)
+        self._added += 1
+        self._recent.put(self._added, record)
         if any(span.plan.report for span in request.spans):
-            self._asked_for[request.req_id] = record
-            self._asked_for.move_to_end(request.req_id)
-            while len(self._asked_for) > KEPT_REPORTS:
-                self._asked_for.popitem(last=False)
+            self._asked_for.put(key(client_sees), record)
 
     @staticmethod
     def _log(summary: dict[str, Any], videos: int) -> None:
@@ -179,17 +229,17 @@ class Reports:
             100 * (1 - kv["metok"] / kv["stock"]),
         )
 
-    def _count(self, summary: dict[str, Any], plans: Sequence[VideoPlan]) -> None:
-        request_hash = hash(summary["request_id"])
+    def _count(self, summary: dict[str, Any], request: PrunedRequest) -> None:
+        request_hash = hash(request.req_id)
         if request_hash in self._counted:
             self.counters.recomputed += 1
             return
         self._counted[request_hash] = None
         while len(self._counted) > REMEMBERED:
             self._counted.popitem(last=False)
-        self.counters.add(summary["visual_tokens"], summary["kv_bytes"], [plan.events for plan in plans])
+        self.counters.add(summary["visual_tokens"], summary["kv_bytes"], [span.plan.events for span in request.spans])
 
-    def _summary(self, request: PrunedRequest) -> dict[str, Any]:
+    def _summary(self, request: PrunedRequest, name: str) -> dict[str, Any]:
         result = request.result
         assert result is not None
         text = request.prompt_len - request.visual_tokens
@@ -202,7 +252,7 @@ class Reports:
         )
         costs = account(self.shape, self.layers, text, visual, kv_element_bytes=self.kv_element_bytes)
         return {
-            "request_id": request.req_id,
+            "request_id": name,
             "time": time.time(),
             "prompt_tokens": request.prompt_len,
             "text_tokens": text,
@@ -218,15 +268,16 @@ class Reports:
             "prefill_flops": {"stock": costs.prefill_flops_stock.total, "metok": costs.prefill_flops.total},
         }
 
-    def find(self, request_id: str) -> dict[str, Any] | None:
-        """The report of a request that asked for one, by the id that the client saw:
-        vLLM appends to it inside the engine.
+    def find(self, request_key: str) -> dict[str, Any] | None:
+        """The report of a request that asked for one, the latest of those with the same id; None where there
+        is none.
+
+        Args:
+            request_key: `contract/request_ids.py: key` of the id that the client saw, and of no other.
         """
-        for req_id in reversed(self._asked_for):
-            if req_id == request_id or req_id.startswith(f"{request_id}-"):
-                return self._asked_for[req_id].report()
-        return None
+        record = self._asked_for.get(request_key)
+        return None if record is None else record.report()
 
     def recent(self) -> list[dict[str, Any]]:
         """The latest pruned requests for the status page, latest first."""
-        return [record.status() for record in reversed(self._recent)]
+        return [record.status() for record in self._recent.latest_first()]

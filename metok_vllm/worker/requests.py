@@ -131,11 +131,11 @@ class PrunedRequest:
     @classmethod
     def create(cls, data: NewRequestData, device: torch.device) -> PrunedRequest | None:
         """State for a new (or resumed) request, or None where METok prunes none of its videos."""
-        spans = pruned_spans(data.mm_features, data.num_computed_tokens)
-        if not spans:
-            return None
         prompt_len = data.prompt_len
         assert prompt_len is not None
+        spans = pruned_spans(data.mm_features, prompt_len, data.num_computed_tokens)
+        if not spans:
+            return None
         scores = np.ones(prompt_len, dtype=np.bool_)
         for feature in data.mm_features:
             scores[feature.mm_position.offset :][: feature.mm_position.length] = False

@@ -7,6 +7,7 @@ from typing import Any
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from metok_vllm.contract.kv_spec import group_kind
+from metok_vllm.contract.request_ids import shown
 
 
 class MetokWorkerExtension:
@@ -14,11 +15,11 @@ class MetokWorkerExtension:
 
     model_runner: Any
 
-    def metok_report(self, request_id: str) -> dict[str, Any] | None:
-        """The report of a request that asked for one, by the id that the client saw;
-        None where there is none.
+    def metok_report(self, request_key: str) -> dict[str, Any] | None:
+        """The report of a request that asked for one, by the key of the id that the client saw
+        (`contract/request_ids.py`); None where there is none.
         """
-        return self.model_runner.model_state.reports.find(request_id)  # type: ignore[no-any-return]
+        return self.model_runner.model_state.reports.find(request_key)  # type: ignore[no-any-return]
 
     def metok_stats(self) -> dict[str, Any] | None:
         """What this worker has counted since its start, as plain numbers;
@@ -53,7 +54,7 @@ class MetokWorkerExtension:
         held = runner.block_tables.num_blocks.np
         groups = []
         for i, group in enumerate(runner.kv_cache_config.kv_cache_groups):
-            blocks = {req_id: int(held[i, index]) for req_id, index in runner.req_states.req_id_to_index.items()}
+            blocks = {shown(req_id): int(held[i, index]) for req_id, index in runner.req_states.req_id_to_index.items()}
             groups.append(
                 {
                     "holds": group_kind(group.kv_cache_spec),

@@ -7,7 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
 
+from metok_vllm.contract.admission import HOOK
 from tests.support.harness import Case, Engine, engine, observed
 from tests.support.oracle import assert_same
 from tests.support.oracle.samples import Sample, load_sample, picture, scene_video
@@ -131,8 +134,13 @@ def test_several_samples_of_one_request(cramped: Engine) -> None:
     cramped.check_drained()
 
 
-def test_prompt_logprobs_of_a_pruned_prompt_are_refused(cramped: Engine) -> None:
-    """The request ends with an error instead of numbers that mean nothing; one beside it does not notice."""
+def test_prompt_logprobs_of_a_pruned_prompt_are_refused(cramped: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one sentence when they are asked for; and should that be got round, the request ends with an error
+    instead of numbers that mean nothing. One beside it does not notice.
+    """
+    with pytest.raises(VLLMValidationError, match="prompt_logprobs do not exist"):
+        cramped.add(Case((scene_video(31, 12),)), prompt_logprobs=1)
+    monkeypatch.setattr(current_platform, HOOK, lambda inputs, params: None)
     refused = cramped.add(Case((scene_video(31, 12),)), prompt_logprobs=1)
     neighbour = Case((), "Say something.", max_tokens=6)
     neighbour_id = cramped.add(neighbour)

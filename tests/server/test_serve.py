@@ -13,6 +13,7 @@ from typing import Any
 import openai
 import pytest
 
+from metok_vllm.contract.refusals import no_prompt_logprobs
 from tests.support.oracle import assert_same
 from tests.support.oracle.samples import Sample, scene_video
 from tests.support.server.asking import OPTIONS, QUESTION, ask, assert_drained, oracle, result
@@ -181,14 +182,18 @@ def test_run_batch_takes_the_plugin(sample: Sample, tmp_path: Path) -> None:
             ],
         },
     }
-    (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
+    refused = {**line, "custom_id": "two", "body": {**line["body"], "prompt_logprobs": 1}}  # type: ignore[dict-item]
+    (tmp_path / "in.jsonl").write_text(f"{json.dumps(refused)}\n{json.dumps(line)}\n")
     subprocess.run(
         [vllm(), "run-batch", "-i", "in.jsonl", "-o", "out.jsonl", "--model", str(sample.path), "--plugin", "metok",
          "--additional-config", json.dumps({"metok": {"preset": "balanced"}}), *OPTIONS],
         cwd=tmp_path, env=environment(), check=True, capture_output=True, timeout=240,
     )  # fmt: skip
-    (output,) = (json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines())
-    body = output["response"]["body"]
+    outputs = [json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines()]
+    two, one = sorted(outputs, key=lambda output: output["custom_id"], reverse=True)
+    assert two["response"]["status_code"] == 400
+    assert two["error"]["error"]["message"] == f"METok: {no_prompt_logprobs()}"
+    body = one["response"]["body"]
     expected = oracle(sample, video, {"decode_retention": 1})
     assert body["prompt_token_ids"] == expected.prompt_ids
     assert body["choices"][0]["token_ids"] == expected.tokens

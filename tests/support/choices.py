@@ -13,6 +13,11 @@ def attach_settings(hf_config: Any, layers: int, **settings: Any) -> None:
     """Store the choices that follow from the settings alone with a model's config."""
     parsed = MetokSettings(**settings)
     choices = ServerChoices(
-        parsed, prune_layers(layers, parsed.prune_layers), aligner="embedding", tower=None, step_tokens=1024
+        parsed,
+        prune_layers(layers, parsed.prune_layers),
+        aligner="embedding",
+        tower=None,
+        step_tokens=1024,
+        encoder_tokens=1024,
     )
     attach_choices(hf_config, choices)

@@ -24,7 +24,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from metok_vllm.contract.fields import PLAN_FIELD
+from metok_vllm.contract.fields import PLAN_FIELD, QUESTION_FIELD
 from metok_vllm.contract.kv_spec import DeepAttentionSpec
 from metok_vllm.contract.video_plan import VideoPlan
 from metok_vllm.scheduler.scheduler import MetokScheduler
@@ -57,11 +57,17 @@ def plan(tokens: int, most_after_l2: int = 0, retention: int = 0, pruned: bool =
     )
 
 
+def item(fields: dict[str, Any]) -> MultiModalKwargsItem:
+    """An item of these fields, which stay on the host."""
+    on_host = MultiModalBatchedField(keep_on_cpu=True)
+    return MultiModalKwargsItem({name: MultiModalFieldElem(data=data, field=on_host) for name, data in fields.items()})
+
+
 def feature(offset: int, video: VideoPlan, name: str = "", modality: str = "video") -> MultiModalFeatureSpec:
     """A multimodal item at `offset` of the prompt, as it reaches the engine."""
-    element = MultiModalFieldElem(data=video.to_tensor(), field=MultiModalBatchedField(keep_on_cpu=True))
+    fields = {PLAN_FIELD: video.to_tensor(), QUESTION_FIELD: torch.tensor([1, 7])}
     identifier = name or f"{modality}-{offset}-{video.tokens}"
-    data = MultiModalKwargsItem({PLAN_FIELD: element} if modality == "video" else {})
+    data = item(fields if modality == "video" else {})
     return MultiModalFeatureSpec(data, modality, identifier, PlaceholderRange(offset, video.tokens))
 
 
@@ -73,6 +79,7 @@ class Prompt:
     videos: tuple[VideoPlan, ...] = ()
     answer: int = 2  # tokens to generate
     priority: int = 0
+    prompt_logprobs: int | None = None
 
     @property
     def length(self) -> int:
@@ -88,7 +95,7 @@ class Prompt:
 
     def request(self, name: str) -> Request:
         init_none_hash(sha256)
-        params = SamplingParams(max_tokens=self.answer, ignore_eos=True)
+        params = SamplingParams(max_tokens=self.answer, ignore_eos=True, prompt_logprobs=self.prompt_logprobs)
         params.update_from_generation_config({}, None)
         return Request(
             name,

@@ -11,10 +11,19 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from metok_vllm.contract.advice import VARIABLE
+
 settings.register_profile("unit", deadline=None)  # the first example of a test may pay for an import
 settings.load_profile("unit")
 
 METOK = "METokLlavaOnevisionForConditionalGeneration"
+
+
+@pytest.fixture(autouse=True)
+def no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test's command line says of requests is gone with it."""
+    monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.delenv(VARIABLE)
 
 
 @pytest.fixture(scope="session")

@@ -102,6 +102,7 @@ def test_vllms_limits_on_a_request() -> None:
 def test_what_goes_with_032() -> None:
     assert OLDEST == (0, 32), (
         "vLLM 0.32 is no longer accepted. These can go: the look at `envs.environment_variables` in "
-        "media/request_limits.py, tests/support/queue_rules.py with the simulated rule, the import by two ways in "
+        "media/request_limits.py, tests/support/queue_rules.py with the simulated rule, the set of errors in "
+        "scheduler/scheduler.py, the import by two ways in "
         "tests/unit/contract/test_kv_layout.py, and the sentences about 0.32."
     )

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from metok_vllm.media.children import messages
 from metok_vllm.media.children.confine import confine, leave_with_parent, limit_memory
 from metok_vllm.media.decoder import decode_video
-from metok_vllm.media.settings import VideoError, VideoSettings
+from metok_vllm.media.settings import VideoError, VideoMemoryError, VideoSettings
 
 OPENING = 256 << 20
 """Bytes that a file's headers and the list of its packets may take: a million frames take about 100 MB."""
@@ -113,7 +113,7 @@ def _outcome(data: Any, settings: VideoSettings, memory: PoolMemory, status: int
     try:
         video = decode_video(data, settings, memory)
         memory.number(video.indices)
-    except MemoryError:
+    except (VideoMemoryError, MemoryError):
         return {"memory": (memory.limit - limit or OPENING) >> 20}
     except VideoError as error:
         # libav takes a lack of memory for damage now and then.

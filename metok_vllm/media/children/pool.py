@@ -18,6 +18,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout  # its own in Python 3.10
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -181,13 +182,20 @@ class DecodePool:
             self._order(job, "kill")
             raise
 
-    def hold(self, size: int) -> Grant:
-        """Room for `size` bytes of frames that were not decoded by a child; wait for its `ready`.
+    def hold(self, size: int, seconds: float) -> Grant:
+        """Room for `size` bytes of frames that come without a child; waits for it, at most `seconds`.
 
         Raises:
             VideoError: the server never has so much.
+            Busy: there was none in time.
         """
-        return self._reserved(size)
+        grant = self._reserved(size)
+        self._await_room(grant, seconds)
+        return grant
+
+    def give_back_with(self, grant: Grant, frames: Any) -> None:
+        """Give the room back when nobody uses `frames` any more."""
+        weakref.finalize(frames, self.memory.give_back, grant)
 
     def _place(self) -> Grant:
         try:
@@ -292,13 +300,17 @@ class DecodePool:
         job.memory = self._reserved(job.frames_bytes + int(asked["working"]))
         if not job.memory.ready.done():
             self._order(job, "pause")
-            try:
-                job.memory.ready.result(job.settings.timeout_s)
-            except TimeoutError:
-                raise Busy(
-                    f"The server has no room for {job.memory.amount >> 20} MiB more of decoded video now: try again later."
-                ) from None
+            self._await_room(job.memory, job.settings.timeout_s)
             self._order(job, "resume")
+
+    def _await_room(self, grant: Grant, seconds: float) -> None:
+        try:
+            grant.ready.result(seconds)
+        except FutureTimeout:
+            self.memory.give_back(grant)
+            raise Busy(
+                f"The server has no room for {grant.amount >> 20} MiB more of decoded video now: try again later."
+            ) from None
 
     def _reserved(self, size: int) -> Grant:
         try:
@@ -332,7 +344,7 @@ class DecodePool:
         indices = np.frombuffer(shared, np.int64, shape[0], shared_size(job.room, 0)).tolist()
         memory, job.memory = job.memory, None
         self.memory.reduce(memory, job.frames_bytes)
-        weakref.finalize(shared, self.memory.give_back, memory)
+        self.give_back_with(memory, shared)
         return DecodedVideo(frames=frames, indices=indices, **{name: about[name] for name in ABOUT})
 
 

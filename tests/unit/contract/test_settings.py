@@ -33,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "aligner": "auto",
     "aligner_model": None,
     "max_deferred_bytes": None,
+    "chat_template": None,
     "status_shows_questions": False,
 }
 OF_A_REQUEST: dict[str, Any] = {"query": None, "report": False}
@@ -50,6 +51,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "aligner": ["auto", "dual-tower", "embedding", "none"],
     "aligner_model": [None, "google/siglip-so400m-patch14-384"],
     "max_deferred_bytes": [None, 0, 10**12],
+    "chat_template": [None, "template.jinja", "{{ messages }}"],
     "status_shows_questions": [True, False],
 }
 
@@ -90,6 +92,7 @@ REFUSED: dict[str, list[tuple[Any, str]]] = {
     "aligner": [(value, "input should be 'auto', 'dual-tower', 'embedding' or 'none'") for value in ("clip", None, 1)],
     "aligner_model": [(value, "input should be a valid string") for value in (3, True, ["a"])],
     "max_deferred_bytes": [*NOT_WHOLE, (-1, "greater than or equal to 0")],
+    "chat_template": [(value, "input should be a valid string") for value in (3, True, ["a"])],
     "status_shows_questions": [(value, "input should be a valid boolean") for value in (1, 0, "yes", "true", None)],
     "query": [(value, "input should be a valid string") for value in (3, True, ["a"], {})]
     + [("half of \ud83d a pair", "query must be text, without unpaired surrogates")],

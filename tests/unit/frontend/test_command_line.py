@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -14,9 +15,12 @@ import yaml
 from transformers import PretrainedConfig
 
 from metok_vllm import plugin
-from metok_vllm.frontend.command_line import CONNECTOR_VARIABLE, MIDDLEWARE, _parsed, apply_plugin_option, rewritten
+from metok_vllm.frontend.command_line import CONNECTOR_VARIABLE, MIDDLEWARE, apply_plugin_option, rewritten
+from metok_vllm.frontend.programs import WORKS_WITH, program_of
 from tests.unit.conftest import METOK
 
+ENTRY = "vllm.entrypoints"
+VLLM = "/lib/site-packages/vllm/entrypoints"
 BATCH = ["-i", "in.jsonl", "-o", "out.jsonl"]
 
 
@@ -31,7 +35,7 @@ def serve(checkpoint: Path) -> Callable[..., Namespace]:
         result = rewritten(argv)
         assert result[:2] == argv[:2]
         assert not any(argument.startswith("--plugin") for argument in result)
-        return _parsed(result[1:])
+        return _parsed(result)
 
     return read
 
@@ -179,10 +183,12 @@ def test_middleware_of_the_users_own(serve: Callable[..., Namespace]) -> None:
         ["vllm", "serve", "no-such-model", "--plugin=metok2", "--plugins", "metok"],
         ["vllm", "serve", "--config", "no-such-file.yaml"],
         ["vllm", "run-batch", *BATCH, "--model", "no-such-model"],
-        ["vllm", "chat", "--plugin", "metok"],
-        ["vllm", "bench", "serve", "--plugin", "metok"],
-        ["vllm", "launch", "render", "m", "--plugin=metok"],
+        ["vllm", "chat", "--plugin", "other"],
+        ["vllm", "bench", "serve", "--plugin=metok2"],
+        ["vllm", "bench", "sweep", "serve", "--serve-cmd", "vllm serve m --plugin metok"],
         ["vllm", "collect-env"],
+        ["my-tool", "chat", "--plugin", "metok"],
+        ["my_tool.py", "--plugin", "metok"],
         ["python -m pytest", "tests", "--plugin", "metok"],
     ],
 )
@@ -190,6 +196,184 @@ def test_all_else_is_left_alone(argv: list[str]) -> None:
     before = list(argv)
     result = rewritten(argv)
     assert result == argv == before
+
+
+# --- where the option means nothing ---
+
+
+@pytest.mark.parametrize(
+    ("argv", "called"),
+    [
+        (["vllm", "chat", "--plugin", "metok"], "vllm chat"),
+        (["vllm", "complete", "--plugin=metok"], "vllm complete"),
+        (["vllm", "bench", "serve", "--model", "m", "--plugin", "metok"], "vllm bench serve"),
+        (["vllm", "bench", "sweep", "serve", "--plugin", "metok"], "vllm bench sweep"),
+        (["vllm", "launch", "render", "m", "--plugin=metok"], "vllm launch render"),
+        (["vllm", "collect-env", "--plugin", "metok"], "vllm collect-env"),
+        (["vllm", "--plugin", "metok"], "vllm"),
+        ([f"{VLLM}/cli/main.py", "chat", "--plugin", "metok"], "vllm chat"),
+        ([f"{VLLM}/launchers/grpc_server.py", "--plugin", "metok"], f"python -m {ENTRY}.launchers.grpc_server"),
+    ],
+)
+def test_where_the_option_means_nothing(argv: list[str], called: str) -> None:
+    with pytest.raises(ValueError, match="--plugin metok") as error:
+        rewritten(argv)
+    assert str(error.value) == f"{called} does not take --plugin metok; it works with {WORKS_WITH}."
+
+
+# --- programs other than `vllm serve` and `vllm run-batch` ---
+
+
+@pytest.mark.parametrize("module", ["openai/api_server.py", "launchers/api_server/entry.py"])
+@pytest.mark.parametrize("place", ["--model", "--config"])
+def test_the_server_as_a_module(checkpoint: Path, config_file: Callable[..., str], module: str, place: str) -> None:
+    argument = str(checkpoint) if place == "--model" else config_file(model="MODEL", plugin="metok")
+    asked = ["--plugin", "metok"] if place == "--model" else []
+    argv = rewritten([f"{VLLM}/{module}", place, argument, *asked, "--port", "8123"])
+    options = _parsed(argv)
+    assert (options.model, options.port) == (str(checkpoint), 8123)
+    assert options.hf_overrides == {"architectures": [METOK]}
+    assert options.middleware == [MIDDLEWARE]
+
+
+@pytest.mark.parametrize("module", ["openai/run_batch.py", "launchers/run_batch.py"])
+def test_batches_as_a_module(checkpoint: Path, module: str) -> None:
+    options = _parsed(rewritten([f"{VLLM}/{module}", *BATCH, "--model", str(checkpoint), "--plugin=metok"]))
+    assert options.hf_overrides == {"architectures": [METOK]}
+
+
+@pytest.mark.parametrize("kind", ["latency", "mm-processor", "startup", "throughput"])
+def test_benchmarks_with_an_engine_of_their_own(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    argv = ["vllm", "bench", kind, "--plugin", "metok", "--model", str(checkpoint)]
+    monkeypatch.setattr(sys, "argv", list(argv))  # vLLM looks there before it builds the parsers of its benchmarks
+    options = _parsed(rewritten(argv))
+    assert options.hf_overrides == {"architectures": [METOK]}
+    assert not hasattr(options, "middleware")
+
+
+def test_every_program_that_is_named_exists() -> None:
+    """vLLM has no other benchmark with an engine, and none of these is gone."""
+    import vllm.benchmarks
+
+    folder = Path(vllm.benchmarks.__file__).parent
+    kinds = {path.stem for path in folder.glob("*.py") if "EngineArgs.add_cli_args" in path.read_text()}
+    assert {kind.replace("_", "-") for kind in kinds} == set(re.findall(r"[\w-]+", WORKS_WITH.split(" bench ")[1])) - {
+        "or"
+    }
+
+
+# --- a config file that asks ---
+
+
+@pytest.mark.parametrize("plugin", ["metok", ["metok"]])
+def test_a_config_file_that_asks(
+    serve: Callable[..., Namespace], config_file: Callable[..., str], checkpoint: Path, plugin: Any
+) -> None:
+    entries = {
+        "model": "MODEL", "plugin": plugin, "port": 8123, "enforce-eager": True, "middleware": ["a.b"],
+        "additional-config": {"metok": {"events": 3}}, "hf-overrides": {"rope_theta": 5},
+    }  # fmt: skip
+    options = serve("--config", config_file(**entries), "--max-num-seqs", "3")
+    assert (options.model_tag, options.port, options.max_num_seqs) == (str(checkpoint), 8123, 3)
+    assert options.enforce_eager
+    assert options.hf_overrides == {"rope_theta": 5, "architectures": [METOK]}
+    assert options.additional_config == {"metok": {"events": 3}}
+    assert options.middleware == ["a.b", MIDDLEWARE]
+    batch = serve(*BATCH, "--config", config_file(model="MODEL", plugin=plugin), command="run-batch")
+    assert batch.hf_overrides == {"architectures": [METOK]}
+
+
+@pytest.mark.parametrize("model", [["MODEL"], ["--model", "MODEL"], ["--model=MODEL"]])
+def test_the_command_line_wins_over_a_config_file_that_asks(
+    serve: Callable[..., Namespace],
+    config_file: Callable[..., str],
+    text_checkpoint: Path,
+    checkpoint: Path,
+    model: list[str],
+) -> None:
+    path = config_file(model=str(text_checkpoint), plugin="metok", port=8123)
+    options = serve(*model, "--config", path, "--port", "8124")
+    assert (options.model_tag, options.port) == (str(checkpoint), 8124)
+
+
+@pytest.mark.parametrize(
+    ("content", "end"),
+    [
+        (None, "No such file or directory."),
+        (b"a: [", None),
+        (b"- a", "there are no keys and values in it."),
+        (b"", "there are no keys and values in it."),
+        (b"\xff\xfe", None),
+    ],
+)
+def test_a_config_file_that_cannot_be_read(checkpoint: Path, tmp_path: Path, content: bytes | None, end: str) -> None:
+    path = tmp_path / "c.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    argv = ["vllm", "serve", str(checkpoint), "--config", str(path)]
+    assert rewritten(argv) == argv, "without METok it is vLLM's to say"
+    with pytest.raises(ValueError, match=f"^--config {path}: ") as error:
+        rewritten([*argv, "--plugin", "metok"])
+    assert "\n" not in str(error.value)
+    assert str(error.value).endswith(end or ".")
+
+
+def test_a_config_file_with_other_plugins_too(config_file: Callable[..., str]) -> None:
+    path = config_file(model="MODEL", plugin=["metok", "other"])
+    with pytest.raises(ValueError, match=r"'plugin' takes metok alone, not \['metok', 'other'\]\."):
+        rewritten(["vllm", "serve", "--config", path])
+
+
+def test_settings_in_a_config_file_that_does_not_ask(config_file: Callable[..., str]) -> None:
+    path = config_file(model="MODEL", additional_config={"metok": {"events": 3}})
+    with pytest.raises(ValueError, match="has settings for METok, which is off: add --plugin metok"):
+        rewritten(["vllm", "serve", "--config", path])
+
+
+# --- the chat template ---
+
+
+@pytest.mark.parametrize("given", ["--additional-config", "", "--config"])
+def test_metok_is_told_the_chat_template(
+    serve: Callable[..., Namespace], config_file: Callable[..., str], tmp_path: Path, given: str
+) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ messages }}")
+    arguments = ["MODEL", "--plugin", "metok", "--chat-template", str(template)]
+    told: dict[str, Any] = {"metok": {"chat_template": str(template)}}
+    if given == "--additional-config":
+        arguments += [given, '{"else": 1, "metok": {"events": 3}}']
+        told = {"else": 1, "metok": {"events": 3, "chat_template": str(template)}}
+    elif given == "--config":
+        arguments = ["--config", config_file(**{"model": "MODEL", "plugin": "metok", "chat-template": str(template)})]
+    options = serve(*arguments)
+    assert options.additional_config == told
+    assert options.chat_template == str(template)
+    batch = serve(*BATCH, "--model", "MODEL", "--plugin=metok", "--chat-template", str(template), command="run-batch")
+    assert batch.additional_config == {"metok": {"chat_template": str(template)}}
+
+
+def test_a_chat_template_of_the_users_own_setting_stays(serve: Callable[..., Namespace]) -> None:
+    own = '{"metok": {"chat_template": "{{ messages }}"}}'
+    options = serve("MODEL", "--plugin", "metok", "--chat-template", "{{ 1 }}", "--additional-config", own)
+    assert options.additional_config == json.loads(own)
+
+
+def test_no_such_chat_template(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"^--chat-template: ") as error:
+        rewritten(["vllm", "serve", str(checkpoint), "--plugin", "metok", "--chat-template", "/no/such.jinja"])
+    assert "/no/such.jinja" in str(error.value)
+
+
+def test_templates_of_requests_are_warned_of(serve: Callable[..., Namespace], monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("logging.Logger.warning", lambda self, text, *args, **_: said.append(text % args))
+    serve("MODEL", "--plugin", "metok")
+    assert not [text for text in said if "METok" in text]
+    serve("MODEL", "--plugin", "metok", "--trust-request-chat-template")
+    (warning,) = [text for text in said if "METok" in text]
+    assert "--trust-request-chat-template" in warning
+    assert "'query'" in warning
 
 
 # --- what METok cannot serve ---
@@ -217,7 +401,7 @@ def test_a_config_without_architectures(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_names_metok_itself(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [METOK]}))
-    assert _parsed(rewritten(["vllm", "serve", str(tmp_path), "--plugin", "metok"])[1:]).hf_overrides == {
+    assert _parsed(rewritten(["vllm", "serve", str(tmp_path), "--plugin", "metok"])).hf_overrides == {
         "architectures": [METOK]
     }
 
@@ -322,3 +506,11 @@ def test_a_vllm_that_metok_does_not_fit(checkpoint: Path, monkeypatch: pytest.Mo
 
 def unlike() -> None:
     raise ImportError("no such name")
+
+
+def _parsed(argv: list[str]) -> Namespace:
+    """What vLLM reads in a command line."""
+    program = program_of(argv)
+    assert program is not None
+    options: Namespace = program.parser().parse_args(argv[program.first :])
+    return options

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import TemplateSyntaxError
 from transformers import AutoTokenizer
 
-from metok_vllm.frontend.question import TurnMarkers, last_user_text, turn_markers
+from metok_vllm.frontend.question import TurnMarkers, fitting_markers, last_user_text, turn_markers
 
 Turns = list[tuple[str, str]]
 
@@ -215,6 +216,19 @@ class WithoutTemplate:
 
     def apply_chat_template(self, *_: Any, **__: Any) -> str:
         raise ValueError("tokenizer.chat_template is not set")
+
+
+def test_what_is_no_template_is_said(tokenizer: Any) -> None:
+    with pytest.raises(TemplateSyntaxError):
+        turn_markers(tokenizer, "{% for message in messages %}")
+
+
+def test_which_template_has_rendered_a_prompt() -> None:
+    first, second = TurnMarkers("<|user|>\n", "<|end|>"), TurnMarkers("### user: ", "\n###")
+    assert fitting_markers("<|user|>\nWhy?<|end|>", (first, second)) == first
+    assert fitting_markers("### user: Why?\n### assistant: ", (first, second)) == second
+    assert fitting_markers("Why?", (first, second)) is None
+    assert fitting_markers("Why?", ()) is None
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,38 @@ def test_model_runner_v1_by_vllms_own_choice(make_config: Make, monkeypatch: pyt
     assert refusal(make_config) == "METok needs Model Runner V2, but vLLM chose V1: its warning above this says why."
 
 
+@pytest.mark.parametrize("level", [1, 2])
+def test_python_without_assertions(make_config: Make, monkeypatch: pytest.MonkeyPatch, level: int) -> None:
+    class Flags:
+        optimize = level
+
+    monkeypatch.setattr("metok_vllm.frontend.startup.sys.flags", Flags)
+    assert refusal(make_config) == (
+        "METok and vLLM need Python's assertions: unset PYTHONOPTIMIZE and leave out python -O."
+    )
+
+
+def test_a_server_ends_with_the_sentence_alone(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM and pydantic would print a trace around a ValueError."""
+    argv = ["vllm", "serve", "m", "--hf-overrides", json.dumps({"architectures": [METOK]})]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit) as stop:
+        make_config(enable_lora=True)
+    assert stop.value.code == "vllm: error: METok does not support LoRA: remove --enable-lora."
+
+
+@pytest.mark.parametrize("listed", ["", "other", "other,another"])
+def test_plugins_that_vllm_may_load(monkeypatch: pytest.MonkeyPatch, listed: str) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", listed)
+    with pytest.raises(ValueError, match="METok") as error:
+        metok_vllm.enable()
+    assert str(error.value) == (
+        "METok is not among the plugins that vLLM may load: add metok to VLLM_PLUGINS, or unset it."
+    )
+    monkeypatch.setenv("VLLM_PLUGINS", f"{listed},metok")
+    assert metok_vllm.enable()
+
+
 # --- the model ---
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from PIL import Image
 from vllm.exceptions import VLLMUnprocessableEntityError, VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 
+from metok_vllm.contract.refusals import refused_counter
 from metok_vllm.frontend.command_line import CONNECTOR, CONNECTOR_VARIABLE
 from metok_vllm.media.connector import (
     CONNECTOR_NAME,
@@ -31,7 +33,7 @@ from metok_vllm.media.connector import (
     register_connector,
 )
 from metok_vllm.media.loader import VideoRequestError, register_loader
-from metok_vllm.media.settings import VideoSettings
+from metok_vllm.media.settings import VideoError, VideoSettings
 from tests.support.clips import clip, numbered
 
 register_loader()
@@ -80,15 +82,64 @@ WRONG = {
     frames(picture(), "AAAA"): "not a JPEG file",
     frames(""): "not a JPEG file",
     frames(*[picture()] * 33): "a list of 33 frames and num_frames is 32",
+    frames(*[picture()] * 33).replace(",", "%2C").replace("%2C", ",", 1): "a list of 33 frames",
+    frames(picture(), "AA!A"): "not a JPEG file",
+    "data:video/mp4;base64,AAAA!": r"holds '!', which is not base64",
+    "data:video/mp4;base64,AAAAA": "cut off",
+    "data:video/mp4;base64,AAAA,AAAA": "holds ','",
+    "data:video/mp4;base64,": "empty",
 }
+
+
+def refused_videos() -> float:
+    return float(refused_counter().labels("video")._value.get())
 
 
 @pytest.mark.parametrize("url", WRONG, ids=range(len(WRONG)))
 def test_wrong_media_are_a_clients_error_on_both_ways(url: str) -> None:
+    before = refused_videos()
     with pytest.raises(VLLMValidationError, match=WRONG[url]):
         connector().fetch_video(url)
     with pytest.raises(VLLMValidationError, match=WRONG[url]):
         asyncio.run(connector().fetch_video_async(url))
+    assert refused_videos() == before + (0 if url.lower().startswith("file") else 2)
+
+
+SPELLINGS = {
+    "wrapped at 76": lambda head, data: head + "\n".join(data[i : i + 76] for i in range(0, len(data), 76)) + "\n",
+    "upper case": lambda head, data: head.upper() + data,
+    "codecs": lambda head, data: head.replace(";", ";codecs=vp8,opus;") + data,
+    "quoted": lambda head, data: head.replace(";", ';codecs="avc1.42E01E, mp4a.40.2";') + data,
+    "percent-encoded": lambda head, data: head + urllib.parse.quote(data, safe=","),
+    "for URLs, no padding": lambda head, data: head + data.replace("+", "-").replace("/", "_").replace("=", ""),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_every_spelling_of_a_data_url_is_read_as_the_plain_one(name: str) -> None:
+    """A video, a list of frames and a picture, on both ways."""
+    spell: Any = SPELLINGS[name]
+    tails = (base64.b64encode(clip(20) + bytes(n)).decode() for n in range(3))
+    video = next(text for text in tails if text.endswith("="))
+    listed = ",".join(picture(number=n) for n in range(3))
+    ours = connector(num_frames=6)
+    for head, data in (("data:video/mp4;base64,", video), ("data:video/jpeg;base64,", listed)):
+        expected, metadata = ours.fetch_video(head + data).media
+        for media in (ours.fetch_video(spell(head, data)), asyncio.run(ours.fetch_video_async(spell(head, data)))):
+            assert np.array_equal(media.media[0], expected)
+            assert media.media[1] == metadata
+    head, data = "data:image/jpeg;base64,", picture(number=5)
+    shown = np.asarray(ours.fetch_image(head + data).media)
+    assert np.array_equal(ours.fetch_image(spell(head, data)).media, shown)
+    assert np.array_equal(asyncio.run(ours.fetch_image_async(spell(head, data))).media, shown)
+
+
+def test_a_picture_that_is_not_base64() -> None:
+    before = refused_videos()
+    for url, words in (("data:image/png;base64,A!AA", "holds '!'"), ("data:image/png,AAAA", "does not state base64")):
+        with pytest.raises(VLLMValidationError, match=words):
+            connector().fetch_image(url)
+    assert refused_videos() == before
 
 
 def test_a_file_that_requests_may_name_but_that_is_not_there(tmp_path: Path) -> None:
@@ -119,14 +170,14 @@ def test_a_loader_that_does_not_exist(name: object) -> None:
 def test_limits_of_the_loader_hold_for_a_list(limits: dict[str, int], words: str) -> None:
     data = ",".join([picture()] * 4)
     check_jpeg_frames(data, -1, VideoSettings())
-    with pytest.raises(VideoRequestError, match=words):
+    with pytest.raises(VideoError, match=words):
         check_jpeg_frames(data, -1, VideoSettings(**limits))  # type: ignore[arg-type]
 
 
 def test_memory_of_a_list_is_counted_before_a_frame_is_decoded() -> None:
     data = ",".join([picture(1024, 512)] * 3)  # 1.5 MiB each
     check_jpeg_frames(data, -1, VideoSettings(max_output_mib=5))
-    with pytest.raises(VideoRequestError, match="fill more than 4 MiB"):
+    with pytest.raises(VideoError, match="fill more than 4 MiB"):
         check_jpeg_frames(data, -1, VideoSettings(max_output_mib=4))
     with pytest.raises(VideoRequestError, match="more than 100 pixels"):
         connector(max_pixels=100).fetch_video(frames(picture()))

@@ -6,6 +6,7 @@ import random
 import re
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from metok_vllm.media import mp4_guard
 from metok_vllm.media.decoder import DecodedVideo, decode_video
+from metok_vllm.media.in_force import decode_pool
 from metok_vllm.media.settings import VideoError, VideoSettings
 from tests.support.clips import box, clip, full_box, number_of, tone
 
@@ -30,11 +32,13 @@ def assert_one_sentence(message: str) -> None:
     assert len(message) < 250
 
 
-def decode(data: bytes, num_frames: int = 8) -> DecodedVideo | str:
+def decode(
+    data: bytes, num_frames: int = 8, by: Callable[[bytes, VideoSettings], DecodedVideo] = decode_video
+) -> DecodedVideo | str:
     """The video, or the sentence that refuses it; anything else is a failure, and so is taking long."""
     start = time.monotonic()
     try:
-        video = decode_video(data, VideoSettings(num_frames=num_frames, timeout_s=20))
+        video = by(data, VideoSettings(num_frames=num_frames, timeout_s=20))
     except VideoError as error:
         assert_one_sentence(str(error))
         return str(error)
@@ -154,11 +158,14 @@ SEEDS = {
 
 
 @pytest.mark.parametrize("kind", SEEDS)
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 10**9))
 def test_a_damaged_file_gives_the_same_frames_each_time_or_one_sentence(kind: str, seed: int) -> None:
+    """In a fresh child for each: within one process libav shows what its memory held before, where a picture
+    is damaged (ffv1).
+    """
     data = mutated(SEEDS[kind], seed)
-    first, second = decode(data), decode(data)
+    first, second = (decode(data, by=decode_pool().decode) for _ in range(2))
     if isinstance(first, str) or isinstance(second, str):
         assert first == second
     else:

@@ -5,7 +5,10 @@ its metadata, and errors that become HTTP 400.
 from __future__ import annotations
 
 import base64
+import gc
+import io
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.media.connector import MediaConnector, merge_media_io_kwargs
 from vllm.multimodal.media.image import ImageMediaIO
@@ -24,15 +29,13 @@ from vllm.multimodal.parse import MultiModalDataParser
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoBackend
 from vllm.multimodal.video_decoders import VideoSourceMetadata, VideoTargetMetadata
 
-from metok_vllm.media.loader import (
-    MetokVideoLoader,
-    VideoRequestError,
-    check_video_kwargs,
-    prefer_loader,
-    register_loader,
-)
+from metok_vllm.contract.settings import MetokSettings
+from metok_vllm.media import in_force
+from metok_vllm.media.connector import MetokMediaConnector
+from metok_vllm.media.in_force import LIMITS, check_video_kwargs, decode_pool, prefer_loader, set_in_force
+from metok_vllm.media.loader import MetokVideoLoader, VideoRequestError, register_loader
 from metok_vllm.media.sampling import sample_indices
-from metok_vllm.media.settings import VideoError
+from metok_vllm.media.settings import PoolLimits, VideoError, VideoSettings
 from tests.support.clips import clip, number_of, rotated, tone
 
 register_loader()
@@ -147,18 +150,71 @@ def test_vllms_own_limit_on_pixels_holds_too(monkeypatch: pytest.MonkeyPatch) ->
         MetokVideoLoader.load_bytes(clip(2))
 
 
-def test_memory_that_cannot_be_had_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise MemoryError
+@pytest.fixture
+def operator(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets what holds in this process, for one test."""
+    monkeypatch.setattr(in_force, "_in_force", in_force._InForce())
 
-    monkeypatch.setattr("metok_vllm.media.decoder.decode_video", fail)
-    with pytest.raises(VideoRequestError, match="more memory"):
-        MetokVideoLoader.load_bytes(clip(2))
+    def chooses(video: dict[str, Any], **settings: Any) -> None:
+        set_in_force({"video": dict(video)}, MetokSettings(**settings))
+
+    return chooses
 
 
-@pytest.fixture(scope="module")
-def server() -> TestClient:
-    """A web server with vLLM's real media connector and error handlers, and nothing behind them."""
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_request_may_lower_a_limit_and_never_raise_it(operator: Callable[..., None], name: str) -> None:
+    operator({name: 7})
+    data = clip(2)
+    refused = f"may lower the video setting {name}, not raise it; on this server it is 7"
+    with pytest.raises(VideoRequestError, match=refused):
+        MetokVideoLoader.load_bytes(data, **{name: 8})
+    said = ""
+    try:
+        MetokVideoLoader.load_bytes(data, **{name: 6})
+    except VideoRequestError as error:
+        said = str(error)  # a limit of six pixels, say, refuses the video itself
+    assert "may lower" not in said
+
+
+def test_where_nobody_has_set_a_limit_the_default_is_the_most(operator: Callable[..., None]) -> None:
+    operator({})
+    defaults = VideoSettings()
+    for name in LIMITS:
+        with pytest.raises(VideoRequestError, match=f"on this server it is {getattr(defaults, name)}"):
+            MetokVideoLoader.load_bytes(clip(2), **{name: getattr(defaults, name) + 1})
+
+
+def test_limits_are_those_of_a_list_of_frames_too(operator: Callable[..., None]) -> None:
+    operator({"max_frames": 2})
+    connector = MetokMediaConnector({"video": {"video_backend": "metok", "max_frames": 3}})
+    with pytest.raises(VideoRequestError, match="may lower the video setting max_frames"):
+        connector.fetch_video("data:video/jpeg;base64,AAAA")
+
+
+def test_a_request_cannot_choose_another_loader(operator: Callable[..., None]) -> None:
+    operator({})
+    url = data_url(clip(3))
+    with pytest.raises(VLLMValidationError, match="reads videos with video_backend 'metok'"):
+        MetokMediaConnector({"video": {"video_backend": "opencv"}}).fetch_video(url)
+    operator({"video_backend": "opencv"})
+    frames, metadata = MetokMediaConnector({"video": {"video_backend": "opencv"}}).fetch_video(url).media
+    assert (len(frames), metadata["video_backend"]) == (3, "opencv")
+
+
+def test_the_pool_is_as_large_as_the_operator_says(operator: Callable[..., None]) -> None:
+    operator({}, videos_at_once=3, videos_waiting=5, video_memory_mib=77)
+    pool = decode_pool()
+    assert pool.limits == PoolLimits(at_once=3, waiting=5, memory_mib=77)
+    operator({}, videos_at_once=3, videos_waiting=5, video_memory_mib=77)
+    assert decode_pool() is pool
+    operator({}, videos_at_once=2, videos_waiting=5, video_memory_mib=77)
+    assert decode_pool() is not pool
+
+
+@pytest.fixture(scope="module", params=[MediaConnector, MetokMediaConnector])
+def server(request: pytest.FixtureRequest) -> TestClient:
+    """A web server with a real media connector, vLLM's or METok's, its error handlers, and nothing behind."""
+    connector = request.param
     app = FastAPI()
     app.state.args = Namespace(log_error_stack=False)
     init_exception_handler(app)
@@ -168,7 +224,7 @@ def server() -> TestClient:
         body = await request.json()
         defaults = {"video": {"video_backend": "metok", "num_frames": 4}}
         kwargs = merge_media_io_kwargs(defaults, body.get("media_io_kwargs"))
-        _, metadata = await MediaConnector(kwargs).fetch_video_async(body["url"])
+        _, metadata = await connector(kwargs).fetch_video_async(body["url"])
         return dict(metadata)
 
     return TestClient(app, raise_server_exceptions=False)
@@ -205,6 +261,50 @@ def test_a_bad_video_gets_400_with_one_sentence(server: TestClient, name: str, u
     assert error["type"] == "BadRequestError"
     assert "\n" not in error["message"]
     assert "Errno" not in error["message"]
+
+
+def test_a_video_without_a_place_gets_503_that_says_try_again(operator: Callable[..., None]) -> None:
+    operator({}, videos_at_once=1, videos_waiting=0)
+    app = FastAPI()
+    app.state.args = Namespace(log_error_stack=False)
+    init_exception_handler(app)
+
+    @app.post("/ask")
+    async def ask(request: Request) -> int:
+        connector = MetokMediaConnector({"video": {"video_backend": "metok"}})
+        return len((await connector.fetch_video_async((await request.json())["url"])).media[0])
+
+    client = TestClient(app, raise_server_exceptions=False)
+    pool = decode_pool()
+    place = pool.places.ask(1)
+    answer = client.post("/ask", json={"url": data_url(clip(5))})
+    assert answer.status_code == 503
+    assert answer.json()["error"]["message"] == "The server is decoding 1 videos and 0 wait: try again later."
+    pool.places.give_back(place)
+    assert client.post("/ask", json={"url": data_url(clip(5))}).json() == 5
+    assert pool.places.used == 0
+
+
+def test_frames_in_a_list_count_as_long_as_they_are_used(operator: Callable[..., None]) -> None:
+    operator({}, video_memory_mib=64)
+    buffer = io.BytesIO()
+    Image.new("RGB", (640, 480)).save(buffer, "JPEG")
+    url = "data:video/jpeg;base64," + ",".join([base64.b64encode(buffer.getvalue()).decode()] * 4)
+    connector = MetokMediaConnector({"video": {"video_backend": "metok"}})
+    loaded = connector.fetch_video(url)
+    assert decode_pool().memory.used == 4 * 640 * 480 * 3 == loaded.media[0].nbytes
+    del loaded
+    gc.collect()
+    assert decode_pool().memory.used == 0
+    with pytest.raises(ValueError, match="same shape"):
+        connector.fetch_video(url + "," + base64.b64encode(small_jpeg()).decode())
+    assert decode_pool().memory.used == 0
+
+
+def small_jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "JPEG")
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("video", [{"num_frames": 0}, {"num_frames": "x"}, {"fps": []}, {"fsp": 1}, {"threads": -1}])

@@ -47,7 +47,7 @@ class Groups:
             self.managers.append(manager)
 
     def add(self, request: Request) -> None:
-        spans = pruned_spans(request.mm_features)
+        spans = pruned_spans(request.mm_features, request.num_prompt_tokens)
         if spans:
             self.counts[request.request_id] = SlotCounts(request.num_prompt_tokens, spans)
 

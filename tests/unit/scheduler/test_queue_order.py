@@ -141,9 +141,7 @@ def test_without_the_mend_they_do_for_ever_by_the_rule_of_033(run: Any, rule: st
 def test_nobody_waits_behind_a_request_that_is_refused(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     follow("vLLM 0.33", monkeypatch)
     busy = run(Limits())
-    refused = busy.add(Prompt((4, 4), (plan(10),)))
-    params = busy.scheduler.requests[refused].sampling_params
-    params.prompt_logprobs = 1
+    refused = busy.add(Prompt((4, 4), (plan(10),), prompt_logprobs=1))
     other = busy.add(Prompt((4, 4), (plan(10),)))
     busy.step()
     assert busy.scheduler.requests[other].num_computed_tokens == 18

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metok_vllm.contract.spans import VideoSpan, pruned_spans, retained_bound
+from metok_vllm.contract.spans import UnusableItem, VideoSpan, pruned_spans, retained_bound
 from metok_vllm.scheduler.slot_counts import SlotCounts
 from tests.support.fakes import Prompt, feature, plan
 
@@ -29,7 +29,7 @@ def prompts(draw: st.DrawFn, fewest: int = 1, most: int = 4) -> Prompt:
 
 
 def counts_of(prompt: Prompt) -> SlotCounts:
-    return SlotCounts(prompt.length, pruned_spans(prompt.features("r")))
+    return SlotCounts(prompt.length, pruned_spans(prompt.features("r"), prompt.length))
 
 
 def owners(prompt: Prompt, generated: int) -> list[bool]:
@@ -84,9 +84,9 @@ def test_by_hand() -> None:
 def test_only_pruned_videos_are_spans() -> None:
     video, off = plan(10, 5), plan(7, pruned=0)
     features = [feature(1, off), feature(9, plan(3), modality="image"), feature(20, video), feature(40, video)]
-    assert pruned_spans(features) == (VideoSpan(20, 10, video), VideoSpan(40, 10, video))
-    assert pruned_spans([features[0], features[1]]) == ()
-    assert pruned_spans([]) == pruned_spans(None) == ()
+    assert pruned_spans(features, 51) == (VideoSpan(20, 10, video), VideoSpan(40, 10, video))
+    assert pruned_spans([features[0], features[1]], 51) == ()
+    assert pruned_spans([], 9) == pruned_spans(None, 9) == ()
 
 
 @pytest.mark.parametrize("lost", ["the plan", "the item"])
@@ -94,8 +94,8 @@ def test_a_video_without_its_plan_is_an_error(lost: str) -> None:
     """What a cache that sends only hashes would do; serving it densely would be worse than stopping."""
     item = feature(3, plan(10, 5))
     item.data = None if lost == "the item" else type(item.data)({})
-    with pytest.raises(RuntimeError, match="without its plan"):
-        pruned_spans([item])
+    with pytest.raises(UnusableItem, match="without its plan"):
+        pruned_spans([item], 20)
 
 
 def test_what_came_from_the_prefix_cache_may_have_lost_its_data() -> None:
@@ -105,6 +105,6 @@ def test_what_came_from_the_prefix_cache_may_have_lost_its_data() -> None:
     """
     off, video = feature(3, plan(10, pruned=0)), feature(13, plan(8, 2))
     off.data = None
-    assert pruned_spans([off, video], computed=13) == (VideoSpan(13, 8, plan(8, 2)),)
-    with pytest.raises(RuntimeError, match="without its plan"):
-        pruned_spans([off, video], computed=12)
+    assert pruned_spans([off, video], 22, computed=13) == (VideoSpan(13, 8, plan(8, 2)),)
+    with pytest.raises(UnusableItem, match="without its plan"):
+        pruned_spans([off, video], 22, computed=12)

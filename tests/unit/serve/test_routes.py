@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +12,12 @@ from fastapi import FastAPI, Response
 from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry, generate_latest
 
+from metok_vllm.contract.admission import check_requests
+from metok_vllm.contract.request_ids import key
 from metok_vllm.scheduler.chunking import DeferralBudget
 from metok_vllm.scheduler.counters import SchedulerCounters
 from metok_vllm.serve import metrics
-from metok_vllm.serve.routes import MetokRoutes
+from metok_vllm.serve.routes import MetokRoutes, path_of
 from metok_vllm.worker.counters import PruningCounters
 from metok_vllm.worker.timing import PartTimes
 from tests.support.choices import attach_settings
@@ -43,7 +45,8 @@ class FakeCore:
             return [SchedulerCounters().snapshot([], DeferralBudget(1, limit=10), {})]
         self.asked.append(args[0])
         if args[0] == "metok_report":
-            return [[{"request_id": "known-12", "videos": []} if args[2] == ("known",) else None]]
+            found = [name for name in ("known", "some/id") if args[2] == (key(name),)]
+            return [[{"request_id": found[0], "videos": []} if found else None]]
         return [[self.answers[args[0]]]]
 
 
@@ -114,7 +117,8 @@ def test_an_engine_that_fails_leaves_the_status_without_figures(app: FastAPI, cl
 def test_reports_and_state_of_all_engines(client: TestClient) -> None:
     assert client.get("/v1/metok/state").json() == {"workers": [{"groups": []}]}
     assert client.get("/v1/metok/reports/known").json() == {"request_id": "known", "videos": []}
-    assert client.get("/v1/metok/reports/unknown").status_code == 404
+    for other in ("unknown", "know", "known-12345678"):
+        assert client.get(f"/v1/metok/reports/{other}").status_code == 404
 
 
 def test_the_page_is_one_file_whose_parts_its_policy_allows(client: TestClient) -> None:
@@ -124,15 +128,63 @@ def test_the_page_is_one_file_whose_parts_its_policy_allows(client: TestClient) 
     assert "default-src 'none'" in answer.headers["content-security-policy"]
 
 
-def test_impossible_logprobs_are_refused_and_counted(client: TestClient) -> None:
-    def refused() -> float:
-        lines = client.get("/metrics").text.splitlines()
-        return float(next(line for line in lines if 'reason="prompt_logprobs"' in line).split()[-1])
+# --- before the key is checked ---
 
-    before = refused()
-    body: dict[str, Any] = {"prompt_logprobs": 1, "messages": [{"content": [{"type": "video_url"}]}]}
-    assert client.post("/v1/chat/completions", content=json.dumps(body)).status_code == 400
-    assert refused() == before + 1
-    body["mm_processor_kwargs"] = {"metok": "off"}
-    assert client.post("/v1/chat/completions", content=json.dumps(body)).json() == {"asked": True}
-    assert refused() == before + 1
+
+def run_once(app: Any, path: str, root_path: str = "", method: str = "POST") -> tuple[list[Any], int]:
+    """What an app sends in answer to a request whose client sends no body, and how often it asked for it."""
+    sent: list[Any] = []
+    asked = 0
+
+    async def receive() -> Any:
+        nonlocal asked
+        asked += 1
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": method, "path": path, "root_path": root_path, "headers": []}
+    asyncio.run(app(scope, receive, send))
+    return sent, asked
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/metok", "/v1/metok/status", "/metrics"])
+def test_no_body_is_read(path: str) -> None:
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 401, "headers": []})
+
+    assert run_once(MetokRoutes(inner), path) == ([{"type": "http.response.start", "status": 401, "headers": []}], 0)
+
+
+@pytest.mark.parametrize(
+    ("root_path", "path", "inside"),
+    [
+        ("", "/metrics", "/metrics"),
+        ("", "/metrics/", "/metrics"),
+        ("/proxied", "/proxied/metrics", "/metrics"),
+        ("/proxied/", "/proxied/metrics", "/metrics"),
+        ("/proxied", "/metrics", "/metrics"),
+        ("/m", "/metrics", "/metrics"),
+        ("/proxied", "/proxiedmetrics", "/proxiedmetrics"),
+        ("/metrics", "/metrics", "/metrics"),
+        ("/metrics", "/metrics/metrics", "/metrics"),
+    ],
+)
+def test_paths_under_a_root_path(root_path: str, path: str, inside: str) -> None:
+    assert path_of({"path": path, "root_path": root_path}) == inside
+
+
+def test_only_a_server_of_metok_alone_refuses_the_items_of_other_processors(app: FastAPI) -> None:
+    with TestClient(app):
+        assert check_requests().serves_metok_alone
+    assert not check_requests().serves_metok_alone
+
+
+def test_ids_in_a_path_are_shortened_and_escaped(client: TestClient) -> None:
+    for asked in ("a/b", "x" * 20_000, "INFO%1b%ED%A0%80%E2%80%AE"):
+        answer = client.get(f"/v1/metok/reports/{asked}")
+        assert answer.status_code == 404
+        assert answer.json()["error"]["message"].isprintable()
+        assert len(answer.json()["error"]["message"]) < 400
+    assert client.get("/v1/metok/reports/some/id").json()["request_id"] == "some/id"

@@ -27,7 +27,7 @@ def qwen2_7b(batched: int, ranks: int = 1, most_bytes: int | None = None) -> Any
     )
     whole = SimpleNamespace(text_config=text)
     settings = MetokSettings(max_deferred_bytes=most_bytes)
-    attach_choices(whole, ServerChoices(settings, (3, 10, 19), "none", None, batched))
+    attach_choices(whole, ServerChoices(settings, (3, 10, 19), "none", None, batched, batched))
     model = SimpleNamespace(
         hf_config=whole, hf_text_config=text, dtype=torch.bfloat16, max_model_len=32768, get_head_size=lambda: 128
     )

@@ -143,6 +143,17 @@ def test_frames_outlive_everything_and_are_counted_until_nobody_uses_them(make: 
     assert pool.memory.used == 0
 
 
+def test_frames_made_larger_than_the_header_says_count_as_they_are(make: Callable[..., DecodePool]) -> None:
+    """The header of a Matroska file states a size of its own; the pictures have another."""
+    data = encode([np.full((256, 256, 3), 200, np.uint8)] * 4, codec="mpeg4", container="matroska")
+    at = data.index(b"\xb0\x82\x01\x00")  # PixelWidth, in two bytes
+    small = data[:at] + b"\xb0\x82\x00\x10" + data[at + 4 :]
+    pool = make()
+    video = pool.decode(small, VideoSettings())
+    assert video.frames.shape == decode_video(small, VideoSettings()).frames.shape
+    assert pool.memory.used == video.frames.nbytes
+
+
 def test_a_call_that_never_ends_is_ended_at_its_time_and_no_other_video_waits(make: Callable[..., DecodePool]) -> None:
     pool = make(at_once=3, waiting=0)
     before, file = outcomes(), stuck()
@@ -257,7 +268,7 @@ def test_frames_wait_for_room_and_their_clock_stands_still(make: Callable[..., D
 
 def test_who_waits_too_long_for_room_is_told_to_come_again(make: Callable[..., DecodePool]) -> None:
     pool = make(memory_mib=100)
-    held = pool.hold(90 << 20)
+    held = pool.hold(90 << 20, 1)
     with pytest.raises(Busy, match=r"no room for 6. MiB more of decoded video now: try again later"):
         pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=2, timeout_s=1))
     pool.memory.give_back(held)
