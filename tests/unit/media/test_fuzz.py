@@ -37,6 +37,7 @@ ATTACKS: dict[str, tuple[str, str | None]] = {
     "decoy handler": ("mp4: mp4.decoy(0) mp4.samples(60000000)", "claims far more frames"),
     "edits": ("mp4: mp4.edits(30000)", None),
     "fragments": ("mp4-fragments: mp4.fragments(2000,80000000,3)", "claims far more frames"),
+    "sample groups, 5 KB": ("mp4-hevc: mp4.sgpd(906155947,167,67108864)", "memory"),
     # Streams for which the decoder loads more of itself.
     "subtitles beside": ("mkv: mkv.other_track(0)", ""),
     "data beside": ("mkv: mkv.other_track(7)", ""),
