@@ -35,6 +35,9 @@ DEFAULTS: dict[str, Any] = {
     "max_deferred_bytes": None,
     "chat_template": None,
     "status_shows_questions": False,
+    "videos_at_once": 16,
+    "videos_waiting": 64,
+    "video_memory_mib": 4096,
 }
 OF_A_REQUEST: dict[str, Any] = {"query": None, "report": False}
 
@@ -53,6 +56,9 @@ ACCEPTED: dict[str, list[Any]] = {
     "max_deferred_bytes": [None, 0, 10**12],
     "chat_template": [None, "template.jinja", "{{ messages }}"],
     "status_shows_questions": [True, False],
+    "videos_at_once": [1, 256],
+    "videos_waiting": [0, 65536],
+    "video_memory_mib": [64, 1_048_576],
 }
 
 WHOLE = "input should be a valid integer"
@@ -94,6 +100,9 @@ REFUSED: dict[str, list[tuple[Any, str]]] = {
     "max_deferred_bytes": [*NOT_WHOLE, (-1, "greater than or equal to 0")],
     "chat_template": [(value, "input should be a valid string") for value in (3, True, ["a"])],
     "status_shows_questions": [(value, "input should be a valid boolean") for value in (1, 0, "yes", "true", None)],
+    "videos_at_once": [*NOT_WHOLE, (0, "greater than or equal to 1"), (257, "less than or equal to 256")],
+    "videos_waiting": [*NOT_WHOLE, (-1, "greater than or equal to 0"), (65537, "less than or equal to 65536")],
+    "video_memory_mib": [*NOT_WHOLE, (63, "greater than or equal to 64"), (2**20 + 1, "less than or equal to 1048576")],
     "query": [(value, "input should be a valid string") for value in (3, True, ["a"], {})]
     + [("half of \ud83d a pair", "query must be text, without unpaired surrogates")],
     "report": [(value, "input should be a valid boolean") for value in (1, 0, "yes", "true", None)],
