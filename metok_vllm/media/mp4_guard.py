@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from itertools import takewhile
+from itertools import islice, takewhile
 from mmap import mmap
 from typing import Any
 
@@ -28,6 +28,7 @@ _FEW_EDITS = 64
 # metadata ("trunk"): not a reason to refuse a good file.
 _LIBAV_REFUSES = 2**28
 _MAX_TOP_BOXES = 2_000_000
+_MOST_TRACKS = 1000
 # libav looks at so much of a file to tell what it is, and passes over boxes that it does not know.
 _PROBED = 1 << 20
 _KNOWN_BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp", b"moof", b"sidx", b"pnot"} | {
@@ -101,8 +102,11 @@ def _header_spans(data: bytes | mmap) -> Iterator[tuple[int, int]]:
 
 
 def _track_spans(data: bytes | mmap, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The ranges from one ``trak`` to the next; what precedes the first is a range too."""
-    starts = [start, *_places(data, b"trak", start, end)]
+    """The ranges from one ``trak`` to the next; what precedes the first is a range too.
+
+    Beyond `_MOST_TRACKS` the rest is one range: libav is told to read 64 streams.
+    """
+    starts = [start, *islice(_places(data, b"trak", start, end), _MOST_TRACKS)]
     yield from zip(starts, [*starts[1:], end], strict=True)
 
 

@@ -43,10 +43,16 @@ def fault(outcome: Outcome, settings: VideoSettings = SETTINGS) -> str | None:
 
 
 def verdict(case: Case, decode: Decode, settings: VideoSettings = SETTINGS) -> tuple[Outcome, str | None]:
-    """The first outcome of `case`, decoded twice, and what is wrong with it or with the second."""
+    """The first outcome of `case`, decoded twice, and what is wrong with it or with the second.
+
+    A slow case must be slow again: a busy machine now and then stops every process for a second or two.
+    """
     data = case.data()
     first = decode(data)
     wrong = fault(first, settings)
+    if wrong is not None and wrong.startswith("slow"):
+        first = decode(data)
+        wrong = fault(first, settings)
     if wrong is not None:
         return first, wrong
     second = decode(data)

@@ -37,6 +37,7 @@ ATTACKS: dict[str, tuple[str, str | None]] = {
     "decoy handler": ("mp4: mp4.decoy(0) mp4.samples(60000000)", "claims far more frames"),
     "edits": ("mp4: mp4.edits(30000)", None),
     "fragments": ("mp4-fragments: mp4.fragments(2000,80000000,3)", "claims far more frames"),
+    "sample groups, 5 KB": ("mp4-hevc: mp4.sgpd(906155947,167,67108864)", "memory"),
     # Streams for which the decoder loads more of itself.
     "subtitles beside": ("mkv: mkv.other_track(0)", ""),
     "data beside": ("mkv: mkv.other_track(7)", ""),
@@ -158,6 +159,13 @@ def test_the_judge_finds_an_outcome_that_differs_but_not_where_the_time_limit_st
     assert judged(GOOD) is None
     assert "differs" in str(judged(replace(GOOD, said="other")))
     assert judged(replace(GOOD, said="late", seconds=SETTINGS.timeout_s)) is None
+
+
+def test_the_judge_takes_a_case_for_slow_that_is_slow_again() -> None:
+    slow = replace(GOOD, seconds=SETTINGS.timeout_s + 2)
+    for outcomes, wrong in (((slow, slow), "slow"), ((slow, GOOD, GOOD), "None")):
+        answers = iter(outcomes)
+        assert str(verdict(parse("mp4:"), lambda data, answers=answers: next(answers))[1]).startswith(wrong)
 
 
 def test_memory_of_a_child_is_seen(runner: Runner) -> None:
