@@ -6,6 +6,7 @@ import io
 import struct
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from functools import cache
 
 import av
 import numpy as np
@@ -109,6 +110,19 @@ def tone(container: str = "mp4", codec: str = "aac", picture: bytes | None = Non
                 file.mux(packet)
         for packet in sound.encode():
             file.mux(packet)
+    return out.getvalue()
+
+
+@cache
+def stuck() -> bytes:
+    """A good video of 206 KB that keeps one call of libav busy for minutes: it compares all tags."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="matroska") as file:
+        file.metadata.update({f"tag{i}": "x" for i in range(12000)})
+        stream = file.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = 16
+        for frame in (av.VideoFrame(16, 16, "yuv420p"), None):
+            file.mux(stream.encode(frame))
     return out.getvalue()
 
 
