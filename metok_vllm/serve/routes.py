@@ -30,7 +30,10 @@ from metok_vllm.serve.figures import Latest, ask_workers, engine_figures, recent
 from metok_vllm.serve.status import status, status_page
 
 PUBLISH_S = 1.0
-"""Seconds between two statements of the pool's gauges. With several API servers another one answers `/metrics`."""
+"""Seconds between two statements of the pool's gauges.
+
+With several API servers another one may answer `/metrics`.
+"""
 
 PREFIX = "/v1/metok"  # under /v1, which is what vLLM's --api-key guards
 RETRY_AFTER_S = b"2"

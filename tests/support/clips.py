@@ -143,3 +143,13 @@ def rotated(mp4: bytes, degrees: int) -> bytes:
     matrix = struct.pack(">9i", cos << 16, sin << 16, 0, -sin * 65536, cos << 16, 0, 0, 0, 1 << 30)
     at = mp4.index(b"tkhd") + 4 + (40 if mp4[mp4.index(b"tkhd") + 4] == 0 else 52)
     return mp4[:at] + matrix + mp4[at + 36 :]
+
+
+def slow_gif(side: int, count: int) -> bytes:
+    """A GIF of `count` frames on a canvas `side` x `side`.
+
+    Each changes one pixel, in a few bytes, and costs its decoder the whole canvas.
+    """
+    head = b"GIF89a" + struct.pack("<HH", side, side) + b"\x80\0\0\0\0\0\xff\xff\xff"
+    frame = b"!\xf9\4\0\x0a\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0"
+    return head + frame * count + b";"
