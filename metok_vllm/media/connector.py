@@ -96,8 +96,9 @@ class MetokMediaConnector(MediaConnector):
     def _load_file_url(self, url_spec: Any, media_io: Any) -> Any:
         """As vLLM's, which takes names for UTF-8 and so does not find all others."""
         path = os.fsdecode(unquote_to_bytes(f"{url_spec.netloc or ''}{url_spec.path or ''}"))
+        named = url_spec._replace(host=None, port=None, path=path.replace("%", "%25"))
         try:
-            return super()._load_file_url(url_spec._replace(netloc="", path=path.replace("%", "%25")), media_io)
+            return super()._load_file_url(named, media_io)
         except ValueError as error:
             if str(error).isprintable():
                 raise
