@@ -151,7 +151,8 @@ async def decoded_video(media_io: VideoMediaIO, data: bytes) -> Any:
     loaded = await MetokVideoLoader.load_bytes_async(data, num_frames=media_io.num_frames, **media_io.kwargs)
     ready: Any = copy(media_io)
     ready.video_loader = Loaded(loaded)
-    return ready.load_bytes(data)
+    # In a thread, since vLLM 0.33 may let it wait for the request's other media.
+    return await asyncio.to_thread(ready.load_bytes, data)
 
 
 @dataclass(frozen=True)
