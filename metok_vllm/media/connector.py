@@ -66,12 +66,14 @@ class MetokMediaConnector(MediaConnector):
         return await super().fetch_video_async(video_url, **kwargs)
 
     def load_from_url(self, url: str, media_io: Any, **kwargs: Any) -> Any:
+        url = url.lstrip()
         with client_errors(url), _counting(media_io):
             self._check(url)
             return super().load_from_url(url, media_io, **kwargs)
 
     async def load_from_url_async(self, url: str, media_io: Any, **kwargs: Any) -> Any:
         """As vLLM's, but a video file that is being decoded takes none of vLLM's threads for media."""
+        url = url.lstrip()
         with client_errors(url), _counting(media_io):
             self._check(url)
             if not decodes_with_metok(media_io):
@@ -86,7 +88,7 @@ class MetokMediaConnector(MediaConnector):
             media_type, data = read_data_url(url)
         try:
             if is_video and media_type == _FRAMES:
-                return self._load_jpeg_frames(media_io, media_type, padded(data))
+                return self._load_jpeg_frames(media_io, media_type, data)
             return media_io.load_base64(media_type, padded(data))
         except binascii.Error:
             if is_video:
@@ -112,7 +114,7 @@ class MetokMediaConnector(MediaConnector):
             pool = decode_pool()
             grant = pool.hold(size, limits.timeout_s)
         try:
-            loaded = media_io.load_base64(media_type, data)
+            loaded = media_io.load_base64(media_type, padded(data))
         except BaseException:
             pool.memory.give_back(grant)
             raise
@@ -163,7 +165,8 @@ async def decoded_video(media_io: VideoMediaIO, data: bytes) -> Any:
     loaded = await MetokVideoLoader.load_bytes_async(data, num_frames=media_io.num_frames, **media_io.kwargs)
     ready: Any = copy(media_io)
     ready.video_loader = Loaded(loaded)
-    return ready.load_bytes(data)
+    # In a thread, since vLLM 0.33 may let it wait for the request's other media.
+    return await asyncio.to_thread(ready.load_bytes, data)
 
 
 @dataclass(frozen=True)

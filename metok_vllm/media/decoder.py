@@ -98,7 +98,7 @@ def decode_video(
     try:
         return _decode(data, settings or VideoSettings(), memory or OwnMemory())
     except MemoryError:
-        raise VideoMemoryError("The video needs more memory to be decoded than there is.") from None
+        raise VideoMemoryError("Reading the video takes more memory than there is, or it is damaged.") from None
 
 
 def _decode(data: bytes | mmap, settings: VideoSettings, memory: Memory) -> DecodedVideo:

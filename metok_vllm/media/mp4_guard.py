@@ -27,7 +27,7 @@ _FEW_EDITS = 64
 # libav itself refuses counts from about 2**27 on. What looks like such a count is often a word in the file's
 # metadata ("trunk"): not a reason to refuse a good file.
 _LIBAV_REFUSES = 2**28
-_MAX_TOP_BOXES = 2_000_000
+_MAX_TOP_BOXES = 500_000
 _MOST_TRACKS = 1000
 # libav looks at so much of a file to tell what it is, and passes over boxes that it does not know.
 _PROBED = 1 << 20

@@ -242,12 +242,12 @@ class PacketReader:
 def working_memory(stream: VideoStream, threads: int) -> int:
     """Bytes that decoding the stream takes beside the frames that are kept; an upper estimate.
 
-    A codec refers to up to 16 frames, and each thread holds one or two more.
+    A codec refers to up to 16 frames, and each thread holds one or two more. Two are on their way to RGB.
     """
     context = stream.codec_context
-    bits = context.format.padded_bits_per_pixel if context.format is not None else 0
-    picture = context.width * context.height * max(bits, 24) // 8
-    return (64 << 20) + (20 + 2 * threads) * picture
+    pixels = context.width * context.height
+    bits = context.format.padded_bits_per_pixel if context.format is not None else 24
+    return (64 << 20) + (20 + 2 * threads) * pixels * bits // 8 + 2 * 3 * pixels
 
 
 def frame_rate(stream: VideoStream, table: PacketTable) -> float:

@@ -63,7 +63,12 @@ class MetokRoutes:
 
     async def _live(self, scope: Any, receive: Any, send: Any) -> None:
         """The server's life: from its start, through all requests, to its shutdown."""
-        self._started(scope["app"])
+        try:
+            self._started(scope["app"])
+        except RuntimeError as error:
+            await receive()
+            await send({"type": "lifespan.startup.failed", "message": f"vllm: error: {error}"})
+            return
         publishing = asyncio.create_task(keep_publishing())
         try:
             await self.app(scope, receive, send)

@@ -22,7 +22,7 @@ class Outcome(Enum):
     LATE = "late"
     """Killed when its time was up."""
     MEMORY = "memory"
-    """It took more memory than a decoder may have."""
+    """It took more memory than a decoder may have, or is damaged so that libav says so."""
     BROKEN = "broken"
     """The decoder crashed."""
     CANCELLED = "cancelled"

@@ -318,19 +318,22 @@ class DecodePool:
             ) from None
 
     def _reserved(self, size: int) -> Grant:
-        try:
-            return self.memory.ask(size)
-        except ValueError:
+        self._check_possible(size)
+        return self.memory.ask(size)
+
+    def _check_possible(self, size: int) -> None:
+        if size > self.memory.total:
             raise VideoError(
                 f"Decoding the video takes {size >> 20} MiB, more than the {self.limits.memory_mib} MiB that the server"
                 " has for all videos together; ask for fewer or smaller frames."
-            ) from None
+            )
 
     def _make_room(self, job: _Job, frames_file: int, size: int, frames: int) -> None:
         """Make the shared file as large as the frames turned out to be."""
         assert job.memory is not None
         more = size - job.frames_bytes
         if more > 0:  # the file's header had said less
+            self._check_possible(job.memory.amount + more)
             if not self.memory.enlarge(job.memory, more):
                 raise Busy(
                     "The server has no room now for frames larger than the video's header tells: try again later."
@@ -358,7 +361,9 @@ def _why(message: dict[str, Any], settings: VideoSettings) -> _Ended | VideoErro
     if "error" in message:
         return VideoError(message["error"])
     if "memory" in message:
-        return _Ended(Outcome.MEMORY, f"The video needs more than {message['memory']} MiB of memory to be decoded.")
+        return _Ended(
+            Outcome.MEMORY, f"Reading the video takes more than {message['memory']} MiB of memory, or it is damaged."
+        )
     if "late" in message:
         return _Ended(Outcome.LATE, too_late(settings.timeout_s))
     if "fault" in message:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from metok_vllm.compression.pooling import PoolMode, tokens_per_frame
@@ -34,13 +34,36 @@ plans = st.builds(VideoPlan, **{name: KINDS.get(name, numbers) for name in NAMES
 NUMBERS = len(NAMES) + 4  # the two triples have three numbers each
 
 
-@given(plans)
+shares = st.integers(1, 10**6).map(lambda micro: micro / 10**6)
+made = st.builds(
+    make,
+    st.integers(1, 2000),
+    st.sampled_from(ALIGNERS),
+    st.sampled_from(["bilinear", "average"]),
+    events=st.integers(1, 1024),
+    key_events=st.integers(0, 1024),
+    key_frames=st.integers(0, 65536),
+    keep_ratio=shares,
+    decode_retention=shares,
+    report=st.booleans(),
+)
+
+
+@given(made)
 def test_a_plan_survives_its_tensor(plan: VideoPlan) -> None:
     tensor = plan.to_tensor()
     assert tensor.dtype == torch.int64
     assert tensor.shape == (NUMBERS,)
     assert VideoPlan.from_tensor(tensor) == plan
     assert VideoPlan.from_tensor(tensor[None]) == plan, "an item of a batch may keep the batch's dimension"
+
+
+@given(plans)
+def test_numbers_that_contradict_one_another_are_no_plan(plan: VideoPlan) -> None:
+    """Such a tensor comes from a client alone, where a server takes processed items."""
+    assume(not 1 <= plan.events <= plan.frames or sum(plan.frames_per_tier) != plan.frames)
+    with pytest.raises(ValueError, match="its counts contradict one another"):
+        VideoPlan.from_tensor(plan.to_tensor())
 
 
 @given(plans, st.sampled_from(NAMES), st.data())

@@ -17,8 +17,12 @@ from prometheus_client import CollectorRegistry, generate_latest
 from metok_vllm.contract.admission import check_requests
 from metok_vllm.contract.refusals import FRONT_END
 from metok_vllm.contract.request_ids import key
+from metok_vllm.media import in_force
+from metok_vllm.media.children import pool as pool_module
 from metok_vllm.media.children.outcomes import RUNNING
+from metok_vllm.media.children.pool import Busy
 from metok_vllm.media.in_force import decode_pool
+from metok_vllm.media.settings import VideoSettings
 from metok_vllm.scheduler.chunking import DeferralBudget
 from metok_vllm.scheduler.counters import SchedulerCounters
 from metok_vllm.serve import metrics, routes
@@ -71,12 +75,13 @@ def app(monkeypatch: pytest.MonkeyPatch) -> FastAPI:
         engine_core=FakeCore(),
         renderer=SimpleNamespace(get_tokenizer=lambda: SimpleNamespace(decode=lambda ids: f"text of {ids}")),
     )
+    monkeypatch.setattr(in_force, "_in_force", in_force._InForce())
     app.state.vllm_config = SimpleNamespace(
         model_config=SimpleNamespace(
             hf_config=hf_config,
             hf_text_config=SimpleNamespace(num_hidden_layers=28),
             architecture="METokModel",
-            get_multimodal_config=lambda: SimpleNamespace(media_io_kwargs={}),
+            get_multimodal_config=lambda: SimpleNamespace(media_io_kwargs={"video": {"timeout_s": 7}}),
         )
     )
     app.state.server = SimpleNamespace(config=uvicorn.Config(app))
@@ -136,6 +141,62 @@ def test_the_page_is_one_file_whose_parts_its_policy_allows(client: TestClient) 
     assert answer.status_code == 200
     assert answer.text.count("<script>") == answer.text.count("<style>") == 1
     assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+# --- decoding of videos ---
+
+
+def test_the_pool_lives_as_long_as_the_server_and_knows_the_operators_limits(app: FastAPI) -> None:
+    with TestClient(app):
+        pool = in_force.decode_pool()
+        assert pool._spawner is not None
+        assert pool._spawner.poll() is None
+        assert (in_force.chosen_loader(), in_force._in_force.server.timeout_s) == ("metok", 7)
+        spawner = pool._spawner
+    assert spawner.poll() is not None
+    with pytest.raises(Busy, match="shutting down"):
+        pool.decode(b"a video", VideoSettings())
+
+
+def test_its_figures_are_as_fresh_as_the_scrape(client: TestClient) -> None:
+    pool = in_force.decode_pool()
+    place = pool.places.ask(1)
+    room = pool.hold(12345, 1)
+    text = client.get("/metrics").text
+    assert "metok_video_decodes_running 1.0" in text
+    assert "metok_video_memory_bytes 12345.0" in text
+    assert 'metok_video_decodes_total{outcome="late"}' in text
+    pool.places.give_back(place)
+    pool.memory.give_back(room)
+    assert "metok_video_decodes_running 0.0" in client.get("/metrics").text
+
+
+def test_a_server_that_cannot_decode_does_not_start(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "START", "raise SystemExit(3)")
+    sent: list[Any] = []
+
+    async def run() -> None:
+        async def receive() -> Any:
+            return {"type": "lifespan.startup"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await MetokRoutes(app)({"type": "lifespan", "app": app}, receive, send)
+
+    asyncio.run(run())
+    sentence = "vllm: error: METok cannot decode videos in a child process here: it does not start."
+    assert sent == [{"type": "lifespan.startup.failed", "message": sentence}]
+
+
+@pytest.mark.parametrize("given", [None, "9"])
+def test_a_503_says_when_to_try_again_and_nothing_else_does(app: FastAPI, given: str | None) -> None:
+    headers = {} if given is None else {"Retry-After": given}
+    app.add_api_route("/busy", lambda: Response(status_code=503, headers=headers))
+    app.add_api_route("/fine", lambda: Response(status_code=200))
+    with TestClient(app) as client:
+        assert client.get("/busy").headers["retry-after"] == (given or "2")
+        assert "retry-after" not in client.get("/fine").headers
 
 
 # --- before the key is checked ---

@@ -1,0 +1,3 @@
+from benchmarks.media.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,107 @@
+"""What a child process costs a good video: the same file decoded in this process and in the pool, in turns.
+
+    python -m benchmarks.media                      # an idle machine; writes benchmarks/results/media.json
+    python -m benchmarks.media --video my.mp4       # other files
+    python -m benchmarks.media --repeats 3 --out /tmp/media.json
+
+Each pair of runs is one of each kind, in changing order, so that what slows the machine slows both. The ratio
+is the median of the pairs' ratios. "At once" hands the pool several copies of the file together, and the same
+to as many threads of this process. Included: all from the file's bytes to the frames. Excluded: fetching the
+file, base64, preprocessing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.options import positive
+from benchmarks.common.paths import RESULTS, ROOT
+from benchmarks.common.provenance import commit, hardware, timestamp, versions
+
+ASSETS = ROOT / "metok_vllm" / "demo" / "assets"
+CLIPS = ("toy-world.mp4", "big-buck-bunny-30s.mp4", "iscc-band-60s.mp4")
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def in_turns(here: Callable[[], Any], child: Callable[[], Any], repeats: int) -> dict[str, Any]:
+    """Times of both, taken in pairs; the first pair is left out."""
+    pairs = []
+    for number in range(repeats + 1):
+        if number % 2:
+            first, second = seconds(here), seconds(child)
+        else:
+            second, first = seconds(child), seconds(here)
+        pairs.append((first, second))
+    pairs = pairs[1:]
+    ratios = sorted(child / here for here, child in pairs)
+    return {
+        "in_process_ms": 1e3 * statistics.median(here for here, _ in pairs),
+        "in_a_child_ms": 1e3 * statistics.median(child for _, child in pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+        "pairs": len(pairs),
+    }
+
+
+def measure(clip: Path, frames: int, at_once: int, repeats: int, pool: Any) -> dict[str, Any]:
+    """One row: a file, a number of frames, and how many of it at a time."""
+    from metok_vllm.media.decoder import decode_video
+    from metok_vllm.media.settings import VideoSettings
+
+    data, settings = clip.read_bytes(), VideoSettings(num_frames=frames)
+    shape = decode_video(data, settings).frames.shape
+    with ThreadPoolExecutor(at_once) as threads:
+
+        def all_of(decode: Callable[..., Any]) -> None:
+            for job in [threads.submit(decode, data, settings) for _ in range(at_once)]:
+                job.result()
+
+        row = in_turns(lambda: all_of(decode_video), lambda: all_of(pool.decode), repeats)
+    return {"clip": clip.name, "file_bytes": len(data), "frames": list(shape), "at_once": at_once, **row}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.media", description=__doc__.splitlines()[0])
+    parser.add_argument("--video", type=Path, action="append", help="a video file; may be repeated")
+    parser.add_argument("--frames", type=positive, nargs="+", default=[32, 64])
+    parser.add_argument("--at-once", type=positive, nargs="+", default=[1, 4])
+    parser.add_argument("--repeats", type=positive, default=20)
+    parser.add_argument("--out", type=Path, default=RESULTS / "media.json")
+    options = parser.parse_args(arguments)
+
+    from metok_vllm.media.children.pool import DecodePool
+
+    pool = DecodePool()
+    pool.start()
+    result: dict[str, Any] = {
+        "commit": commit(), "date": timestamp(), "machine": hardware(cuda=False), "versions": versions(),
+        "command": " ".join(["python -m benchmarks.media", *(sys.argv[1:] if arguments is None else arguments)]),
+        "rows": [],
+    }  # fmt: skip
+    for clip in options.video or [ASSETS / name for name in CLIPS]:
+        for frames in options.frames:
+            for at_once in options.at_once:
+                row = measure(clip, frames, at_once, options.repeats, pool)
+                result["rows"].append(row)
+                print(
+                    f"{row['clip']:<26} {frames:>4} frames, {at_once} at once: {row['in_process_ms']:8.1f} ms here,"
+                    f" {row['in_a_child_ms']:8.1f} ms in a child, ratio {row['ratio']:.3f}",
+                    flush=True,
+                )
+    pool.stop()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
