@@ -1,14 +1,14 @@
 """What the front end tells the engine of a request with pruned videos, beside the videos' items.
 
-Two things belong to the request and not to its videos. The **question**: with it in an item, the item's name
-in vLLM's caches would change with every question, and a video could not be asked about again by its `uuid`
-alone. And the **length of the prompt**: beam search sends every step as a new prompt, the answer so far at its
-end, and an answer's tokens score nothing (docs/method.md section 2.2).
+Two things belong to the request and not to its videos. The **question**: with it in an item, the item's
+name in vLLM's caches would change with every question, and a video could not be asked about again by its
+`uuid` alone. And the **length of the prompt**: beam search sends every step as a new prompt, at its end the
+answer so far, and an answer's tokens score nothing (docs/method.md section 2.2).
 
-It travels in `SamplingParams.extra_args` (vllm/sampling_params.py), which vLLM keeps for plugins. In the front
-end it hangs on the places of the items (`contract/admission.py`), since vLLM passes those on as they are, from
-step to step of a beam search too. The scheduler turns it back into fields of the items and into a prompt with
-an answer begun, so the worker finds what it would find if the request had come in one piece.
+It travels in `SamplingParams.extra_args` (vllm/sampling_params.py), which vLLM keeps for plugins. In the
+front end it hangs on the places of the items (`contract/admission.py`): vLLM passes those on as they are,
+from step to step of a beam search too. The scheduler turns it back into fields of the items and into a prompt
+with an answer begun, so the worker finds what it would find if the request had come in one piece.
 """
 
 from __future__ import annotations

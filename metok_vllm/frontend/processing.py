@@ -1,9 +1,9 @@
 """Front end of a METok model: settings, the question, exact placeholder counts. Shared by all model families.
 
-`MetokProcessing` goes in front of a model's own multimodal processor. Whatever decides how many tokens a video
-has (settings, aligner) is put under `videos_kwargs`, so that it is part of the video's hash and of no other
-item's. The question decides which tokens those are. It goes beside the items (`contract/beside.py`), so that a
-video keeps its name whatever is asked about it.
+`MetokProcessing` goes in front of a model's own multimodal processor. Whatever decides how many tokens a
+video has (settings, aligner) is put under `videos_kwargs`, so that it is part of the video's hash and of no
+other item's. The question decides which tokens those are. It goes beside the items (`contract/beside.py`), so
+that a video keeps its name whatever is asked about it.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         return super().apply(inputs, timing_ctx)
 
     def _check_named(self, inputs: ProcessorInputs) -> None:
-        """Refuse an item that is named by a `uuid` alone where its data is not there any more, or never was."""
+        """Refuse an item that is named by a `uuid` alone where its data is not there."""
         missing = {
             modality: [i for i in range(len(items)) if items.get(i) is None]
             for modality, items in inputs.mm_data_items.items()
