@@ -20,6 +20,8 @@ ON_THE_HOST = {
     "video_plan.py:from_tensor tolist",  # the plan stays on the host (`keep_on_cpu`)
     "base.py:_fit __int__",  # so does the length of the question
     "requests.py:question_ids tolist",  # and the question itself, read once when its request comes
+    "spans.py:_plan tolist",  # where the question is looked at, to be what its length says
+    "beside.py:with_fields numpy",  # the engine core names a video by its plan and the question
     "attn_metadata.py:others_metadata numpy",  # vLLM keeps bounds of the lengths on the host
 }
 """Reads of tensors that never were on the device."""

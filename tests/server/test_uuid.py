@@ -119,12 +119,11 @@ def test_an_answer_that_the_client_has_begun(server: Server, sample: Sample) -> 
         "add_generation_prompt": False,
     }
     answer = chat(server, messages, extra=extra)
-    tokenizer = sample.processor.tokenizer
-    text = sample.processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": QUESTION}]}],
-        add_generation_prompt=True,
-    )
-    ids = list(tokenizer(text + begun).input_ids)
+    parts = [{"type": "video"}, {"type": "text", "text": QUESTION}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": begun}]}]
+    text = sample.processor.apply_chat_template(turns, continue_final_message=True)
+    assert text.endswith(begun)
+    ids = list(sample.processor.tokenizer(text).input_ids)
     assert_same(oracle_on_prompt(sample, ids, seen(video), None, 24, QUESTION), result(answer), 1e-3)
 
 
