@@ -59,7 +59,8 @@ def set_in_force(media_io_kwargs: MutableMapping[str, dict[str, Any]], settings:
     pool_limits = PoolLimits(settings.videos_at_once, settings.videos_waiting, settings.video_memory_mib)
     with _lock:
         _in_force.server, _in_force.loader = server, loader
-        if pool_limits != _in_force.pool_limits:
+        stopped = _in_force.pool is not None and _in_force.pool.stopped  # by a server of this process that has ended
+        if stopped or pool_limits != _in_force.pool_limits:
             # One that is in use lives until its videos are done.
             _in_force.pool_limits, _in_force.pool = pool_limits, None
 

@@ -12,6 +12,7 @@ nothing. What METok refuses, it refuses where vLLM has authenticated and parsed 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -24,8 +25,15 @@ from metok_vllm.contract.advice import with_report
 from metok_vllm.contract.server_choices import server_choices
 from metok_vllm.media.in_force import decode_pool, set_in_force
 from metok_vllm.serve import metrics
+from metok_vllm.serve.closing import bound_shutdown
 from metok_vllm.serve.figures import Latest, ask_workers, engine_figures, recent_requests
 from metok_vllm.serve.status import status, status_page
+
+PUBLISH_S = 1.0
+"""Seconds between two statements of the pool's gauges.
+
+With several API servers another one may answer `/metrics`.
+"""
 
 PREFIX = "/v1/metok"  # under /v1, which is what vLLM's --api-key guards
 RETRY_AFTER_S = b"2"
@@ -60,9 +68,11 @@ class MetokRoutes:
             await receive()
             await send({"type": "lifespan.startup.failed", "message": f"vllm: error: {error}"})
             return
+        publishing = asyncio.create_task(keep_publishing())
         try:
             await self.app(scope, receive, send)
         finally:
+            publishing.cancel()
             self._shut_down()
 
     def _started(self, app: FastAPI) -> None:
@@ -72,6 +82,7 @@ class MetokRoutes:
         settings = server_choices(model_config.hf_config).settings
         set_in_force(model_config.get_multimodal_config().media_io_kwargs, settings)
         decode_pool().start()
+        bound_shutdown(app.state.server.config)
         self._figures = attach_routes(app)
         self._metrics = metrics.serve_metrics(self._figures)
 
@@ -79,6 +90,13 @@ class MetokRoutes:
         """No request is running any more, or the start has failed."""
         check_requests().serves_metok_alone = False
         decode_pool().stop()
+
+
+async def keep_publishing() -> None:
+    """State the pool's gauges, until cancelled."""
+    while True:
+        decode_pool().publish()
+        await asyncio.sleep(PUBLISH_S)
 
 
 def error(status: int, message: str, kind: str) -> JSONResponse:

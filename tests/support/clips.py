@@ -6,6 +6,7 @@ import io
 import struct
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from functools import cache
 
 import av
 import numpy as np
@@ -112,6 +113,19 @@ def tone(container: str = "mp4", codec: str = "aac", picture: bytes | None = Non
     return out.getvalue()
 
 
+@cache
+def stuck() -> bytes:
+    """A good video of 206 KB that keeps one call of libav busy for minutes: it compares all tags."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="matroska") as file:
+        file.metadata.update({f"tag{i}": "x" for i in range(12000)})
+        stream = file.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = 16
+        for frame in (av.VideoFrame(16, 16, "yuv420p"), None):
+            file.mux(stream.encode(frame))
+    return out.getvalue()
+
+
 def box(name: bytes, *parts: bytes) -> bytes:
     """An mp4 box."""
     body = b"".join(parts)
@@ -129,3 +143,13 @@ def rotated(mp4: bytes, degrees: int) -> bytes:
     matrix = struct.pack(">9i", cos << 16, sin << 16, 0, -sin * 65536, cos << 16, 0, 0, 0, 1 << 30)
     at = mp4.index(b"tkhd") + 4 + (40 if mp4[mp4.index(b"tkhd") + 4] == 0 else 52)
     return mp4[:at] + matrix + mp4[at + 36 :]
+
+
+def slow_gif(side: int, count: int) -> bytes:
+    """A GIF of `count` frames on a canvas `side` x `side`.
+
+    Each changes one pixel, in a few bytes, and costs its decoder the whole canvas.
+    """
+    head = b"GIF89a" + struct.pack("<HH", side, side) + b"\x80\0\0\0\0\0\xff\xff\xff"
+    frame = b"!\xf9\4\0\x0a\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0"
+    return head + frame * count + b";"

@@ -111,6 +111,11 @@ class DecodePool:
             self._stopped = True
             self._end_spawner()
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it has been stopped, which is for good."""
+        return self._stopped
+
     def _running(self) -> Any:
         """The control socket of a process that lives. Holds `_lock`."""
         if self._stopped:

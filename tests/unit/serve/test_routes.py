@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import uvicorn
 from fastapi import FastAPI, Response
 from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry, generate_latest
 
 from metok_vllm.contract.admission import check_requests
+from metok_vllm.contract.refusals import FRONT_END
 from metok_vllm.contract.request_ids import key
 from metok_vllm.media import in_force
 from metok_vllm.media.children import pool as pool_module
+from metok_vllm.media.children.outcomes import RUNNING
 from metok_vllm.media.children.pool import Busy
+from metok_vllm.media.in_force import decode_pool
 from metok_vllm.media.settings import VideoSettings
 from metok_vllm.scheduler.chunking import DeferralBudget
 from metok_vllm.scheduler.counters import SchedulerCounters
-from metok_vllm.serve import metrics
+from metok_vllm.serve import metrics, routes
+from metok_vllm.serve.closing import GRACE_S
 from metok_vllm.serve.routes import MetokRoutes, path_of
 from metok_vllm.worker.counters import PruningCounters
 from metok_vllm.worker.timing import PartTimes
@@ -78,6 +84,7 @@ def app(monkeypatch: pytest.MonkeyPatch) -> FastAPI:
             get_multimodal_config=lambda: SimpleNamespace(media_io_kwargs={"video": {"timeout_s": 7}}),
         )
     )
+    app.state.server = SimpleNamespace(config=uvicorn.Config(app))
     app.state.openai_serving_models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="<b>tiny</b>")])
     return app
 
@@ -252,3 +259,33 @@ def test_ids_in_a_path_are_shortened_and_escaped(client: TestClient) -> None:
         assert answer.json()["error"]["message"].isprintable()
         assert len(answer.json()["error"]["message"]) < 400
     assert client.get("/v1/metok/reports/some/id").json()["request_id"] == "some/id"
+
+
+# --- shutdown ---
+
+
+@pytest.mark.parametrize(("set_before", "then"), [(None, GRACE_S), (60, 60)])
+def test_the_server_waits_for_its_clients_no_longer_than_this(app: FastAPI, set_before: int | None, then: int) -> None:
+    """uvicorn's own default is to wait for ever."""
+    app.state.server.config.timeout_graceful_shutdown = set_before
+    with TestClient(app):
+        assert app.state.server.config.timeout_graceful_shutdown == then
+
+
+def test_the_pools_gauges_are_stated_without_a_scrape(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several API servers, the one that is busy is rarely the one that is asked."""
+    monkeypatch.setattr(routes, "PUBLISH_S", 0.01)
+    with TestClient(app):
+        pool = decode_pool()
+        place = pool.places.ask(1)
+        for running in (1, 0):
+            end = time.monotonic() + 30
+            while stated(RUNNING) != running:
+                assert time.monotonic() < end, f"the gauge is not {running}"
+                time.sleep(0.01)
+            pool.places.give_back(place)
+
+
+def stated(name: str) -> float:
+    (value,) = (sample.value for metric in FRONT_END.collect() if metric.name == name for sample in metric.samples)
+    return value

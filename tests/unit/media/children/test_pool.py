@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import io
 import os
 import signal
 import subprocess
@@ -13,9 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
-import av
 import numpy as np
 import psutil
 import pytest
@@ -26,22 +23,9 @@ from metok_vllm.media.children.outcomes import DECODES
 from metok_vllm.media.children.pool import Busy, DecodePool
 from metok_vllm.media.decoder import decode_video
 from metok_vllm.media.settings import PoolLimits, VideoError, VideoSettings
-from tests.support.clips import clip, encode, rotated, tone
+from tests.support.clips import clip, encode, rotated, stuck, tone
 
 HOUR = VideoSettings(timeout_s=3600)
-
-
-@cache
-def stuck() -> bytes:
-    """A good video of 206 KB that keeps one call of libav busy for minutes: it compares all tags."""
-    out = io.BytesIO()
-    with av.open(out, "w", format="matroska") as file:
-        file.metadata.update({f"tag{i}": "x" for i in range(12000)})
-        stream = file.add_stream("mpeg4", rate=25)
-        stream.width = stream.height = 16
-        for frame in (av.VideoFrame(16, 16, "yuv420p"), None):
-            file.mux(stream.encode(frame))
-    return out.getvalue()
 
 
 @pytest.fixture

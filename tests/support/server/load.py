@@ -1,0 +1,163 @@
+"""Clients that are slow, deaf or gone, and what the processes of a server do meanwhile."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+
+from tests.server.test_metrics import read_metrics
+from tests.support.server.live import Server
+
+CHAT = "/v1/chat/completions"
+
+
+class Client:
+    """One request over a connection of its own, sent as slowly and read as late as the test likes."""
+
+    def __init__(self, server: Server, key: str | None = None, receive_buffer: int | None = None) -> None:
+        """
+        Args:
+            server: whom to ask.
+            key: the API key, if any.
+            receive_buffer: bytes that the kernel keeps of an answer before the server has to wait.
+        """
+        where = urlsplit(server.url)
+        self.key = key
+        self.connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=120)
+        self.connection.sock = socket.socket()
+        self.connection.sock.settimeout(120)
+        if receive_buffer is not None:
+            self.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.connection.sock.connect((where.hostname, where.port))
+
+    def announce(self, length: int) -> Client:
+        """Send the head of a request with a JSON body of `length` bytes."""
+        self.connection.putrequest("POST", CHAT)
+        self.connection.putheader("Content-Type", "application/json")
+        self.connection.putheader("Content-Length", str(length))
+        if self.key is not None:
+            self.connection.putheader("Authorization", f"Bearer {self.key}")
+        self.connection.endheaders()
+        return self
+
+    def send(self, part: bytes) -> None:
+        self.connection.send(part)
+
+    def post(self, body: dict[str, Any]) -> Client:
+        """Send a whole request, and do not wait for its answer."""
+        data = json.dumps(body).encode()
+        self.announce(len(data)).send(data)
+        return self
+
+    def answer(self) -> tuple[int, http.client.HTTPMessage, bytes]:
+        """Wait for the answer: status, headers, body."""
+        response = self.connection.getresponse()
+        return response.status, response.headers, response.read()
+
+    def read(self, size: int) -> bytes:
+        """The next bytes of what the server sends, as they come."""
+        sock: Any = self.connection.sock
+        data: bytes = sock.recv(size)
+        return data
+
+    def leave(self) -> None:
+        """Be gone, without a word."""
+        self.connection.close()
+
+
+@contextmanager
+def leaving(clients: list[Client]) -> Iterator[list[Client]]:
+    """All of them leave at the end."""
+    try:
+        yield clients
+    finally:
+        for client in clients:
+            client.leave()
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait for something that has to come, however busy the machine is."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.05)
+
+
+def family(server: Server) -> list[psutil.Process]:
+    """All processes of a server."""
+    main = psutil.Process(server.process.pid)
+    return [main, *main.children(recursive=True)]
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those of them that have not ended."""
+    return [one for one in processes if _state(one) not in (None, psutil.STATUS_ZOMBIE)]
+
+
+def _state(process: psutil.Process) -> str | None:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() if process.is_running() else None
+    return None
+
+
+def spawners(server: Server) -> list[psutil.Process]:
+    """The processes that fork decoders: one for each API server process."""
+    forks = _forks(server)
+    return [one for one in forks if one.ppid() not in {other.pid for other in forks}]
+
+
+def decoders(server: Server) -> list[psutil.Process]:
+    """Decoders at work."""
+    forks = _forks(server)
+    return [one for one in forks if one.ppid() in {other.pid for other in forks}]
+
+
+def _forks(server: Server) -> list[psutil.Process]:
+    return alive([one for one in family(server) if "metok_vllm.media.children.spawner" in _command(one)])
+
+
+def _command(process: psutil.Process) -> str:
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def memory_mib(server: Server) -> float:
+    """Memory of all processes of a server, what they share counted once (PSS)."""
+    return sum(map(_shared_fairly, family(server))) / 2**20
+
+
+def _shared_fairly(process: psutil.Process) -> float:
+    with suppress(psutil.Error):  # it has ended meanwhile
+        return float(process.memory_full_info().pss)
+    return 0
+
+
+def decoding(server: Server) -> dict[str, float]:
+    """METok's metrics about video files: `running`, `waiting`, `memory`, each outcome, and `refused busy`."""
+    metrics = read_metrics(server.get("/metrics")[1].decode())
+    figures = {
+        name: metrics[f"metok_video_{metric}"]
+        for name, metric in (
+            ("running", "decodes_running"),
+            ("waiting", "decodes_waiting"),
+            ("memory", "memory_bytes"),
+        )
+    }
+    outcomes = ("decoded", "refused", "late", "memory", "broken", "cancelled", "busy")
+    figures |= {f"was {one}": metrics[f"metok_video_decodes_total{{outcome={one}}}"] for one in outcomes}
+    return {**figures, "refused busy": metrics["metok_refused_requests_total{reason=busy}"]}
+
+
+def idle(server: Server) -> bool:
+    """Whether no video is being decoded, waits, or takes memory."""
+    figures = decoding(server)
+    return not decoders(server) and (figures["running"], figures["waiting"], figures["memory"]) == (0, 0, 0)
