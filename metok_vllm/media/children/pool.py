@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+import metok_vllm
 from metok_vllm.media.children import messages, words
 from metok_vllm.media.children.budget import Budget, BudgetFull, Grant
 from metok_vllm.media.children.child import shared_size
@@ -44,8 +45,12 @@ START_S = 60.0
 LOOK_S = 0.1
 """Seconds after which who waits for memory looks whether its child is still there."""
 
+_PACKAGES = os.path.dirname(metok_vllm.__path__[0])
+"""Where this package is. An import hook may have found it, that `python -I` does not install."""
+
 _SPAWNER_ENDED = "the process that decodes videos ended"
 _CRASHED = "The video makes its decoder crash; it is damaged, or made to do so."
+_NO_CHILDREN = "METok cannot decode videos in a child process here"
 _NO_PROCESS = "The server cannot start a process for the video now: try again later."
 
 
@@ -133,8 +138,12 @@ class DecodePool:
         if self._spawner is None or self._spawner.poll() is not None:
             self._end_spawner()
             self._control, other = messages.pair()
-            self._spawner = _started(other.fileno())
-            other.close()
+            try:
+                self._spawner = _started(other.fileno())
+            except OSError as error:
+                raise RuntimeError(f"{_NO_CHILDREN}: {error}.") from None
+            finally:
+                other.close()
             self._await_spawner()
         return self._control
 
@@ -150,7 +159,7 @@ class DecodePool:
             if self._stopped:
                 raise Busy("The server is shutting down.")
             reason = "it does not start" if ready is None else ready["broken"]
-            raise RuntimeError(f"METok cannot decode videos in a child process here: {reason}.")
+            raise RuntimeError(f"{_NO_CHILDREN}: {reason}.")
         if not ready["filtered"]:
             _logger().warning(
                 "METok: the processes that decode videos have limits, but no filter of system calls: %s.",
@@ -484,8 +493,10 @@ def _started(control: int) -> subprocess.Popen[bytes]:
     kept = {name: value for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if (value := os.environ.get(name))}
     # One malloc arena: each reserves 64 MiB of the address space that a child may have.
     env = {**kept, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    if not sys.executable:
+        raise FileNotFoundError("Python does not know its own program (sys.executable)")
     return subprocess.Popen(
-        [sys.executable, "-I", "-c", START, str(control), *map(os.path.abspath, sys.path)],
+        [sys.executable, "-I", "-c", START, str(control), *map(os.path.abspath, [*sys.path, _PACKAGES])],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         env=env,
