@@ -16,13 +16,16 @@ cache has the item's data already and sends none.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from threading import Lock
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.platforms import current_platform
 
+from metok_vllm.contract.advice import where_settings_go
+from metok_vllm.contract.beside import KEY, Beside, stated_by_client, take_back
 from metok_vllm.contract.refusals import FOREIGN_FEATURES, Reason, count_refused, no_prompt_logprobs
 
 if TYPE_CHECKING:
@@ -33,21 +36,38 @@ HOOK = "validate_request"
 
 
 class OwnRange(PlaceholderRange):
-    """Where an item stands that METok's processor has made. Among processes it travels as its base class."""
+    """Where an item stands that METok's processor has made. Among processes it travels as its base class.
+
+    Attributes:
+        beside: what the request carries to the engine beside its items; None where that is nothing.
+        handed: what of the request the engine has not been sent yet.
+    """
+
+    beside: Beside | None = None
+    handed: Handed | None = None
 
 
 class PrunedRange(OwnRange):
     """Where a video stands that METok prunes."""
 
 
-def mark(inputs: MultiModalInput, pruned: bool) -> None:
-    """Say of every item that METok's processor has made it, and of videos whether they are pruned."""
+def mark(inputs: MultiModalInput, pruned: bool, beside: Beside | None = None, handed: Handed | None = None) -> None:
+    """Say of every item that METok's processor has made it, and of videos whether they are pruned.
+
+    Args:
+        beside: what the request carries to the engine; hangs on the places, which vLLM passes on.
+        handed: the items' data, until they are sent; lives as long as the places do.
+    """
+
+    def own(one: PlaceholderRange, modality: str) -> OwnRange:
+        place = (PrunedRange if pruned and modality == "video" else OwnRange)(one.offset, one.length, one.is_embed)
+        # A frozen class of vLLM's. What is no field of it does not travel among processes.
+        object.__setattr__(place, "beside", beside)
+        object.__setattr__(place, "handed", handed)
+        return place
+
     inputs["mm_placeholders"] = {
-        modality: [
-            (PrunedRange if pruned and modality == "video" else OwnRange)(one.offset, one.length, one.is_embed)
-            for one in ranges
-        ]
-        for modality, ranges in inputs["mm_placeholders"].items()
+        modality: [own(one, modality) for one in ranges] for modality, ranges in inputs["mm_placeholders"].items()
     }
 
 
@@ -64,11 +84,63 @@ def forget_unsent(caches: Iterable[BaseMultiModalProcessorCache], inputs: Any) -
     (vllm/multimodal/cache/lru.py). The next request with that item would be sent without the data, and end
     with an error.
     """
+    _forget(caches, _names(inputs, with_data=True))
+
+
+class Handed:
+    """The data of one request's items, from where they are made until the engine is sent them.
+
+    In between the client may go away, and vLLM then drops the request without a word to its cache. When this
+    is dropped with it, unsent, the cache forgets the items.
+    """
+
+    def __init__(self, caches: Iterable[BaseMultiModalProcessorCache], names: Iterable[str]) -> None:
+        self.names = frozenset(names)
+        self._forget = finalize(self, _forget, caches, self.names)
+        self._forget.atexit = False
+
+    def sent(self) -> None:
+        """The engine is sent the request now."""
+        self.names = frozenset()
+        self._forget.detach()
+
+
+def _forget(caches: Iterable[BaseMultiModalProcessorCache], names: Iterable[str]) -> None:
+    for cache in caches:
+        for name in names:
+            cache.invalidate(name)
+
+
+class Unsent:
+    """All that has been handed out in this process and not been sent."""
+
+    def __init__(self) -> None:
+        self._all: WeakSet[Handed] = WeakSet()
+        self._lock = Lock()  # items are made in one thread, and sent in another
+
+    def hand_out(self, caches: Iterable[BaseMultiModalProcessorCache], inputs: MultiModalInput) -> Handed:
+        """Note the data in a request that has just been processed."""
+        handed = Handed(caches, _names(inputs, with_data=True))
+        with self._lock:
+            self._all.add(handed)
+        return handed
+
+    def relied_on(self, inputs: MultiModalInput) -> frozenset[str]:
+        """Items that a request comes without, and that no engine has been sent yet."""
+        missing = frozenset(_names(inputs, with_data=False))
+        if not missing:
+            return missing
+        with self._lock:
+            return missing.intersection(name for handed in self._all for name in handed.names)
+
+
+def _names(inputs: MultiModalInput, with_data: bool) -> list[str]:
+    """Names of the items that come with their data, or of those that come without."""
+    found: list[str] = []
     for modality, items in inputs["mm_kwargs"].items():
-        for item, name in zip(items, inputs["mm_hashes"][modality], strict=False):
-            if item is not None:
-                for cache in caches:
-                    cache.invalidate(name)
+        names = inputs["mm_hashes"][modality]
+        found += [name for item, name in zip(items, names, strict=False) if (item is not None) == with_data]
+    return found
 
 
 class Admission:
@@ -77,6 +149,7 @@ class Admission:
     def __init__(self, platforms_own: Callable[[Any, Any], None]) -> None:
         self._platforms_own = platforms_own
         self.caches: WeakSet[BaseMultiModalProcessorCache] = WeakSet()  # of the processors in this process
+        self.unsent = Unsent()
         self.serves_metok_alone = False  # else another model's items may pass here, made by its own processor
 
     def __call__(self, processed_inputs: EngineInput, params: Any) -> None:
@@ -90,6 +163,9 @@ class Admission:
             VLLMValidationError: one sentence; HTTP 400.
         """
         self._platforms_own(processed_inputs, params)
+        if stated_by_client(params):
+            raise _refused("setting", f"'{KEY}' in vllm_xargs is METok's own; {where_settings_go()}.")
+        take_back(params)
         if processed_inputs["type"] != "multimodal":
             return
         ranges = [one for ranges in processed_inputs["mm_placeholders"].values() for one in ranges]
@@ -98,6 +174,12 @@ class Admission:
         if asks_for_prompt_logprobs(params) and any(isinstance(one, PrunedRange) for one in ranges):
             forget_unsent(self.caches, processed_inputs)
             raise _refused("prompt_logprobs", no_prompt_logprobs())
+        for one in ranges:
+            if isinstance(one, OwnRange) and one.handed is not None:
+                one.handed.sent()
+        beside = next((one.beside for one in ranges if isinstance(one, PrunedRange)), None)
+        if beside is not None:
+            beside.put(params)
 
 
 def _refused(reason: Reason, sentence: str) -> VLLMValidationError:

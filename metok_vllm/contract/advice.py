@@ -30,6 +30,13 @@ def settings_place() -> str:
     return "mm_processor_kwargs" if requests_state_kwargs() else "additional_config"
 
 
+def where_settings_go() -> str:
+    """Where a client states METok's settings, if it may."""
+    if requests_state_kwargs():
+        return "settings go into mm_processor_kwargs"
+    return "this server's settings are its own, and no request states any"
+
+
 def all_frames() -> str:
     """How to have every frame of a list taken; the end of a sentence that tells to send fewer."""
     if requests_state_kwargs():

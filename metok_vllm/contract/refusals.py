@@ -19,12 +19,13 @@ from metok_vllm.contract.advice import switch_off
 from metok_vllm.contract.request_ids import printable
 
 Reason = Literal[
-    "setting", "embeddings", "features", "no_text", "deferral", "prompt_logprobs", "session", "video", "busy"
+    "setting", "embeddings", "features", "no_text", "deferral", "prompt_logprobs", "session", "video", "busy", "uuid"
 ]
 """Why: a setting of the request is wrong or cannot be met; its video came as embeddings; its items were made
 elsewhere, or do not fit the prompt; no text follows the last video; the prompt could never be deferred; it
 asks for log-probabilities of a pruned prompt; its input goes on streaming; the video itself is broken or too
-large; there is no room for it now (`metok_vllm/media`)."""
+large; there is no room for it now (`metok_vllm/media`);
+it is named by a `uuid` alone and is not there."""
 
 REASONS: tuple[Reason, ...] = get_args(Reason)
 REFUSED_BY_SCHEDULER: tuple[Reason, ...] = ("features", "prompt_logprobs", "session")

@@ -1,8 +1,9 @@
 """Front end of a METok model: settings, the question, exact placeholder counts. Shared by all model families.
 
-`MetokProcessing` goes in front of a model's own multimodal processor. Whatever decides a video's tokens
-(settings, question, aligner) is put under `videos_kwargs`, so that it is part of the video's hash and of no
-other item's.
+`MetokProcessing` goes in front of a model's own multimodal processor. Whatever decides how many tokens a
+video has (settings, aligner) is put under `videos_kwargs`, so that it is part of the video's hash and of no
+other item's. The question decides which tokens those are. It goes beside the items (`contract/beside.py`), so
+that a video keeps its name whatever is asked about it.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from vllm.multimodal.processing import (
 from metok_vllm.compression.pooling import PoolMode
 from metok_vllm.contract.admission import check_requests, forget_unsent, mark
 from metok_vllm.contract.advice import fewer_frames
+from metok_vllm.contract.beside import Beside
 from metok_vllm.contract.budgets import bytes_per_token, deferral_limit
-from metok_vllm.contract.fields import PIXELS_FIELD, PLAN_FIELD, QUESTION_FIELD, WINDOWS_FIELD
+from metok_vllm.contract.fields import PIXELS_FIELD, PLAN_FIELD
 from metok_vllm.contract.refusals import refusal, refusing
 from metok_vllm.contract.server_choices import ServerChoices, server_choices
 from metok_vllm.contract.settings import RequestSettings, resolve_request
@@ -127,36 +129,98 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
                 "setting", f"METok (mm_processor_kwargs): a request may state 'metok' alone, not {others:.80}."
             )
         videos = inputs.mm_data_items.get("video")
+        aligner, question = "none", ""
         if videos is not None and len(videos):
             if isinstance(videos, VideoEmbeddingItems):
                 raise refusal(
                     "embeddings", "METok: precomputed video embeddings are not supported; send the video itself."
                 )
-            kwargs[SCOPE] = {KEY: self._hashed(settings, inputs.prompt)}
+            if settings is not None:
+                aligner = self._aligner(settings)
+                if aligner != "none":  # what it does not read need not tell results apart
+                    question = settings.query if settings.query is not None else self._question(inputs.prompt)
+            kwargs[SCOPE] = {KEY: self._hashed(settings, aligner)}
         self._check_places(inputs)
-        result = super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
-        if inputs.cache is not None:
-            self._admission.caches.add(inputs.cache)
-        if not isinstance(stated, _Dummy):
-            try:
-                self._check_prompt(result, is_pruned=settings is not None)
-            except ValueError:
-                forget_unsent(self._admission.caches, result)
-                raise
-        mark(result, pruned=settings is not None)
+        result = self._made(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
+        if isinstance(stated, _Dummy):
+            return result
+        try:
+            self._check_prompt(result, is_pruned=settings is not None)
+        except ValueError:
+            forget_unsent(self._admission.caches, result)
+            raise
+        length = len(result["prompt_token_ids"])
+        if length >= self.info.ctx.model_config.max_model_len:
+            forget_unsent(self._admission.caches, result)  # vLLM refuses it by itself, and later
+        handed = self._admission.unsent.hand_out(self._admission.caches, result)
+        beside = None if settings is None else self._beside(length, aligner, question)
+        mark(result, settings is not None, beside, handed)
         return result
 
-    def _hashed(self, settings: RequestSettings | None, prompt: Sequence[int]) -> dict[str, object]:
-        """All that decides what becomes of the request's videos, as plain data."""
-        if settings is None:
-            return {"off": True}
+    def _made(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
+        """The request's items, each with its data unless the engine has been sent that."""
+        if inputs.cache is not None:
+            self._admission.caches.add(inputs.cache)
+        self._check_named(inputs)
+        result = super().apply(inputs, timing_ctx)
+        relied_on = self._admission.unsent.relied_on(result)
+        if not relied_on:
+            return result
+        # Another request has their data, and may be dropped or come later than this one: make them again.
+        forget_unsent(self._admission.caches, result)
+        for name in relied_on:
+            for cache in self._admission.caches:
+                cache.invalidate(name)
+        self._check_named(inputs)
+        return super().apply(inputs, timing_ctx)
+
+    def _check_named(self, inputs: ProcessorInputs) -> None:
+        """Refuse an item that is named by a `uuid` alone where its data is not there."""
+        missing = {
+            modality: [i for i in range(len(items)) if items.get(i) is None]
+            for modality, items in inputs.mm_data_items.items()
+        }
+        if not any(missing.values()):
+            return
+        if inputs.cache is None:
+            raise refusal(
+                "uuid",
+                "METok: this server keeps no images and videos (--mm-processor-cache-gb 0), so a uuid alone names "
+                "nothing; send the data with it.",
+            )
+        hashes = self._get_mm_hashes(inputs)
+        for modality, indices in missing.items():
+            for i in indices:
+                if not inputs.cache.is_cached_item(hashes[modality][i]):
+                    uuid: Any = (inputs.mm_uuid_items or {})[modality][i]
+                    settings = " with these settings" if modality == "video" else ""
+                    raise refusal(
+                        "uuid",
+                        f"METok: this server has no {modality} of uuid {str(uuid)!r:.80}{settings}, or has it no "
+                        "longer; send the data with it once more.",
+                    )
+
+    def _aligner(self, settings: RequestSettings) -> str:
         aligner = self._server.aligner if settings.aligner == "auto" else settings.aligner
         if aligner == "dual-tower" and self._server.tower is None:
             raise refusal("setting", "METok (mm_processor_kwargs): this server has no dual tower; use another aligner.")
-        query = settings.query if settings.query is not None else self._question(prompt)
-        if aligner == "none":
-            query = ""  # the result does not depend on it, so neither need the cache
-        return {**settings.model_dump(mode="json"), "aligner": aligner, "query": query}
+        return aligner
+
+    def _hashed(self, settings: RequestSettings | None, aligner: str) -> dict[str, object]:
+        """All that decides what is made of the request's videos in this process, as plain data."""
+        if settings is None:
+            return {"off": True}
+        return {**settings.model_dump(mode="json", exclude={"query"}), "aligner": aligner}
+
+    def _beside(self, prompt_tokens: int, aligner: str, question: str) -> Beside:
+        # The aligner "embedding" reads the ids; so does the status page, where the operator lets it show
+        # questions.
+        needed = aligner == "embedding" or self._server.settings.status_shows_questions
+        ids = self.info.get_tokenizer().encode(question, add_special_tokens=False) if needed else []
+        windows = None
+        if aligner == "dual-tower":
+            windows = tuple(map(tuple, self._aligner_processor.windows(question).tolist()))
+        return Beside(prompt_tokens, tuple(ids), windows)
 
     def _question(self, prompt: Sequence[int]) -> str:
         text = self.info.get_tokenizer().decode(list(prompt), skip_special_tokens=False)
@@ -253,16 +317,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
                 for frames in counts
             ]
         fields: dict[str, Any] = {PLAN_FIELD: torch.stack([plan.to_tensor() for plan in plans])}
-        query = "" if settings is None else settings.query or ""
-        # The aligner "embedding" reads the ids; so does the status page, where the operator lets it show
-        # questions.
-        needed = aligner == "embedding" or self._server.settings.status_shows_questions
-        ids = self.info.get_tokenizer().encode(query, add_special_tokens=False) if needed else []
-        question = torch.tensor([len(ids), *ids], dtype=torch.int64)
-        fields[QUESTION_FIELD] = question.expand(len(videos), -1).contiguous()
         if aligner == "dual-tower":
-            windows = self._aligner_processor.windows(query)
-            fields[WINDOWS_FIELD] = windows.expand(len(videos), -1, -1).contiguous()
             dtype: Any = self.info.ctx.model_config.dtype
             pixels = (self._aligner_processor.pixels(videos.get(i), dtype) for i in range(len(videos)))
             fields[PIXELS_FIELD] = list(pixels)
@@ -275,8 +330,6 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         return {
             **stock,
             PLAN_FIELD: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
-            QUESTION_FIELD: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
-            WINDOWS_FIELD: MultiModalFieldConfig.batched("video"),
             PIXELS_FIELD: MultiModalFieldConfig.batched("video"),
         }
 

@@ -14,11 +14,13 @@ from __future__ import annotations
 import asyncio
 import binascii
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, fields
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import aiohttp
 import requests
@@ -31,6 +33,7 @@ from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
 from metok_vllm.contract.advice import all_frames
 from metok_vllm.contract.refusals import count_refused, refusing
+from metok_vllm.contract.request_ids import printable
 
 from .data_urls import DataUrlError, decoded, not_base64, padded, read_data_url
 from .in_force import chosen_loader, decode_pool
@@ -92,6 +95,17 @@ class MetokMediaConnector(MediaConnector):
                 count_refused("video")
             raise not_base64(data) from None
 
+    def _load_file_url(self, url_spec: Any, media_io: Any) -> Any:
+        """As vLLM's, which takes names for UTF-8 and so does not find all others."""
+        path = os.fsdecode(unquote_to_bytes(f"{url_spec.netloc or ''}{url_spec.path or ''}"))
+        named = url_spec._replace(host=None, port=None, path=path.replace("%", "%25"))
+        try:
+            return super()._load_file_url(named, media_io)
+        except ValueError as error:
+            if str(error).isprintable():
+                raise
+            raise VLLMValidationError(printable(str(error))) from None  # it quotes the name
+
     def _load_jpeg_frames(self, media_io: Any, media_type: str, data: str) -> Any:
         """A list of frames, which vLLM decodes in this process: within the same budget as those of a file."""
         with request_errors():
@@ -151,7 +165,8 @@ async def decoded_video(media_io: VideoMediaIO, data: bytes) -> Any:
     loaded = await MetokVideoLoader.load_bytes_async(data, num_frames=media_io.num_frames, **media_io.kwargs)
     ready: Any = copy(media_io)
     ready.video_loader = Loaded(loaded)
-    return ready.load_bytes(data)
+    # In a thread, since vLLM 0.33 may let it wait for the request's other media.
+    return await asyncio.to_thread(ready.load_bytes, data)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.outputs import RequestError
 
 from metok_vllm.contract.admission import asks_for_prompt_logprobs
+from metok_vllm.contract.beside import put_together
 from metok_vllm.contract.budgets import bytes_per_token, deferral_limit, ending_limit
 from metok_vllm.contract.refusals import NO_SESSIONS, no_prompt_logprobs
 from metok_vllm.contract.request_ids import shown
@@ -62,6 +63,7 @@ class MetokScheduler(QueueOrderScheduler):
 
         Nothing that a request holds makes this raise: that would end the engine.
         """
+        put_together(request)
         try:
             spans = pruned_spans(request.mm_features, request.num_prompt_tokens)
         except UnusableItem as error:

@@ -10,6 +10,7 @@ It can go when vLLM sets `timeout_graceful_shutdown` itself.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 GRACE_S = 3
@@ -24,3 +25,26 @@ def bound_shutdown(config: Any) -> None:
     """
     if config.timeout_graceful_shutdown is None:
         config.timeout_graceful_shutdown = GRACE_S
+
+
+async def run_until_shutdown(app: Any, scope: Any, receive: Any, send: Any, last: Any) -> None:
+    """Run an ASGI app for one request; where shutdown cancels it, end without a trace in the log.
+
+    uvicorn cancels requests at shutdown alone. It would log a trace for each and answer 500.
+
+    Args:
+        app: the ASGI app, with its `scope`, `receive` and `send`.
+        last: what to answer then, itself an ASGI app. Left out where an answer has begun.
+    """
+    begun = False
+
+    async def sending(message: Any) -> None:
+        nonlocal begun
+        begun = True
+        await send(message)
+
+    try:
+        await app(scope, receive, sending)
+    except asyncio.CancelledError:
+        if not begun:
+            await last(scope, receive, send)

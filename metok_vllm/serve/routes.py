@@ -26,7 +26,7 @@ from metok_vllm.contract.server_choices import server_choices
 from metok_vllm.log import metok_logger
 from metok_vllm.media.in_force import decode_pool, set_in_force
 from metok_vllm.serve import metrics
-from metok_vllm.serve.closing import bound_shutdown
+from metok_vllm.serve.closing import bound_shutdown, run_until_shutdown
 from metok_vllm.serve.figures import Latest, ask_workers, engine_figures, recent_requests
 from metok_vllm.serve.status import status, status_page
 
@@ -59,7 +59,8 @@ class MetokRoutes:
             await self._figures.refresh()
             await (self._metrics or self.app)(scope, receive, send)
         elif scope["type"] == "http":
-            await self.app(scope, receive, retry_after(send))
+            last = error(503, "The server is shutting down.", "ServiceUnavailableError")
+            await run_until_shutdown(self.app, scope, receive, retry_after(send), last)
         else:
             await self.app(scope, receive, send)
 

@@ -20,13 +20,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import openai
-import psutil
 
 from tests.support.oracle import assert_same
 from tests.support.oracle.samples import Sample, scene_video
 from tests.support.server.asking import ask, assert_drained, oracle, result
 from tests.support.server.clips import mp4
 from tests.support.server.live import Server
+from tests.support.server.load import decoders, family
 
 REQUESTS = int(os.environ.get("METOK_SOAK_REQUESTS", "40"))
 AT_ONCE = 4
@@ -34,10 +34,13 @@ GROWTH_MIB = 48
 
 
 def resident_mib(server: Server) -> dict[str, float]:
-    """Memory that each process of the server holds for itself, by the process's name."""
-    main = psutil.Process(server.process.pid)
-    processes = [main, *main.children(recursive=True)]
-    return {f"{one.name()} {one.pid}": one.memory_full_info().uss / 2**20 for one in processes}
+    """Memory that each process of the server holds for itself, by the process's name.
+
+    Without decoders: each lives for one video, and that of a request just dropped may be about to end.
+    """
+    passing = {one.pid for one in decoders(server)}
+    lasting = [one for one in family(server) if one.pid not in passing]
+    return {f"{one.name()} {one.pid}": one.memory_full_info().uss / 2**20 for one in lasting}
 
 
 def growth_of(readings: list[dict[str, float]]) -> dict[str, float]:

@@ -161,9 +161,14 @@ def test_the_judge_finds_an_outcome_that_differs_but_not_where_the_time_limit_st
     assert judged(replace(GOOD, said="late", seconds=SETTINGS.timeout_s)) is None
 
 
-def test_the_judge_takes_a_case_for_slow_that_is_slow_again() -> None:
+def test_the_judge_takes_a_case_for_slow_that_is_slow_each_time() -> None:
     slow = replace(GOOD, seconds=SETTINGS.timeout_s + 2)
-    for outcomes, wrong in (((slow, slow), "slow"), ((slow, GOOD, GOOD), "None")):
+    for outcomes, wrong in (
+        ((slow, slow, slow), "slow"),
+        ((slow, slow, GOOD, GOOD), "None"),
+        ((GOOD, slow, GOOD), "None"),
+        ((GOOD, slow, slow, slow), "slow"),
+    ):
         answers = iter(outcomes)
         assert str(verdict(parse("mp4:"), lambda data, answers=answers: next(answers))[1]).startswith(wrong)
 

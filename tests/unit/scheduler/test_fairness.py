@@ -53,7 +53,7 @@ class Watch:
 
 
 def crowd(run: Run, small: Prompt, giants: int, steps: int) -> tuple[Watch, list[str], list[str]]:
-    """A small prompt before every other step, and `giants` after the twentieth; the giants, and the others."""
+    """A small prompt before every other step, `giants` after the twentieth; the giants, and the others."""
     watch, names, others = Watch(run), [], []
     for step in range(steps):
         if step == 20:

@@ -283,6 +283,34 @@ def test_the_server_waits_for_its_clients_no_longer_than_this(app: FastAPI, set_
         assert app.state.server.config.timeout_graceful_shutdown == then
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_request_that_shutdown_cancels_is_told_so(begun: bool) -> None:
+    sent: list[Any] = []
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(3600)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def run() -> None:
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+        task = asyncio.create_task(MetokRoutes(inner)(scope, None, send))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await task  # raises nothing, so there is nothing to log
+
+    asyncio.run(run())
+    if begun:
+        assert [message["status"] for message in sent] == [200], "no second answer"
+    else:
+        assert sent[0]["status"] == 503
+        assert b"retry-after" in dict(sent[0]["headers"])
+        assert "The server is shutting down." in sent[1]["body"].decode()
+
+
 def test_the_pools_gauges_are_stated_without_a_scrape(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
     """With several API servers, the one that is busy is rarely the one that is asked."""
     monkeypatch.setattr(routes, "PUBLISH_S", 0.01)
