@@ -23,11 +23,11 @@ from concurrent.futures import TimeoutError as FutureTimeout  # its own in Pytho
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import metok_vllm
 from metok_vllm.media.children import messages, words
 from metok_vllm.media.children.budget import Budget, BudgetFull, Grant
 from metok_vllm.media.children.child import shared_size
@@ -45,7 +45,7 @@ START_S = 60.0
 LOOK_S = 0.1
 """Seconds after which who waits for memory looks whether its child is still there."""
 
-_PACKAGES = os.path.dirname(metok_vllm.__path__[0])
+_PACKAGES = str(Path(__file__).parents[3])
 """Where this package is. An import hook may have found it, that `python -I` does not install."""
 
 _SPAWNER_ENDED = "the process that decodes videos ended"
