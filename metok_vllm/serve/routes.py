@@ -23,11 +23,14 @@ from metok_vllm.contract import request_ids
 from metok_vllm.contract.admission import check_requests
 from metok_vllm.contract.advice import with_report
 from metok_vllm.contract.server_choices import server_choices
+from metok_vllm.log import metok_logger
 from metok_vllm.media.in_force import decode_pool, set_in_force
 from metok_vllm.serve import metrics
 from metok_vllm.serve.closing import bound_shutdown, run_until_shutdown
 from metok_vllm.serve.figures import Latest, ask_workers, engine_figures, recent_requests
 from metok_vllm.serve.status import status, status_page
+
+logger = metok_logger(__name__)
 
 PUBLISH_S = 1.0
 """Seconds between two statements of the pool's gauges.
@@ -65,7 +68,11 @@ class MetokRoutes:
         """The server's life: from its start, through all requests, to its shutdown."""
         try:
             self._started(scope["app"])
-        except RuntimeError as error:
+        except Exception as error:
+            # Raised, it would let the server start without METok's part.
+            self._shut_down()
+            if not isinstance(error, RuntimeError | ValueError):
+                logger.exception("METok's part of the server does not start.")
             await receive()
             await send({"type": "lifespan.startup.failed", "message": f"vllm: error: {error}"})
             return

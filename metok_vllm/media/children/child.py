@@ -85,7 +85,9 @@ class PoolMemory:
             os._exit(0)  # whoever wanted the frames has gone
 
 
-def decode_one(talk: socket.socket, file: int, frames_file: int, job: dict[str, Any], *, filtered: bool) -> NoReturn:
+def decode_one(
+    talk: socket.socket, file: int, frames_file: int, job: dict[str, Any], parent: int, *, filtered: bool
+) -> NoReturn:
     """Decode the video in `file`, tell the server over `talk` what came of it, and end this process.
 
     Args:
@@ -93,10 +95,11 @@ def decode_one(talk: socket.socket, file: int, frames_file: int, job: dict[str, 
         file: descriptor of the whole video file, in memory.
         frames_file: descriptor of an empty file in memory; the frames go there.
         job: ``settings``, and ``most_memory``: bytes that this process may ever have beside its own.
+        parent: the process that forked this one, with which it ends.
         filtered: whether system calls are filtered.
     """
     status = os.open("/proc/self/status", os.O_RDONLY)
-    leave_with_parent()
+    leave_with_parent(parent)
     settings = VideoSettings(**job["settings"])
     size = os.fstat(file).st_size
     own = _memory(status, "VmSize") + size + 2 * (settings.threads + 2) * _THREAD

@@ -24,7 +24,7 @@ import struct
 from contextlib import suppress
 from pathlib import Path
 
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 1, 38, 22, 2
+_PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 1, 15, 38, 22, 2
 _CLONE_THREAD = 0x10000
 
 # Audit architecture (linux/audit.h), and the numbers of the calls that are allowed.
@@ -34,9 +34,9 @@ _X86_64 = (
         **{"read": 0, "write": 1, "close": 3, "fstat": 5, "poll": 7, "lseek": 8, "mmap": 9, "mprotect": 10},
         **{"munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "pread64": 17},
         **{"readv": 19, "writev": 20, "sched_yield": 24, "mremap": 25, "madvise": 28, "nanosleep": 35, "getpid": 39},
-        **{"sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "clone": 56, "exit": 60, "gettimeofday": 96},
+        **{"sendto": 44, "recvfrom": 45, "clone": 56, "exit": 60, "gettimeofday": 96},
         **{"getrusage": 98, "times": 100, "sigaltstack": 131, "prctl": 157, "gettid": 186, "futex": 202},
-        **{"sched_setaffinity": 203, "sched_getaffinity": 204, "restart_syscall": 219, "clock_gettime": 228},
+        **{"sched_getaffinity": 204, "restart_syscall": 219, "clock_gettime": 228},
         **{"clock_nanosleep": 230, "exit_group": 231, "tgkill": 234, "ppoll": 271, "set_robust_list": 273},
         **{"prlimit64": 302, "getrandom": 318, "rseq": 334, "clone3": 435},
     },
@@ -46,11 +46,11 @@ _AARCH64 = (
     {
         **{"close": 57, "lseek": 62, "read": 63, "write": 64, "readv": 65, "writev": 66, "pread64": 67, "ppoll": 73},
         **{"fstat": 80, "exit": 93, "exit_group": 94, "futex": 98, "set_robust_list": 99, "nanosleep": 101},
-        **{"clock_gettime": 113, "clock_nanosleep": 115, "sched_setaffinity": 122, "sched_getaffinity": 123},
+        **{"clock_gettime": 113, "clock_nanosleep": 115, "sched_getaffinity": 123},
         **{"sched_yield": 124, "restart_syscall": 128, "tgkill": 131, "sigaltstack": 132, "rt_sigaction": 134},
         **{"rt_sigprocmask": 135, "rt_sigreturn": 139, "times": 153, "getrusage": 165, "prctl": 167},
-        **{"gettimeofday": 169, "getpid": 172, "gettid": 178, "sendto": 206, "recvfrom": 207, "sendmsg": 211},
-        **{"recvmsg": 212, "brk": 214, "munmap": 215, "mremap": 216, "clone": 220, "mmap": 222, "mprotect": 226},
+        **{"gettimeofday": 169, "getpid": 172, "gettid": 178, "sendto": 206, "recvfrom": 207},
+        **{"brk": 214, "munmap": 215, "mremap": 216, "clone": 220, "mmap": 222, "mprotect": 226},
         **{"madvise": 233, "prlimit64": 261, "getrandom": 278, "rseq": 293, "clone3": 435},
     },
 )
@@ -67,9 +67,11 @@ def has_filter() -> bool:
     return platform.machine() in _MACHINES
 
 
-def leave_with_parent() -> None:
-    """Be killed when the parent ends, and before any other process where the machine runs out of memory."""
+def leave_with_parent(parent: int) -> None:
+    """Be killed when `parent` ends, and before any other process where the machine runs out of memory."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
     with suppress(OSError):  # where it may not be written, the kernel's own choice holds
         Path("/proc/self/oom_score_adj").write_text("1000")
 
@@ -124,6 +126,8 @@ def _program(pid: int, architecture: int, calls: dict[str, int]) -> list[bytes]:
         "clone3": [unknown],
         # Signals and limits for this process alone.
         "tgkill": [_do(_LOAD, _ARGUMENTS), _do(_EQUAL, pid, 0, 1), allow, fail],
+        # Names for threads. Not its end with its parent.
+        "prctl": [_do(_LOAD, _ARGUMENTS), _do(_EQUAL, _PR_SET_NAME, 0, 1), allow, fail],
         "prlimit64": [_do(_LOAD, _ARGUMENTS), _do(_EQUAL, 0, 0, 1), allow, fail],
     }
     for name, number in calls.items():

@@ -15,20 +15,22 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout  # its own in Python 3.10
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from metok_vllm.media.children import messages
+from metok_vllm.media.children import messages, words
 from metok_vllm.media.children.budget import Budget, BudgetFull, Grant
-from metok_vllm.media.children.child import ABOUT, shared_size
+from metok_vllm.media.children.child import shared_size
 from metok_vllm.media.children.outcomes import Outcome, publish
 from metok_vllm.media.children.spawner import START
 from metok_vllm.media.decoder import DecodedVideo
@@ -40,7 +42,16 @@ PATIENCE_S = 3.0
 START_S = 60.0
 """Seconds that the process may take to start, on a machine that is very busy."""
 
+LOOK_S = 0.1
+"""Seconds after which who waits for memory looks whether its child is still there."""
+
+_PACKAGES = str(Path(__file__).parents[3])
+"""Where this package is. An import hook may have found it, that `python -I` does not install."""
+
 _SPAWNER_ENDED = "the process that decodes videos ended"
+_CRASHED = "The video makes its decoder crash; it is damaged, or made to do so."
+_NO_CHILDREN = "METok cannot decode videos in a child process here"
+_NO_PROCESS = "The server cannot start a process for the video now: try again later."
 
 
 class Busy(Exception):
@@ -75,6 +86,8 @@ class _Job:
     """Bytes of `memory` that are the frames'."""
     room: int = 0
     """Bytes of frames that there is room for in the shared file."""
+    count: int = 0
+    """How many frames' numbers there is room for behind them."""
     cancelled: bool = False
 
 
@@ -107,8 +120,10 @@ class DecodePool:
 
     def stop(self) -> None:
         """End it and all children; whoever waits for a video gets an error. For the server's shutdown."""
+        self._stopped = True
+        if (spawner := self._spawner) is not None:
+            spawner.kill()  # whoever holds the lock may be waiting for it
         with self._lock:
-            self._stopped = True
             self._end_spawner()
 
     @property
@@ -123,8 +138,12 @@ class DecodePool:
         if self._spawner is None or self._spawner.poll() is not None:
             self._end_spawner()
             self._control, other = messages.pair()
-            self._spawner = _started(other.fileno())
-            other.close()
+            try:
+                self._spawner = _started(other.fileno())
+            except OSError as error:
+                raise RuntimeError(f"{_NO_CHILDREN}: {error}.") from None
+            finally:
+                other.close()
             self._await_spawner()
         return self._control
 
@@ -137,14 +156,16 @@ class DecodePool:
             ready = None
         if ready is None or ready["broken"] is not None:
             self._end_spawner()
+            if self._stopped:
+                raise Busy("The server is shutting down.")
             reason = "it does not start" if ready is None else ready["broken"]
-            raise RuntimeError(f"METok cannot decode videos in a child process here: {reason}.")
+            raise RuntimeError(f"{_NO_CHILDREN}: {reason}.")
         if not ready["filtered"]:
             _logger().warning(
                 "METok: the processes that decode videos have limits, but no filter of system calls: %s.",
                 ready["unfiltered"],
             )
-        self._control.settimeout(None)
+        self._control.settimeout(PATIENCE_S)  # so nobody hangs where it hangs
 
     def _end_spawner(self) -> None:
         if self._control is not None:
@@ -177,6 +198,11 @@ class DecodePool:
         try:
             await asyncio.wrap_future(place.ready)
             done = _in_thread(lambda: self._decode(job), lambda: self.places.give_back(place))
+        except RuntimeError as error:
+            self.places.give_back(place)
+            Outcome.BUSY.count()
+            _logger().error("METok: there is no thread for a video: %s", error)
+            raise Busy(_NO_PROCESS) from None
         except BaseException:
             self.places.give_back(place)
             raise
@@ -184,7 +210,9 @@ class DecodePool:
             return await asyncio.wrap_future(done)
         except asyncio.CancelledError:
             job.cancelled = True
-            self._order(job, "kill")
+            # Another spawner may be starting just now, for which the event loop must not wait.
+            with suppress(RuntimeError):  # no thread to be had: the job goes on, and nobody takes its video
+                threading.Thread(target=self._order, args=(job, "kill"), daemon=True).start()
             raise
 
     def hold(self, size: int, seconds: float) -> Grant:
@@ -195,7 +223,7 @@ class DecodePool:
             Busy: there was none in time.
         """
         grant = self._reserved(size)
-        self._await_room(grant, seconds)
+        self._await_room(grant, seconds, lambda: False)
         return grant
 
     def give_back_with(self, grant: Grant, frames: Any) -> None:
@@ -233,6 +261,10 @@ class DecodePool:
         except Busy:
             outcome = Outcome.BUSY
             raise
+        except OSError as error:  # files, memory or processes have run out
+            outcome = Outcome.BUSY
+            _logger().error("METok: a video was not decoded: %s", error)
+            raise Busy(_NO_PROCESS) from None
         finally:
             (Outcome.CANCELLED if job.cancelled else outcome).count()
             self.publish()
@@ -240,33 +272,51 @@ class DecodePool:
     def _attempt(self, job: _Job) -> DecodedVideo:
         """Hand `job` to a fresh child and answer what it asks for, until it ends."""
         self.publish()
-        file = _memory_file(job.data)
-        frames_file = os.memfd_create("frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        job.talk, other = messages.pair()
-        job.talk.settimeout(job.settings.timeout_s + PATIENCE_S)
-        try:
-            self._send(job, other, file, frames_file)
-            while (message := messages.receive(job.talk)) is not None:
-                if "reserve" in message:
-                    self._reserve(job, message["reserve"])
-                elif "frames" in message:
-                    self._make_room(job, frames_file, int(message["frames"]), int(message["count"]))
-                elif "video" in message:
-                    return self._taken(job, frames_file, message["video"], message["shape"])
-                else:
-                    raise _why(message, job.settings)
+        with ExitStack() as at_end:
+            file, frames_file = _memory_file("video", at_end), _memory_file("frames", at_end)
+            _fill(file, job.data)
+            job.talk, other = messages.pair()
+            job.talk.settimeout(job.settings.timeout_s + PATIENCE_S)
+            at_end.callback(self._let_go, job)
+            try:
+                self._send(job, other, file, frames_file)
+                return self._answered(job, frames_file)
+            except messages.Garbled as error:
+                _logger().warning("METok: the decoder of a video is out of its mind (%s).", error)
+                raise _Ended(Outcome.BROKEN, _CRASHED) from None
+            except TimeoutError:
+                raise _SpawnerEnded(_SPAWNER_ENDED) from None
+
+    def _answered(self, job: _Job, frames_file: int) -> DecodedVideo:
+        """Answer the child until its last word, or the spawner's on how it ended."""
+        for _ in range(words.MOST_WORDS):
+            message = messages.receive(job.talk)
+            if message is None:
+                raise _silent(job)
+            if "reserve" in message:
+                self._reserve(job, message["reserve"])
+            elif "frames" in message:
+                self._make_room(job, frames_file, *words.room(message, job.settings))
+            elif "video" in message:
+                return self._taken(job, frames_file, message)
+            else:
+                raise _why(message, job.settings)
+            with suppress(BrokenPipeError):  # it has died meanwhile; the next message says how
                 messages.send(job.talk, {})
-            raise _SpawnerEnded(_SPAWNER_ENDED)
-        except (TimeoutError, BrokenPipeError):
-            raise _SpawnerEnded(_SPAWNER_ENDED) from None
-        finally:
-            self._order(job, "kill")
-            job.talk.close()
-            os.close(file)
-            os.close(frames_file)
-            if job.memory is not None:
-                self.memory.give_back(job.memory)
-                job.memory = None
+        raise messages.Garbled("it talks without end")
+
+    def _await_end(self, job: _Job) -> bool:
+        """End the child, which until then fills memory and may change its frames; whether it has ended."""
+        self._order(job, "kill")
+        return messages.ended(job.talk, PATIENCE_S)
+
+    def _let_go(self, job: _Job) -> None:
+        """Nothing of this attempt is left; its memory is free when its child does not use it any more."""
+        self._await_end(job)
+        job.talk.close()
+        if job.memory is not None:
+            self.memory.give_back(job.memory)
+            job.memory = None
 
     def _send(self, job: _Job, other: Any, file: int, frames_file: int) -> None:
         job.number = next(self._numbers)
@@ -278,7 +328,11 @@ class DecodePool:
         with other, self._lock:
             if job.cancelled:
                 raise _Ended(Outcome.CANCELLED, "The client has gone.")
-            control, job.spawner = self._running(), self._spawner
+            try:
+                control, job.spawner = self._running(), self._spawner
+            except RuntimeError as error:
+                _logger().error("%s", error)
+                raise Busy(_NO_PROCESS) from None
             try:
                 messages.send(control, stated, (file, frames_file, other.fileno()))
             except OSError:
@@ -299,23 +353,29 @@ class DecodePool:
 
     # --- its memory ---
 
-    def _reserve(self, job: _Job, asked: dict[str, int]) -> None:
+    def _reserve(self, job: _Job, asked: object) -> None:
         """Wait until there is room for the job's frames and its decoder; its clock stands still meanwhile."""
-        job.frames_bytes = int(asked["frames"])
-        job.memory = self._reserved(job.frames_bytes + int(asked["working"]))
+        if job.memory is not None:
+            raise messages.Garbled("it asks for memory twice")
+        job.frames_bytes, working = words.reserved(asked)
+        job.memory = self._reserved(job.frames_bytes + working)
         if not job.memory.ready.done():
             self._order(job, "pause")
-            self._await_room(job.memory, job.settings.timeout_s)
+            self._await_room(job.memory, job.settings.timeout_s, lambda: messages.ended(job.talk))
             self._order(job, "resume")
 
-    def _await_room(self, grant: Grant, seconds: float) -> None:
-        try:
-            grant.ready.result(seconds)
-        except FutureTimeout:
-            self.memory.give_back(grant)
-            raise Busy(
-                f"The server has no room for {grant.amount >> 20} MiB more of decoded video now: try again later."
-            ) from None
+    def _await_room(self, grant: Grant, seconds: float, gone: Callable[[], bool]) -> None:
+        """Wait, at most `seconds`; not for one that is `gone`, because others wait behind it."""
+        end = time.monotonic() + seconds
+        while (rest := end - time.monotonic()) > 0:
+            with suppress(FutureTimeout):
+                grant.ready.result(min(LOOK_S, rest))
+                return
+            if gone():
+                self.memory.give_back(grant)
+                return
+        self.memory.give_back(grant)
+        raise Busy(f"The server has no room for {grant.amount >> 20} MiB more of decoded video now: try again later.")
 
     def _reserved(self, size: int) -> Grant:
         self._check_possible(size)
@@ -330,7 +390,8 @@ class DecodePool:
 
     def _make_room(self, job: _Job, frames_file: int, size: int, frames: int) -> None:
         """Make the shared file as large as the frames turned out to be."""
-        assert job.memory is not None
+        if job.memory is None or not job.memory.held:
+            raise messages.Garbled("it wants room before memory")
         more = size - job.frames_bytes
         if more > 0:  # the file's header had said less
             self._check_possible(job.memory.amount + more)
@@ -339,46 +400,66 @@ class DecodePool:
                     "The server has no room now for frames larger than the video's header tells: try again later."
                 )
             job.frames_bytes = size
-        job.room = size
+        job.room, job.count = size, frames
         os.ftruncate(frames_file, shared_size(size, frames))
 
-    def _taken(self, job: _Job, frames_file: int, about: dict[str, Any], shape: list[int]) -> DecodedVideo:
+    def _taken(self, job: _Job, frames_file: int, message: dict[str, Any]) -> DecodedVideo:
         """The frames, in the memory that the child wrote; their share is given back when nobody uses them."""
-        assert job.memory is not None
-        # Shrunk by a child that has gone mad, the file would end this process at the next access.
-        fcntl.fcntl(frames_file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        shape, about = words.shape(message.get("shape"), job.room, job.count), words.about(message["video"])
+        if not self._await_end(job):  # it could still change them, after they have been looked at
+            raise _SpawnerEnded(_SPAWNER_ENDED)
+        # Too small, it would end this process at an access.
+        if os.fstat(frames_file).st_size != shared_size(job.room, job.count):
+            raise messages.Garbled("its frames have another size")
         shared = mmap.mmap(frames_file, 0)
         frames = np.frombuffer(shared, np.uint8, math.prod(shape)).reshape(shape)
-        indices = np.frombuffer(shared, np.int64, shape[0], shared_size(job.room, 0)).tolist()
+        numbers = np.frombuffer(shared, np.int64, shape[0], shared_size(job.room, 0))
+        video = DecodedVideo(frames=frames, indices=words.indices(numbers, about["total_frames"]), **about)
+        assert job.memory is not None  # there is room, so there is memory
         memory, job.memory = job.memory, None
         self.memory.reduce(memory, job.frames_bytes)
         self.give_back_with(memory, shared)
-        return DecodedVideo(frames=frames, indices=indices, **{name: about[name] for name in ABOUT})
+        return video
 
 
-def _why(message: dict[str, Any], settings: VideoSettings) -> _Ended | VideoError:
+def _silent(job: _Job) -> Exception:
+    """Why nobody says how the child ended: the spawner is gone, or the child kept it from speaking."""
+    try:
+        job.spawner.wait(1)
+    except subprocess.TimeoutExpired:
+        return _Ended(Outcome.BROKEN, _CRASHED)
+    return _SpawnerEnded(_SPAWNER_ENDED)
+
+
+def _why(message: dict[str, Any], settings: VideoSettings) -> Exception:
     """The error for a child's last word, or for the spawner's about it."""
     if "error" in message:
-        return VideoError(message["error"])
+        return VideoError(words.sentence(message["error"]))
     if "memory" in message:
-        return _Ended(
-            Outcome.MEMORY, f"Reading the video takes more than {message['memory']} MiB of memory, or it is damaged."
-        )
+        mib = words.number(message["memory"])
+        return _Ended(Outcome.MEMORY, f"Reading the video takes more than {mib} MiB of memory, or it is damaged.")
     if "late" in message:
         return _Ended(Outcome.LATE, too_late(settings.timeout_s))
+    if "no_process" in message:
+        return OSError(ascii(message["no_process"])[:200])
     if "fault" in message:
-        _logger().error("METok: the decoder of a video failed: %s", ascii(message["fault"]))
-    return _Ended(Outcome.BROKEN, "The video makes its decoder crash; it is damaged, or made to do so.")
+        _logger().error("METok: the decoder of a video failed: %s", ascii(message["fault"])[:600])
+    return _Ended(Outcome.BROKEN, _CRASHED)
 
 
-def _memory_file(data: bytes) -> int:
-    """An open file in memory with `data` in it, which nobody can change any more."""
-    file = os.memfd_create("video", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+def _memory_file(name: str, at_end: ExitStack) -> int:
+    """A new file in memory, open until `at_end`."""
+    file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    at_end.callback(os.close, file)
+    return file
+
+
+def _fill(file: int, data: bytes) -> None:
+    """Put `data` in a file in memory, which nobody can change any more then."""
     view = memoryview(data)
     while view:
         view = view[os.write(file, view) :]
     fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
-    return file
 
 
 def _logger() -> logging.Logger:
@@ -412,8 +493,10 @@ def _started(control: int) -> subprocess.Popen[bytes]:
     kept = {name: value for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if (value := os.environ.get(name))}
     # One malloc arena: each reserves 64 MiB of the address space that a child may have.
     env = {**kept, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    if not sys.executable:
+        raise FileNotFoundError("Python does not know its own program (sys.executable)")
     return subprocess.Popen(
-        [sys.executable, "-I", "-c", START, str(control), *map(os.path.abspath, sys.path)],
+        [sys.executable, "-I", "-c", START, str(control), *map(os.path.abspath, [*sys.path, _PACKAGES])],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         env=env,

@@ -7,10 +7,10 @@ clock while it waits for memory. Where the server's end closes, this process and
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import os
 import platform
+import resource
 import selectors
 import signal
 import socket
@@ -34,8 +34,10 @@ NICER = ((0.5, 5), (2.0, 10))
 """Seconds after which a child gives way to others, and its `nice` value from then on: so a file that takes
 long does not make a small one wait."""
 
-ABOVE = 1000
-"""No open file of this process has so high a number."""
+MOST_FILES = 1024
+"""Open files of this process: one for each child, and a few. A child closes all that there may be, and the
+system's own limit may be a thousand million.
+"""
 
 
 @dataclass
@@ -103,28 +105,31 @@ class Spawner:
         return True
 
     def _start(self, job: dict[str, Any], files: list[int]) -> None:
-        file, frames_file, talk = files
-        pid = os.fork()
+        file, frames_file, end = files
+        parent = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError as error:  # as many processes as there may be, or no memory
+            pid, failed = None, str(error)
         if pid == 0:
-            _become_child(job, files, filtered=self.filtered)
+            _become_child(job, files, parent, filtered=self.filtered)
         os.close(file)
         os.close(frames_file)
-        now, timeout_s = time.monotonic(), job["settings"]["timeout_s"]
-        number = job["job"]
-        self.jobs[number] = Job(number, pid, socket.socket(fileno=talk), timeout_s, now, now + timeout_s)
+        talk = socket.socket(fileno=end)
+        if pid is None:
+            _tell(talk, {"no_process": failed})
+            return
+        now, timeout_s, number = time.monotonic(), job["settings"]["timeout_s"], job["job"]
+        self.jobs[number] = Job(number, pid, talk, timeout_s, now, now + timeout_s)
 
     def _reap(self) -> None:
-        """Tell the server of children that ended without a word of their own."""
+        """Tell the server how children ended: where one has said its last word, nobody listens any more."""
         for job in list(self.jobs.values()):
             pid, status = os.waitpid(job.pid, os.WNOHANG)
             if pid == 0:
                 continue
             del self.jobs[job.number]
-            if status != 0:
-                how = {"late": job.timeout_s} if job.late else {"died": os.waitstatus_to_exitcode(status)}
-                with suppress(OSError):
-                    messages.send(job.talk, how)
-            job.talk.close()
+            _tell(job.talk, {"late": True} if job.late else {"died": os.waitstatus_to_exitcode(status)})
 
     def _keep_time(self) -> None:
         now = time.monotonic()
@@ -138,7 +143,13 @@ class Spawner:
                     _give_way(job)
 
 
-def _become_child(job: dict[str, Any], files: list[int], *, filtered: bool) -> NoReturn:
+def _tell(talk: socket.socket, message: dict[str, Any]) -> None:
+    """Say a last word to the server. A child may have filled the socket; waiting would stop all clocks."""
+    with talk, suppress(OSError):
+        messages.send(talk, message, wait=False)
+
+
+def _become_child(job: dict[str, Any], files: list[int], parent: int, *, filtered: bool) -> NoReturn:
     """In the fork: keep the job's own files, and decode."""
     try:
         signal.set_wakeup_fd(-1)
@@ -147,10 +158,13 @@ def _become_child(job: dict[str, Any], files: list[int], *, filtered: bool) -> N
         for standard in (0, 1, 2):
             os.dup2(null, standard)
         # All others belong to this process or to other jobs.
-        file, frames_file, talk = (fcntl.fcntl(file, fcntl.F_DUPFD, ABOVE) for file in files)
-        os.closerange(3, ABOVE)
-        os.closerange(talk + 1, os.sysconf("SC_OPEN_MAX"))
-        child.decode_one(socket.socket(fileno=talk), file, frames_file, job, filtered=filtered)
+        first = 3
+        for own in sorted(files):
+            os.closerange(first, own)
+            first = own + 1
+        os.closerange(first, MOST_FILES)
+        file, frames_file, talk = files
+        child.decode_one(socket.socket(fileno=talk), file, frames_file, job, parent, filtered=filtered)
     finally:
         os._exit(1)
 
@@ -164,10 +178,10 @@ def _why_it_fails(*, filtered: bool) -> str | None:
     talk, other = messages.pair()
     files = [os.memfd_create("file"), os.memfd_create("frames"), other.detach()]
     os.write(files[0], child.PICTURE)
-    pid = os.fork()
+    parent, pid = os.getpid(), os.fork()
     if pid == 0:
         settings = {"timeout_s": 10, "threads": 2}
-        _become_child({"settings": settings, "most_memory": 1 << 30}, files, filtered=filtered)
+        _become_child({"settings": settings, "most_memory": 1 << 30}, files, parent, filtered=filtered)
     os.close(files[2])
     talk.settimeout(10)
     try:
@@ -205,6 +219,12 @@ def _give_way(job: Job) -> None:
 def main() -> None:
     """Serve until the server has gone; `sys.argv[1]` is the socket's descriptor."""
     control = socket.socket(fileno=int(sys.argv[1]))
+    # Where all processes are told to end, this one is needed until the server has ended.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # one that is ignored is inherited, and waitpid finds nothing then
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    own = MOST_FILES if most == resource.RLIM_INFINITY else min(MOST_FILES, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (own, most))
     child.warm_up()
     gc.collect()
     gc.freeze()  # a fork then copies fewer pages

@@ -171,22 +171,33 @@ def test_its_figures_are_as_fresh_as_the_scrape(client: TestClient) -> None:
     assert "metok_video_decodes_running 0.0" in client.get("/metrics").text
 
 
-def test_a_server_that_cannot_decode_does_not_start(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "START", "raise SystemExit(3)")
+def started(app: FastAPI) -> list[Any]:
+    """What the app's start sends, where it fails."""
     sent: list[Any] = []
 
-    async def run() -> None:
-        async def receive() -> Any:
-            return {"type": "lifespan.startup"}
+    async def receive() -> Any:
+        return {"type": "lifespan.startup"}
 
-        async def send(message: Any) -> None:
-            sent.append(message)
+    async def send(message: Any) -> None:
+        sent.append(message)
 
-        await MetokRoutes(app)({"type": "lifespan", "app": app}, receive, send)
+    asyncio.run(MetokRoutes(app)({"type": "lifespan", "app": app}, receive, send))
+    return sent
 
-    asyncio.run(run())
+
+def test_a_server_that_cannot_decode_does_not_start(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "START", "raise SystemExit(3)")
     sentence = "vllm: error: METok cannot decode videos in a child process here: it does not start."
-    assert sent == [{"type": "lifespan.startup.failed", "message": sentence}]
+    assert started(app) == [{"type": "lifespan.startup.failed", "message": sentence}]
+
+
+def test_a_server_whose_start_fails_otherwise_does_not_run_without_metok(app: FastAPI) -> None:
+    """uvicorn takes an error for "has no such start", and serves."""
+    del app.state.server
+    (message,) = started(app)
+    assert message["type"] == "lifespan.startup.failed"
+    assert in_force.decode_pool().stopped
+    assert not check_requests().serves_metok_alone
 
 
 @pytest.mark.parametrize("given", [None, "9"])

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -36,6 +37,9 @@ ATTEMPTS = {
     "raise the number of its files": "resource.setrlimit(resource.RLIMIT_NOFILE, (9, 9))",
     "take a gigabyte": "bytearray(1 << 30)",
     "change its folder": "os.chdir('/')",
+    "outlive its parent": "prctl(1, 0)",
+    "change its parent's processors": "os.sched_setaffinity(os.getppid(), {0})",
+    "give away a file": "socket.send_fds(talk, [b'x'], [1])",
     "read the environment of its parent": "open(f'/proc/{os.getppid()}/environ').read()",
 }
 PROGRAM = """
@@ -45,6 +49,10 @@ libc = ctypes.CDLL(None, use_errno=True)
 def tgkill(*arguments):
     if libc.tgkill(*arguments):
         raise OSError(ctypes.get_errno(), "tgkill")
+def prctl(*arguments):
+    if libc.prctl(*arguments):
+        raise OSError(ctypes.get_errno(), "prctl")
+talk, other = socket.socketpair()
 attempts, filtered = json.loads(sys.argv[2]), sys.argv[3] == "filtered"
 own = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 confine(own + (256 << 20), filtered=filtered)
@@ -115,7 +123,7 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     if pid == 0:
         grandchild = os.fork()
         if grandchild == 0:
-            confine.leave_with_parent()
+            confine.leave_with_parent(os.getppid())
             theirs.send(str(os.getpid()).encode())
             signal.pause()
             os._exit(0)
@@ -127,7 +135,25 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     os.waitpid(pid, 0)
     mine.settimeout(20)
     assert mine.recv(1) == b""  # its end is closed: the grandchild has gone
-    assert not psutil.pid_exists(grandchild) or psutil.Process(grandchild).status() == psutil.STATUS_ZOMBIE
+    end = time.monotonic() + 20
+    while not gone(grandchild):  # it closes its files a little before it has ended
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_a_child_whose_parent_has_ended_before_ends_too() -> None:
+    pid = os.fork()
+    if pid == 0:
+        confine.leave_with_parent(os.getppid() + 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 
 
 def test_what_the_kernel_refuses_is_an_error() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -400,3 +401,154 @@ def test_the_parts_of_a_pool_may_be_used_from_any_thread(make: Callable[..., Dec
         thread.join()
     assert not failed
     assert pool.places.used == 0
+
+
+# --- who leaves, and what runs out ---
+
+
+def test_a_client_that_leaves_while_its_video_waits_for_memory_costs_nobody_anything(
+    make: Callable[..., DecodePool],
+) -> None:
+    pool = make(memory_mib=100)
+    spawner, held = pool._spawner, pool.hold(90 << 20, 1)
+
+    async def run() -> None:
+        task = asyncio.create_task(pool.decode_async(VIDEOS["mp4"], VideoSettings(num_frames=2)))
+        while not pool.memory.waiting:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    until(lambda: (pool.memory.waiting, pool.places.used) == (0, 0), seconds=10)
+    pool.memory.give_back(held)
+    assert len(pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=2)).frames) == 2
+    assert pool._spawner is spawner
+
+
+def test_a_child_that_dies_while_it_waits_for_memory_leaves_the_queue(make: Callable[..., DecodePool]) -> None:
+    """As where the machine runs out of memory."""
+    pool = make(memory_mib=100)
+    spawner, held = pool._spawner, pool.hold(90 << 20, 1)
+    with ThreadPoolExecutor(1) as threads:
+        job = threads.submit(pool.decode, VIDEOS["mp4"], VideoSettings(num_frames=2))
+        until(lambda: pool.memory.waiting == 1)
+        children(pool)[0].kill()
+        with pytest.raises(VideoError, match="decoder crash"):
+            job.result(10)
+    assert (pool.memory.used, pool.memory.waiting) == (held.amount, 0)
+    assert pool._spawner is spawner
+
+
+def test_the_event_loop_waits_for_no_process_that_starts(make: Callable[..., DecodePool]) -> None:
+    pool = make()
+
+    async def run() -> float:
+        task = asyncio.create_task(pool.decode_async(stuck(), HOUR))
+        while not children(pool):
+            await asyncio.sleep(0.01)
+        with pool._lock:  # as while one starts
+            start = time.monotonic()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            return time.monotonic() - start
+
+    assert asyncio.run(asyncio.wait_for(run(), 30)) < 5
+    until(lambda: pool.places.used == 0)
+
+
+def test_stopping_does_not_wait_for_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "START", "import time; time.sleep(3600)")
+    pool = DecodePool()
+    with ThreadPoolExecutor(1) as threads:
+        starting = threads.submit(pool.start)
+        until(lambda: pool._spawner is not None)
+        pool.stop()
+        with pytest.raises(Busy, match="shutting down"):
+            starting.result(10)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_where_files_run_out_the_client_is_told_to_come_again_and_none_is_lost(
+    make: Callable[..., DecodePool], which: int
+) -> None:
+    pool = make()
+    pool_module._logger()  # imports vLLM, which opens files
+    before, open_files = outcomes(), len(os.listdir("/proc/self/fd"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fill = [os.open(os.devnull, os.O_RDONLY) for _ in range(50)]  # so no lower number is free
+    limit = max(fill) + 1
+    for file in fill[len(fill) - which :]:
+        os.close(file)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        with pytest.raises(Busy, match="cannot start a process for the video now: try again later"):
+            pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for file in fill[: len(fill) - which]:
+            os.close(file)
+    assert len(os.listdir("/proc/self/fd")) == open_files
+    assert outcomes()["busy"] == before["busy"] + 1
+    assert len(pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=2)).frames) == 2
+    assert pool.places.used == 0
+
+
+def test_where_threads_run_out_the_client_is_told_to_come_again(
+    make: Callable[..., DecodePool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make()
+
+    def no_thread(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    with pytest.raises(Busy, match="try again later"):
+        asyncio.run(pool.decode_async(VIDEOS["mp4"], VideoSettings(num_frames=2)))
+    assert pool.places.used == 0
+
+
+def test_where_another_process_that_forks_cannot_start_the_client_is_told_to_come_again(
+    make: Callable[..., DecodePool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make()
+    assert pool._spawner is not None
+    monkeypatch.setattr(pool_module, "START", "raise SystemExit(3)")
+    pool._spawner.kill()
+    with pytest.raises(Busy, match="cannot start a process for the video now: try again later"):
+        pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=2))
+    monkeypatch.undo()
+    assert len(pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=2)).frames) == 2
+
+
+SMALL_MACHINE = """
+import os, resource, signal, sys
+from metok_vllm.media.children.pool import DecodePool
+from metok_vllm.media.settings import VideoSettings
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+pool = DecodePool()
+pool.start()
+os.kill(pool._spawner.pid, signal.SIGTERM)
+print(len(pool.decode(sys.stdin.buffer.read(), VideoSettings(num_frames=2)).frames), pool._spawner.poll())
+pool.stop()
+"""
+
+
+def test_it_works_with_few_files_and_odd_signals() -> None:
+    """A limit of 64 open files, children that nobody wants to hear of, all processes told to end at once."""
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_MACHINE], input=VIDEOS["mp4"], capture_output=True, timeout=60, check=False
+    )
+    assert done.stdout.decode() == "2 None\n", done.stderr.decode()
+
+
+@pytest.mark.parametrize("executable", ["", None, "/nowhere/python"])
+def test_where_there_is_no_interpreter_the_start_says_so(
+    monkeypatch: pytest.MonkeyPatch, executable: str | None
+) -> None:
+    monkeypatch.setattr(sys, "executable", executable)
+    with pytest.raises(RuntimeError, match="cannot decode videos in a child process here"):
+        DecodePool().start()
