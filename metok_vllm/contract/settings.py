@@ -98,7 +98,7 @@ class MetokSettings(BaseModel):
     )
     status_shows_questions: StrictBool = Field(default=False, description="Let the status page show what users asked.")
     videos_at_once: Annotated[StrictInt, Field(ge=1, le=256)] = Field(
-        default=16, description="Video files that one API server process decodes at a time, each in a child process."
+        default=24, description="Video files that one API server process decodes at a time, each in a child process."
     )
     videos_waiting: Annotated[StrictInt, Field(ge=0, le=65536)] = Field(
         default=64, description="Video files that wait in one API server process; more are answered with 503."
@@ -106,7 +106,7 @@ class MetokSettings(BaseModel):
     video_memory_mib: Annotated[StrictInt, Field(ge=64, le=1_048_576)] = Field(
         default=4096,
         description="MiB that one API server process has for decoded frames and for decoders at work. Videos wait for "
-        "it; one that could never fit is refused. Each decoder has 256 MiB more to open its file.",
+        "it; one that could never fit is refused. Each decoder has 192 MiB more to open its file.",
     )
 
     @model_validator(mode="before")

@@ -99,7 +99,7 @@ class VideoSettings:
 class PoolLimits:
     """What all videos of one API server process may take together; `metok_vllm.contract.settings`."""
 
-    at_once: int = 16
+    at_once: int = 24
     """Files decoded at a time, each in a child process."""
     waiting: int = 64
     """Files that may wait; more are answered with 503."""

@@ -6,7 +6,7 @@ import os
 import time
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from mmap import mmap
@@ -110,7 +110,13 @@ class Source:
 
     def packets(self) -> Iterator[Packet[VideoStream]]:
         """The stream's packets in file order, without empty ones: to a decoder they would mean the end."""
-        return (packet for packet in self.container.demux(self.stream) if packet.size)
+        ended = False
+        while not ended:
+            # PyAV has no object for a stream that comes up later (flv, mpeg): IndexError. The packet has been
+            # read past; the next call goes on behind it.
+            with suppress(IndexError):
+                yield from (packet for packet in self.container.demux(self.stream) if packet.size)
+                ended = True
 
 
 @contextmanager

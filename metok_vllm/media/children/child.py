@@ -23,7 +23,7 @@ from metok_vllm.media.children.confine import confine, leave_with_parent, limit_
 from metok_vllm.media.decoder import decode_video
 from metok_vllm.media.settings import VideoError, VideoMemoryError, VideoSettings
 
-OPENING = 256 << 20
+OPENING = 192 << 20
 """Bytes that a file's headers and the list of its packets may take: a million frames take about 100 MB."""
 
 PICTURE = b"GIF89a\1\0\1\0\x80\0\0\0\0\0\xff\xff\xff!\xf9\4\0\0\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0;"

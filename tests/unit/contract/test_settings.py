@@ -35,7 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "max_deferred_bytes": None,
     "chat_template": None,
     "status_shows_questions": False,
-    "videos_at_once": 16,
+    "videos_at_once": 24,
     "videos_waiting": 64,
     "video_memory_mib": 4096,
 }

@@ -42,6 +42,7 @@ ATTACKS: dict[str, tuple[str, str | None]] = {
     "subtitles beside": ("mkv: mkv.other_track(0)", ""),
     "data beside": ("mkv: mkv.other_track(7)", ""),
     "private streams": ("ps: ps.small(748) ps.streams(953,133)", "codec"),
+    "a stream that comes up later": ("flv: splice(1,17,3)", "holds no frames"),
     # Good videos that are large.
     "black": ("mp4: black(4096,4096,32)", "max_output_mib"),
     "gif canvas": ("gif: gif.canvas(16000,2200) gif.frames(5000,2)", "max_output_mib"),
