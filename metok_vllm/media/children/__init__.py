@@ -1,8 +1,10 @@
 """Decoding of video files in child processes, so that no file can take the server with it.
 
-`pool` is the API server's side: it hands out the budget and waits. `spawner` is one small process that forks
-a child for every file and kills it when its time is up. `child` decodes, inside the limits that `confine`
-sets. `messages` is what they say to each other, `budget` who may go on when.
+The API server's side: `pool` hands out places and memory (`budget`) and counts what came of each video
+(`outcomes`); `attempt` is one video on its way through a child; `forks` holds the process that forks.
+The other side: `spawner` is that process, which forks a child for every file and kills it when its time is
+up; `child` decodes, inside the limits that `confine` sets. `messages` is how they talk, and `words` what of a
+child's the server believes.
 
 Three processes, because a fork is cheap (milliseconds) only from a process that is small and has no threads:
 the API server is neither. A child lives for one file. So no file sees another one's memory.

@@ -18,7 +18,7 @@ from metok_vllm.contract.admission import check_requests
 from metok_vllm.contract.refusals import FRONT_END
 from metok_vllm.contract.request_ids import key
 from metok_vllm.media import in_force
-from metok_vllm.media.children import pool as pool_module
+from metok_vllm.media.children import forks
 from metok_vllm.media.children.outcomes import RUNNING
 from metok_vllm.media.children.pool import Busy
 from metok_vllm.media.in_force import decode_pool
@@ -149,10 +149,10 @@ def test_the_page_is_one_file_whose_parts_its_policy_allows(client: TestClient) 
 def test_the_pool_lives_as_long_as_the_server_and_knows_the_operators_limits(app: FastAPI) -> None:
     with TestClient(app):
         pool = in_force.decode_pool()
-        assert pool._spawner is not None
-        assert pool._spawner.poll() is None
+        assert pool.forks._process is not None
+        assert pool.forks._process.poll() is None
         assert (in_force.chosen_loader(), in_force._in_force.server.timeout_s) == ("metok", 7)
-        spawner = pool._spawner
+        spawner = pool.forks._process
     assert spawner.poll() is not None
     with pytest.raises(Busy, match="shutting down"):
         pool.decode(b"a video", VideoSettings())
@@ -186,7 +186,7 @@ def started(app: FastAPI) -> list[Any]:
 
 
 def test_a_server_that_cannot_decode_does_not_start(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "START", "raise SystemExit(3)")
+    monkeypatch.setattr(forks, "START", "raise SystemExit(3)")
     sentence = "vllm: error: METok cannot decode videos in a child process here: it does not start."
     assert started(app) == [{"type": "lifespan.startup.failed", "message": sentence}]
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from metok_vllm.media.children import pool as pool_module
+from metok_vllm.media.children import forks
 from metok_vllm.media.children.pool import Busy, DecodePool
 from metok_vllm.media.settings import PoolLimits, VideoError, VideoSettings
 from tests.support.clips import clip, stuck
@@ -58,7 +58,7 @@ CRASHED = "makes its decoder crash"
 @pytest.fixture(scope="module")
 def pool() -> Iterator[DecodePool]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool_module, "START", START)
+        patch.setattr(forks, "START", START)
         made = DecodePool(PoolLimits(memory_mib=256))
         made.start()
         yield made
@@ -102,8 +102,8 @@ ENDS = {
 
 @pytest.mark.parametrize("how", ENDS)
 def test_it_ends_its_own_request_in_one_sentence(pool: DecodePool, how: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert pool._spawner is not None
-    spawner = pool._spawner
+    assert pool.forks._process is not None
+    spawner = pool.forks._process
     with ThreadPoolExecutor(1) as threads:
         other = threads.submit(pool.decode, stuck(), VideoSettings(timeout_s=3600)) if how == "no word" else None
         while other is not None and not psutil.Process(spawner.pid).children():
@@ -111,7 +111,7 @@ def test_it_ends_its_own_request_in_one_sentence(pool: DecodePool, how: str, cap
         with pytest.raises(VideoError, match=CRASHED):
             run(pool, ENDS[how])
         assert "of a video failed" not in caplog.text, "the program itself is wrong"
-        assert pool._spawner is spawner, "all others lost their children"
+        assert pool.forks._process is spawner, "all others lost their children"
         if other is not None:
             assert not other.done()
             psutil.Process(spawner.pid).children()[0].kill()
@@ -166,16 +166,16 @@ except BlockingIOError:
 
 
 def test_where_no_process_can_be_started_all_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "START", START)
+    monkeypatch.setattr(forks, "START", START)
     monkeypatch.setenv("LANG", "NO_FORK")
     pool = DecodePool()
     pool.start()
     try:
-        assert pool._spawner is not None
+        assert pool.forks._process is not None
         for _ in range(2):
             with pytest.raises(Busy, match="cannot start a process for the video now: try again later"):
                 pool.decode(GOOD, SETTINGS)
-        assert pool._spawner.poll() is None
-        assert len(os.listdir(f"/proc/{pool._spawner.pid}/fd")) < 10
+        assert pool.forks._process.poll() is None
+        assert len(os.listdir(f"/proc/{pool.forks._process.pid}/fd")) < 10
     finally:
         pool.stop()

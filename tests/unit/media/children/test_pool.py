@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from metok_vllm.contract.refusals import FRONT_END
-from metok_vllm.media.children import pool as pool_module
+from metok_vllm.media.children import attempt, forks
 from metok_vllm.media.children.outcomes import DECODES
 from metok_vllm.media.children.pool import Busy, DecodePool
 from metok_vllm.media.decoder import decode_video
@@ -54,8 +54,8 @@ def pool() -> Iterator[DecodePool]:
 
 def children(pool: DecodePool) -> list[psutil.Process]:
     """Child processes at work."""
-    assert pool._spawner is not None
-    return psutil.Process(pool._spawner.pid).children()
+    assert pool.forks._process is not None
+    return psutil.Process(pool.forks._process.pid).children()
 
 
 def until(condition: Callable[[], object], seconds: float = 30) -> None:
@@ -182,8 +182,8 @@ def test_where_the_process_that_forks_dies_another_takes_its_place_and_the_video
     make: Callable[..., DecodePool],
 ) -> None:
     pool = make()
-    assert pool._spawner is not None
-    old = pool._spawner.pid
+    assert pool.forks._process is not None
+    old = pool.forks._process.pid
     with ThreadPoolExecutor(1) as threads:
         job = threads.submit(pool.decode, stuck(), VideoSettings(timeout_s=4))
         until(lambda: len(children(pool)) == 1)
@@ -192,18 +192,18 @@ def test_where_the_process_that_forks_dies_another_takes_its_place_and_the_video
         until(lambda: not psutil.pid_exists(child.pid))  # with the process that forked it
         with pytest.raises(VideoError, match="longer than 4 s"):  # the second try ended as this file has to
             job.result()
-    assert pool._spawner.pid != old
-    os.kill(pool._spawner.pid, signal.SIGKILL)
+    assert pool.forks._process.pid != old
+    os.kill(pool.forks._process.pid, signal.SIGKILL)
     assert len(pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=3)).frames) == 3
 
 
 def test_a_process_that_forks_but_does_not_answer_is_replaced(
     make: Callable[..., DecodePool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(attempt, "PATIENCE_S", 0.5)
     pool = make()
-    assert pool._spawner is not None
-    os.kill(pool._spawner.pid, signal.SIGSTOP)
+    assert pool.forks._process is not None
+    os.kill(pool.forks._process.pid, signal.SIGSTOP)
     start = time.monotonic()
     assert len(pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=3, timeout_s=1)).frames) == 3
     assert time.monotonic() - start >= 1.5
@@ -347,7 +347,7 @@ threading.Thread(target=job, daemon=True).start()
 while not pool.places.used:
     time.sleep(0.01)
 time.sleep(0.3)
-print(pool._spawner.pid, flush=True)
+print(pool.forks._process.pid, flush=True)
 time.sleep(1 if sys.argv[1] == "it ends" else 3600)
 """
     server = subprocess.Popen([sys.executable, "-c", program, how], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -410,7 +410,7 @@ def test_a_client_that_leaves_while_its_video_waits_for_memory_costs_nobody_anyt
     make: Callable[..., DecodePool],
 ) -> None:
     pool = make(memory_mib=100)
-    spawner, held = pool._spawner, pool.hold(90 << 20, 1)
+    spawner, held = pool.forks._process, pool.hold(90 << 20, 1)
 
     async def run() -> None:
         task = asyncio.create_task(pool.decode_async(VIDEOS["mp4"], VideoSettings(num_frames=2)))
@@ -424,13 +424,13 @@ def test_a_client_that_leaves_while_its_video_waits_for_memory_costs_nobody_anyt
     until(lambda: (pool.memory.waiting, pool.places.used) == (0, 0), seconds=10)
     pool.memory.give_back(held)
     assert len(pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=2)).frames) == 2
-    assert pool._spawner is spawner
+    assert pool.forks._process is spawner
 
 
 def test_a_child_that_dies_while_it_waits_for_memory_leaves_the_queue(make: Callable[..., DecodePool]) -> None:
     """As where the machine runs out of memory."""
     pool = make(memory_mib=100)
-    spawner, held = pool._spawner, pool.hold(90 << 20, 1)
+    spawner, held = pool.forks._process, pool.hold(90 << 20, 1)
     with ThreadPoolExecutor(1) as threads:
         job = threads.submit(pool.decode, VIDEOS["mp4"], VideoSettings(num_frames=2))
         until(lambda: pool.memory.waiting == 1)
@@ -438,7 +438,7 @@ def test_a_child_that_dies_while_it_waits_for_memory_leaves_the_queue(make: Call
         with pytest.raises(VideoError, match="decoder crash"):
             job.result(10)
     assert (pool.memory.used, pool.memory.waiting) == (held.amount, 0)
-    assert pool._spawner is spawner
+    assert pool.forks._process is spawner
 
 
 def test_the_event_loop_waits_for_no_process_that_starts(make: Callable[..., DecodePool]) -> None:
@@ -448,7 +448,7 @@ def test_the_event_loop_waits_for_no_process_that_starts(make: Callable[..., Dec
         task = asyncio.create_task(pool.decode_async(stuck(), HOUR))
         while not children(pool):
             await asyncio.sleep(0.01)
-        with pool._lock:  # as while one starts
+        with pool.forks._lock:  # as while one starts
             start = time.monotonic()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -460,11 +460,11 @@ def test_the_event_loop_waits_for_no_process_that_starts(make: Callable[..., Dec
 
 
 def test_stopping_does_not_wait_for_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "START", "import time; time.sleep(3600)")
+    monkeypatch.setattr(forks, "START", "import time; time.sleep(3600)")
     pool = DecodePool()
     with ThreadPoolExecutor(1) as threads:
         starting = threads.submit(pool.start)
-        until(lambda: pool._spawner is not None)
+        until(lambda: pool.forks._process is not None)
         pool.stop()
         with pytest.raises(Busy, match="shutting down"):
             starting.result(10)
@@ -475,7 +475,7 @@ def test_where_files_run_out_the_client_is_told_to_come_again_and_none_is_lost(
     make: Callable[..., DecodePool], which: int
 ) -> None:
     pool = make()
-    pool_module._logger()  # imports vLLM, which opens files
+    forks.logger()  # imports vLLM, which opens files
     before, open_files = outcomes(), len(os.listdir("/proc/self/fd"))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     fill = [os.open(os.devnull, os.O_RDONLY) for _ in range(50)]  # so no lower number is free
@@ -514,9 +514,9 @@ def test_where_another_process_that_forks_cannot_start_the_client_is_told_to_com
     make: Callable[..., DecodePool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = make()
-    assert pool._spawner is not None
-    monkeypatch.setattr(pool_module, "START", "raise SystemExit(3)")
-    pool._spawner.kill()
+    assert pool.forks._process is not None
+    monkeypatch.setattr(forks, "START", "raise SystemExit(3)")
+    pool.forks._process.kill()
     with pytest.raises(Busy, match="cannot start a process for the video now: try again later"):
         pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=2))
     monkeypatch.undo()
@@ -531,8 +531,8 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 pool = DecodePool()
 pool.start()
-os.kill(pool._spawner.pid, signal.SIGTERM)
-print(len(pool.decode(sys.stdin.buffer.read(), VideoSettings(num_frames=2)).frames), pool._spawner.poll())
+os.kill(pool.forks._process.pid, signal.SIGTERM)
+print(len(pool.decode(sys.stdin.buffer.read(), VideoSettings(num_frames=2)).frames), pool.forks._process.poll())
 pool.stop()
 """
 
