@@ -24,6 +24,16 @@ START_S = 60.0
 _PACKAGES = str(Path(__file__).parents[3])
 """Where this package is. An import hook may have found it, that `python -I` does not install."""
 
+# For the C library. One malloc arena: each reserves 64 MiB of the address space that a child may have. And
+# what costs a child most is touching memory for the first time: so it grows in large steps and in huge pages
+# where there are such, and gives nothing back before its end.
+_ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+    "MALLOC_TOP_PAD_": str(16 << 20),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 _NO_CHILDREN = "METok cannot decode videos in a child process here"
 
 
@@ -160,8 +170,7 @@ def logger() -> logging.Logger:
 def _started(control: int) -> subprocess.Popen[bytes]:
     """The process that forks: small, without this one's threads, secrets or environment."""
     kept = {name: value for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if (value := os.environ.get(name))}
-    # One malloc arena: each reserves 64 MiB of the address space that a child may have.
-    env = {**kept, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    env = {**kept, **_ALLOCATOR, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     if not sys.executable:
         raise FileNotFoundError("Python does not know its own program (sys.executable)")
     return subprocess.Popen(
