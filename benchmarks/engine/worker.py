@@ -166,8 +166,10 @@ class Bench:
         counts = {"prompt_tokens": self.prompt_tokens, "text_tokens": self.text_tokens}
         if self.job["metok"] is None:
             return {**counts, "visual_tokens": {"stock": visual, "encoded": visual}}
+        from metok_vllm.contract.request_ids import client_id, key
+
         _, internal = self.one(self.with_report, 2)
-        report = self.runner.model_state.reports.find(internal)
+        report = self.runner.model_state.reports.find(key(client_id(internal)))
         kept = {key: report[key] for key in ("prune_layers", "visual_tokens", "kv_bytes", "prefill_flops")}
         return {**counts, **kept}
 

@@ -13,7 +13,7 @@ FOLDERS = sorted(path.parent.name for path in (ROOT / "benchmarks").glob("*/__ma
 
 
 def test_every_program_has_a_folder() -> None:
-    assert FOLDERS == ["accuracy", "engine", "gpu", "kernels", "witness"]
+    assert FOLDERS == ["accuracy", "engine", "gpu", "kernels", "media", "witness"]
 
 
 # A module that another test has imported is run anew all the same, which Python warns of.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from metok_vllm.contract.request_ids import key
 from metok_vllm.contract.settings import RequestSettings
 from metok_vllm.contract.spans import VideoSpan, retained_bound
 from metok_vllm.contract.video_plan import VideoPlan, plan_video
@@ -78,4 +79,4 @@ def _report(sample: Sample, plan: VideoPlan, tags: VideoTags, patch: pytest.Monk
     patch.setattr(engine_report, "get_tensor_model_parallel_rank", lambda: 0)
     reports = engine_report.Reports(config)
     reports.add(request)
-    return reports.find(REQUEST_ID)
+    return reports.find(key(REQUEST_ID))
