@@ -169,5 +169,5 @@ def test_the_deferral_buffer_is_bounded(sample: Sample) -> None:
             assert_same(running.oracle(case), answer, ATOL)
         assert most == 1
         with pytest.raises(ValueError, match="max_deferred_bytes"):
-            running.add(Case((scene_video(22, 120),)))
+            running.add(Case((scene_video(22, 60), scene_video(23, 60))))
         running.check_drained()
