@@ -13,6 +13,7 @@ from typing import Any
 import openai
 import pytest
 
+from metok_vllm.contract import advice
 from metok_vllm.contract.refusals import no_prompt_logprobs
 from tests.support.oracle import assert_same
 from tests.support.oracle.samples import Sample, scene_video
@@ -159,7 +160,7 @@ def test_other_impossible_requests_get_one_sentence(server: Server) -> None:
     assert "Traceback" not in server.log.read_text(errors="replace")
 
 
-def test_run_batch_takes_the_plugin(sample: Sample, tmp_path: Path) -> None:
+def test_run_batch_takes_the_plugin(sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     video = mp4(scene_video(10, 14))
     line = {
         "custom_id": "one",
@@ -192,6 +193,7 @@ def test_run_batch_takes_the_plugin(sample: Sample, tmp_path: Path) -> None:
     outputs = [json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines()]
     two, one = sorted(outputs, key=lambda output: output["custom_id"], reverse=True)
     assert two["response"]["status_code"] == 400
+    monkeypatch.setenv(advice.VARIABLE, "0")  # run-batch was not given --trust-request-mm-kwargs
     assert two["error"]["error"]["message"] == f"METok: {no_prompt_logprobs()}"
     body = one["response"]["body"]
     expected = oracle(sample, video, {"decode_retention": 1})
