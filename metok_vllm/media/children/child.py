@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import math
 import mmap
 import os
-import pkgutil
 import re
 import socket
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any, NoReturn
 
-import av
 import numpy as np
 import numpy.typing as npt
 
-from metok_vllm.media.children import messages
-from metok_vllm.media.children.confine import confine, leave_with_parent, limit_memory
+from metok_vllm.media.children import messages, warm_up
+from metok_vllm.media.children.confine import call_yourself, confine, leave_with_parent, limit_memory
 from metok_vllm.media.decoder import decode_video
 from metok_vllm.media.settings import VideoError, VideoMemoryError, VideoSettings
 
 OPENING = 192 << 20
 """Bytes that a file's headers and the list of its packets may take: a million frames take about 100 MB."""
 
-PICTURE = b"GIF89a\1\0\1\0\x80\0\0\0\0\0\xff\xff\xff!\xf9\4\0\0\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0;"
-"""A whole video: a GIF of one black pixel."""
-
-_NOT_DECODING = ("av.__main__", "av.datasets")  # they load what fetches files
+IDLE, AT_WORK = "metok-idle", "metok-decode"
+"""What a child is called in a list of processes."""
 
 _MARGIN = 48 << 20  # of the limit, within which libav's own errors are taken for a lack of memory
 _THREAD = 9 << 20  # address space of a thread's stack and its guard
@@ -85,21 +79,34 @@ class PoolMemory:
             os._exit(0)  # whoever wanted the frames has gone
 
 
-def decode_one(
-    talk: socket.socket, file: int, frames_file: int, job: dict[str, Any], parent: int, *, filtered: bool
-) -> NoReturn:
-    """Decode the video in `file`, tell the server over `talk` what came of it, and end this process.
+def take_a_job(orders: socket.socket, parent: int, clip: bytes, *, filtered: bool) -> NoReturn:
+    """Wait for a video, decode it, tell the server what came of it, and end this process.
 
     Args:
-        talk: socket to the server.
-        file: descriptor of the whole video file, in memory.
-        frames_file: descriptor of an empty file in memory; the frames go there.
-        job: ``settings``, and ``most_memory``: bytes that this process may ever have beside its own.
+        orders: socket to the process that forked this one. The job comes there, with three open files: the
+            whole video file, in memory; an empty file in memory, for its frames; a socket to the server. The
+            job is ``settings``, and ``most_memory``: bytes that this process may ever have beside its own.
         parent: the process that forked this one, with which it ends.
+        clip: for `warm_up.touch`, if the job is not there yet.
         filtered: whether system calls are filtered.
     """
     status = os.open("/proc/self/status", os.O_RDONLY)
     leave_with_parent(parent)
+    if not messages.there(orders):
+        call_yourself(IDLE)
+        warm_up.touch(clip)
+    job, files = messages.receive_with_files(orders, 3)
+    if job is None or len(files) < 3:
+        os._exit(0)
+    call_yourself(AT_WORK)
+    orders.close()
+    file, frames_file, talk = files
+    _decode(socket.socket(fileno=talk), file, frames_file, job, status, filtered=filtered)
+
+
+def _decode(
+    talk: socket.socket, file: int, frames_file: int, job: dict[str, Any], status: int, *, filtered: bool
+) -> NoReturn:
     settings = VideoSettings(**job["settings"])
     size = os.fstat(file).st_size
     own = _memory(status, "VmSize") + size + 2 * (settings.threads + 2) * _THREAD
@@ -144,15 +151,3 @@ def _memory(status: int, name: str) -> int:
     """A figure in bytes from the open /proc/self/status."""
     found = re.search(rb"%s:\s+(\d+) kB" % name.encode(), os.pread(status, 8192, 0))
     return int(found[1]) << 10 if found else 0
-
-
-def warm_up() -> None:
-    """Import and run once, before the first fork, all that a decode runs: a child can open no file."""
-    # PyAV imports a part of itself when it first meets a stream of that kind: subtitles, for one.
-    for module in pkgutil.walk_packages(av.__path__, "av."):
-        if module.name not in _NOT_DECODING:
-            importlib.import_module(module.name)
-    decode_video(PICTURE, VideoSettings(timeout_s=10))
-    for data in (b"", b"no video", PICTURE[:20]):
-        with suppress(VideoError):
-            decode_video(data, VideoSettings(timeout_s=10))

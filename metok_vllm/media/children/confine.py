@@ -76,6 +76,12 @@ def leave_with_parent(parent: int) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
+def call_yourself(name: str) -> None:
+    """Take a name of up to 15 characters in lists of processes."""
+    buffer = ctypes.create_string_buffer(name.encode())
+    _prctl(_PR_SET_NAME, ctypes.addressof(buffer))
+
+
 def limit_memory(address_space: int) -> None:
     """Bound this process's address space, in bytes; up to what `confine` was told, it may be raised again."""
     _, most = resource.getrlimit(resource.RLIMIT_AS)

@@ -61,6 +61,13 @@ def receive_with_files(end: socket.socket, most: int) -> tuple[dict[str, Any] | 
     return _read(data) if data else None, files
 
 
+def there(end: socket.socket) -> bool:
+    """Whether a message waits to be received."""
+    poll = select.poll()
+    poll.register(end, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def ended(end: socket.socket, seconds: float = 0) -> bool:
     """Whether every process that held the other end has closed it, `seconds` from now at the latest."""
     poll = select.poll()

@@ -1,5 +1,7 @@
 """The process that forks a child for every video file, and kills it when its time is up.
 
+One child is forked ahead while none is at work: a video that comes alone finds it waiting and warm.
+
 `python -c` with `START` runs it. It holds one socket to the API server: a job comes with the file to decode,
 an empty file for its frames and a socket to the child; ``kill`` ends a job, ``pause`` and ``resume`` stop its
 clock while it waits for memory. Where the server's end closes, this process and all its children end.
@@ -16,12 +18,13 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from metok_vllm.media.children import child, messages
+from metok_vllm.media.children import child, messages, warm_up
 from metok_vllm.media.children.confine import has_filter
 
 START = "import sys; sys.path[:] = sys.argv[2:]; from metok_vllm.media.children.spawner import main; main()"
@@ -57,13 +60,26 @@ class Job:
     late: bool = False
 
 
+@dataclass
+class Idle:
+    """A child without a job."""
+
+    pid: int
+    orders: socket.socket
+    """Its job goes in here."""
+
+
 class Spawner:
     """Forks, keeps the clocks, and reaps."""
 
-    def __init__(self, control: socket.socket, *, filtered: bool) -> None:
+    def __init__(self, control: socket.socket, clip: bytes, *, filtered: bool) -> None:
         self.control = control
         self.jobs: dict[int, Job] = {}
+        self.clip = clip
         self.filtered = filtered
+        self.ahead: Idle | None = None
+        self.wants_ahead = True
+        """Not after one that died of itself: until the next job, another would do the same."""
 
     def run(self) -> None:
         """Until the server's end of the control socket closes."""
@@ -76,6 +92,7 @@ class Spawner:
             selector.register(self.control, selectors.EVENT_READ)
             selector.register(wake_read, selectors.EVENT_READ)
             while True:
+                self._fork_ahead()
                 for key, _ in selector.select(TICK_S if self.jobs else None):
                     if key.fileobj is self.control:
                         if not self._take_message():
@@ -106,13 +123,15 @@ class Spawner:
 
     def _start(self, job: dict[str, Any], files: list[int]) -> None:
         file, frames_file, end = files
-        parent = os.getpid()
-        try:
-            pid = os.fork()
-        except OSError as error:  # as many processes as there may be, or no memory
-            pid, failed = None, str(error)
-        if pid == 0:
-            _become_child(job, files, parent, filtered=self.filtered)
+        pid, failed = self._given_to_idle(job, files), ""
+        if pid is None:
+            try:
+                cold = _fork(job, files, filtered=self.filtered)
+                cold.orders.close()
+                pid = cold.pid
+            except OSError as error:  # as many processes as there may be, or no memory
+                failed = str(error)
+        self.wants_ahead = True
         os.close(file)
         os.close(frames_file)
         talk = socket.socket(fileno=end)
@@ -122,8 +141,30 @@ class Spawner:
         now, timeout_s, number = time.monotonic(), job["settings"]["timeout_s"], job["job"]
         self.jobs[number] = Job(number, pid, talk, timeout_s, now, now + timeout_s)
 
+    def _given_to_idle(self, job: dict[str, Any], files: list[int]) -> int | None:
+        """The child that waited, if there was one and it has taken the job."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is None:
+            return None
+        with ahead.orders:
+            try:
+                messages.send(ahead.orders, job, files)
+            except OSError:  # it has been killed
+                os.waitpid(ahead.pid, 0)
+                return None
+        return ahead.pid
+
+    def _fork_ahead(self) -> None:
+        if self.wants_ahead and self.ahead is None and not self.jobs:
+            self.wants_ahead = False
+            with suppress(OSError):
+                self.ahead = _fork(clip=self.clip, filtered=self.filtered)
+
     def _reap(self) -> None:
         """Tell the server how children ended: where one has said its last word, nobody listens any more."""
+        if self.ahead is not None and os.waitpid(self.ahead.pid, os.WNOHANG)[0]:
+            self.ahead.orders.close()
+            self.ahead = None
         for job in list(self.jobs.values()):
             pid, status = os.waitpid(job.pid, os.WNOHANG)
             if pid == 0:
@@ -149,8 +190,28 @@ def _tell(talk: socket.socket, message: dict[str, Any]) -> None:
         messages.send(talk, message, wait=False)
 
 
-def _become_child(job: dict[str, Any], files: list[int], parent: int, *, filtered: bool) -> NoReturn:
-    """In the fork: keep the job's own files, and decode."""
+def _fork(job: dict[str, Any] | None = None, files: Sequence[int] = (), *, clip: bytes = b"", filtered: bool) -> Idle:
+    """A child, with a job or without one.
+
+    Raises:
+        OSError: there is no process, file or memory for it.
+    """
+    orders, its_end = messages.pair()
+    with its_end:
+        try:
+            if job is not None:
+                messages.send(orders, job, files)
+            parent, pid = os.getpid(), os.fork()
+        except OSError:
+            orders.close()
+            raise
+        if pid == 0:
+            _become_child(its_end, parent, clip, filtered=filtered)
+    return Idle(pid, orders)
+
+
+def _become_child(orders: socket.socket, parent: int, clip: bytes, *, filtered: bool) -> NoReturn:
+    """In the fork: keep the socket alone, and decode what comes there."""
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -158,13 +219,9 @@ def _become_child(job: dict[str, Any], files: list[int], parent: int, *, filtere
         for standard in (0, 1, 2):
             os.dup2(null, standard)
         # All others belong to this process or to other jobs.
-        first = 3
-        for own in sorted(files):
-            os.closerange(first, own)
-            first = own + 1
-        os.closerange(first, MOST_FILES)
-        file, frames_file, talk = files
-        child.decode_one(socket.socket(fileno=talk), file, frames_file, job, parent, filtered=filtered)
+        os.closerange(3, orders.fileno())
+        os.closerange(orders.fileno() + 1, MOST_FILES)
+        child.take_a_job(orders, parent, clip, filtered=filtered)
     finally:
         os._exit(1)
 
@@ -177,11 +234,10 @@ def _why_it_fails(*, filtered: bool) -> str | None:
     """
     talk, other = messages.pair()
     files = [os.memfd_create("file"), os.memfd_create("frames"), other.detach()]
-    os.write(files[0], child.PICTURE)
-    parent, pid = os.getpid(), os.fork()
-    if pid == 0:
-        settings = {"timeout_s": 10, "threads": 2}
-        _become_child({"settings": settings, "most_memory": 1 << 30}, files, parent, filtered=filtered)
+    os.write(files[0], warm_up.PICTURE)
+    job = {"settings": {"timeout_s": 10, "threads": 2}, "most_memory": 1 << 30}
+    tried = _fork(job, files, filtered=filtered)
+    tried.orders.close()
     os.close(files[2])
     talk.settimeout(10)
     try:
@@ -197,8 +253,8 @@ def _why_it_fails(*, filtered: bool) -> str | None:
         talk.close()
         os.close(files[0])
         os.close(files[1])
-        os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
+        os.kill(tried.pid, signal.SIGKILL)
+        _, status = os.waitpid(tried.pid, 0)
     if message is not None and "video" in message:
         return None
     return str(message or f"it ended with status {os.waitstatus_to_exitcode(status)}")
@@ -225,7 +281,8 @@ def main() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     own = MOST_FILES if most == resource.RLIM_INFINITY else min(MOST_FILES, most)
     resource.setrlimit(resource.RLIMIT_NOFILE, (own, most))
-    child.warm_up()
+    warm_up.import_all()
+    clip = warm_up.small_clip()
     gc.collect()
     gc.freeze()  # a fork then copies fewer pages
     fault = _why_it_fails(filtered=True) if has_filter() else f"METok has no list of calls for {platform.machine()}"
@@ -233,5 +290,5 @@ def main() -> None:
     broken = None if filtered else _why_it_fails(filtered=False)
     messages.send(control, {"filtered": filtered, "unfiltered": fault, "broken": broken})
     if broken is None:
-        Spawner(control, filtered=filtered).run()
+        Spawner(control, clip, filtered=filtered).run()
     os._exit(0)  # children end with it (`confine.leave_with_parent`)

@@ -13,7 +13,9 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from metok_vllm.media.children.child import AT_WORK
 from tests.server.test_metrics import read_metrics
+from tests.support.children import is_called
 from tests.support.server.live import Server
 
 CHAT = "/v1/chat/completions"
@@ -111,13 +113,13 @@ def _state(process: psutil.Process) -> str | None:
 def spawners(server: Server) -> list[psutil.Process]:
     """The processes that fork decoders: one for each API server process."""
     forks = _forks(server)
-    return [one for one in forks if one.ppid() not in {other.pid for other in forks}]
+    pids = {other.pid for other in forks}
+    return [one for one in forks if one.ppid() not in pids]
 
 
 def decoders(server: Server) -> list[psutil.Process]:
     """Decoders at work."""
-    forks = _forks(server)
-    return [one for one in forks if one.ppid() in {other.pid for other in forks}]
+    return [one for one in _forks(server) if is_called(one, AT_WORK)]
 
 
 def _forks(server: Server) -> list[psutil.Process]:

@@ -11,12 +11,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil
 import pytest
 
 from metok_vllm.media.children import forks
 from metok_vllm.media.children.pool import Busy, DecodePool
 from metok_vllm.media.settings import PoolLimits, VideoError, VideoSettings
+from tests.support.children import children
 from tests.support.clips import clip, stuck
 
 START = """
@@ -106,7 +106,7 @@ def test_it_ends_its_own_request_in_one_sentence(pool: DecodePool, how: str, cap
     spawner = pool.forks._process
     with ThreadPoolExecutor(1) as threads:
         other = threads.submit(pool.decode, stuck(), VideoSettings(timeout_s=3600)) if how == "no word" else None
-        while other is not None and not psutil.Process(spawner.pid).children():
+        while other is not None and not children(pool):
             time.sleep(0.01)
         with pytest.raises(VideoError, match=CRASHED):
             run(pool, ENDS[how])
@@ -114,7 +114,7 @@ def test_it_ends_its_own_request_in_one_sentence(pool: DecodePool, how: str, cap
         assert pool.forks._process is spawner, "all others lost their children"
         if other is not None:
             assert not other.done()
-            psutil.Process(spawner.pid).children()[0].kill()
+            children(pool)[0].kill()
             with pytest.raises(VideoError):
                 other.result()
     gc.collect()

@@ -20,13 +20,16 @@ import pytest
 
 from metok_vllm.contract.refusals import FRONT_END
 from metok_vllm.media.children import attempt, forks
+from metok_vllm.media.children.child import AT_WORK
 from metok_vllm.media.children.outcomes import DECODES
 from metok_vllm.media.children.pool import Busy, DecodePool
 from metok_vllm.media.decoder import decode_video
 from metok_vllm.media.settings import PoolLimits, VideoError, VideoSettings
+from tests.support.children import children, idle_children, is_called
 from tests.support.clips import clip, encode, rotated, stuck, tone
 
 HOUR = VideoSettings(timeout_s=3600)
+LIMITS = (psutil.RLIMIT_NOFILE, psutil.RLIMIT_FSIZE, psutil.RLIMIT_CORE)
 
 
 @pytest.fixture
@@ -50,12 +53,6 @@ def pool() -> Iterator[DecodePool]:
     gc.collect()
     assert (made.places.used, made.places.waiting, made.memory.used) == (0, 0, 0)
     made.stop()
-
-
-def children(pool: DecodePool) -> list[psutil.Process]:
-    """Child processes at work."""
-    assert pool.forks._process is not None
-    return psutil.Process(pool.forks._process.pid).children()
 
 
 def until(condition: Callable[[], object], seconds: float = 30) -> None:
@@ -356,7 +353,7 @@ time.sleep(1 if sys.argv[1] == "it ends" else 3600)
     server.stdin.write(stuck())
     server.stdin.close()
     spawner = psutil.Process(int(server.stdout.readline()))
-    until(spawner.children)
+    until(lambda: any(is_called(one, AT_WORK) for one in spawner.children()))
     family = [spawner, *spawner.children()]
     if how == "it is killed":
         server.kill()
@@ -401,6 +398,50 @@ def test_the_parts_of_a_pool_may_be_used_from_any_thread(make: Callable[..., Dec
         thread.join()
     assert not failed
     assert pool.places.used == 0
+
+
+# --- the child that waits ---
+
+
+def test_a_video_that_comes_alone_finds_a_child_waiting_and_others_get_fresh_ones(
+    make: Callable[..., DecodePool],
+) -> None:
+    pool = make()
+    until(lambda: idle_children(pool))
+    waiting = idle_children(pool)[0].pid
+    with ThreadPoolExecutor(2) as threads:
+        jobs = [threads.submit(pool.decode, stuck(), VideoSettings(timeout_s=2)) for _ in range(2)]
+        until(lambda: len(children(pool)) == 2)
+        assert waiting in {one.pid for one in children(pool)}
+        assert not idle_children(pool), "no other is made while there is work"
+        confined = lambda one: {one.rlimit(limit) for limit in LIMITS} == {(0, 0)}  # noqa: E731
+        until(lambda: all(map(confined, children(pool))))
+        for job in jobs:
+            with pytest.raises(VideoError, match="took longer than 2 s"):
+                job.result()
+    until(lambda: len(idle_children(pool)) == 1)
+
+
+def test_one_that_is_killed_while_it_waits_costs_no_video_and_is_not_replaced_without_end(
+    make: Callable[..., DecodePool],
+) -> None:
+    pool = make()
+    until(lambda: idle_children(pool))
+    idle_children(pool)[0].kill()
+    time.sleep(0.3)
+    assert not idle_children(pool), "one that dies of itself would be forked for ever"
+    assert len(pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=2)).frames) == 2
+    until(lambda: idle_children(pool))
+    spawner = pool.forks._process
+    assert spawner is not None
+    spawner.send_signal(signal.SIGSTOP)  # so it hears of the death and of the job at once
+    idle_children(pool)[0].kill()
+    until(lambda: not idle_children(pool))
+    with ThreadPoolExecutor(1) as threads:
+        job = threads.submit(pool.decode, VIDEOS["mp4"], VideoSettings(num_frames=2))
+        time.sleep(0.1)
+        spawner.send_signal(signal.SIGCONT)
+        assert len(job.result().frames) == 2
 
 
 # --- who leaves, and what runs out ---
