@@ -4,10 +4,12 @@
     python -m benchmarks.media --video my.mp4       # other files
     python -m benchmarks.media --repeats 3 --out /tmp/media.json
 
-Each pair of runs is one of each kind, in changing order, so that what slows the machine slows both. The ratio
-is the median of the pairs' ratios. "At once" hands the pool several copies of the file together, and the same
-to as many threads of this process. Included: all from the file's bytes to the frames. Excluded: fetching the
-file, base64, preprocessing.
+Each pair of runs is one of each kind, in changing order, so that what slows the machine slows both. Before
+each run is a pause, as between the videos of a server that is not overloaded: then a child is forked ahead.
+The ratio is the median of the pairs' ratios. "At once" hands the pool several copies of the file together, and
+the same to as many threads of this process. The last clip is one of the others enlarged to 720 lines, the size
+of most real ones. Included: all from the file's bytes to the frames. Excluded: fetching the file, base64,
+preprocessing.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,9 +31,14 @@ from benchmarks.common.provenance import commit, hardware, timestamp, versions
 
 ASSETS = ROOT / "metok_vllm" / "demo" / "assets"
 CLIPS = ("toy-world.mp4", "big-buck-bunny-30s.mp4", "iscc-band-60s.mp4")
+ENLARGED, LINES = "big-buck-bunny-30s.mp4", 720
+
+
+PAUSE_S = 0.2
 
 
 def seconds(work: Callable[[], Any]) -> float:
+    time.sleep(PAUSE_S)
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -54,6 +62,25 @@ def in_turns(here: Callable[[], Any], child: Callable[[], Any], repeats: int) ->
         "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
         "pairs": len(pairs),
     }
+
+
+def enlarged(clip: Path, folder: Path) -> Path:
+    """The same video with `LINES` lines, in `folder`."""
+    import av
+
+    out = folder / f"{clip.stem}-{LINES}p.mp4"
+    with av.open(clip) as source, av.open(out, "w") as target:
+        video = source.streams.video[0]
+        stream: Any = target.add_stream("libx264", rate=video.average_rate)
+        stream.height, stream.width, stream.pix_fmt = (
+            LINES,
+            round(video.width * LINES / video.height / 2) * 2,
+            "yuv420p",
+        )
+        for frame in source.decode(video):
+            target.mux(stream.encode(frame.reformat(stream.width, stream.height)))
+        target.mux(stream.encode())
+    return out
 
 
 def measure(clip: Path, frames: int, at_once: int, repeats: int, pool: Any) -> dict[str, Any]:
@@ -84,14 +111,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from metok_vllm.media.children.pool import DecodePool
 
+    scratch = tempfile.TemporaryDirectory()
     pool = DecodePool()
     pool.start()
     result: dict[str, Any] = {
         "commit": commit(), "date": timestamp(), "machine": hardware(cuda=False), "versions": versions(),
+        "pause_s": PAUSE_S,
         "command": " ".join(["python -m benchmarks.media", *(sys.argv[1:] if arguments is None else arguments)]),
         "rows": [],
     }  # fmt: skip
-    for clip in options.video or [ASSETS / name for name in CLIPS]:
+    folder = Path(scratch.name)
+    for clip in options.video or [*(ASSETS / name for name in CLIPS), enlarged(ASSETS / ENLARGED, folder)]:
         for frames in options.frames:
             for at_once in options.at_once:
                 row = measure(clip, frames, at_once, options.repeats, pool)
@@ -102,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     flush=True,
                 )
     pool.stop()
+    scratch.cleanup()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0

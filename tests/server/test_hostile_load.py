@@ -6,12 +6,9 @@ What is asserted are counts of what ran while something else did. Seconds only b
 from __future__ import annotations
 
 import json
-import os
-import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,34 +21,22 @@ from metok_vllm.serve.closing import GRACE_S
 from tests.support.clips import box, encode, slow_gif, stuck
 from tests.support.oracle import assert_same
 from tests.support.oracle.samples import Sample, scene_video
-from tests.support.server.asking import OPTIONS, QUESTION, ask, oracle, result, user
-from tests.support.server.clips import data_url, mp4
-from tests.support.server.live import Server, serving
+from tests.support.server.asking import ask, oracle, result
+from tests.support.server.clips import mp4
+from tests.support.server.live import Server
 from tests.support.server.load import (
     Client,
     alive,
+    body,
     decoders,
     decoding,
     family,
     idle,
     leaving,
     memory_mib,
-    spawners,
     until,
 )
-
-KEY = "the-operators-key"
-AT_ONCE, WAITING, MEMORY_MIB = 2, 2, 200
-GOOD = mp4(scene_video(71, 14))
-PERCENT = b"50%25 off.mp4"
-ODD = b"\xff\xfe caf\xe9.mp4"
-"""A file's name outside UTF-8."""
-
-
-def body(video: bytes | str | None, **changes: Any) -> dict[str, Any]:
-    url = data_url(video) if isinstance(video, bytes) else video
-    asked = {"model": "tiny", "messages": [user(QUESTION, url)], "max_tokens": 3, "temperature": 0, "ignore_eos": True}
-    return {**asked, "return_token_ids": True, **changes}
+from tests.support.server.strict import AT_ONCE, GOOD, KEY, MEMORY_MIB, ODD, PERCENT, WAITING
 
 
 def of_video(**settings: Any) -> dict[str, Any]:
@@ -72,35 +57,8 @@ def sentence(answer: tuple[int, Any, bytes]) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the small server may read from its disk, and a link that leads out of it."""
-    top = tmp_path_factory.mktemp("media")
-    inside = top / "inside"
-    inside.mkdir()
-    (inside / "good.mp4").write_bytes(GOOD)
-    (inside / os.fsdecode(ODD)).write_bytes(GOOD)
-    (inside / os.fsdecode(PERCENT)).write_bytes(GOOD)
-    (top / "secret.mp4").write_bytes(GOOD)
-    (inside / "link.mp4").symlink_to(top / "secret.mp4")
-    return inside
-
-
-@pytest.fixture(scope="module")
-def small(sample: Sample, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with little room, a key and a folder. Its last test ends it."""
-    limits = {"videos_at_once": AT_ONCE, "videos_waiting": WAITING, "video_memory_mib": MEMORY_MIB}
-    log = tmp_path_factory.mktemp("log") / "small.log"
-    with serving(
-        sample.path, log, "--plugin", "metok", "--additional-config", json.dumps({"metok": limits}), "--api-key", KEY,
-        "--trust-request-mm-kwargs", "--max-num-batched-tokens", "256", "--served-model-name", "tiny",
-        "--allowed-local-media-path", str(folder), "--num-gpu-blocks-override", "4096", *OPTIONS,
-    ) as running:  # fmt: skip
-        yield running
-
-
-@pytest.fixture(scope="module")
 def expected(sample: Sample) -> list[int]:
-    """The small server's answer about the good video."""
+    """The strict server's answer about the good video."""
     return oracle(sample, GOOD, {"decode_retention": 0}, steps=3).tokens
 
 
@@ -152,18 +110,18 @@ HOSTILE = {
 }
 
 
-def test_every_hostile_file_is_answered_in_time_and_in_little_memory(small: Server, expected: list[int]) -> None:
+def test_every_hostile_file_is_answered_in_time_and_in_little_memory(strict: Server, expected: list[int]) -> None:
     """All kinds twice, as many at a time as the server takes; a good video comes right after."""
-    assert tokens(send(small, body(GOOD)).answer()) == expected
-    before, most, done = memory_mib(small), 0.0, threading.Event()
+    assert tokens(send(strict, body(GOOD)).answer()) == expected
+    before, most, done = memory_mib(strict), 0.0, threading.Event()
 
     def watch() -> None:
         nonlocal most
         while not done.wait(0.1):
-            most = max(most, memory_mib(small))
+            most = max(most, memory_mib(strict))
 
     def one(name: str) -> tuple[str, tuple[int, Any, bytes]]:
-        return name, send(small, body(HOSTILE[name][0], **of_video(timeout_s=2, num_frames=4))).answer()
+        return name, send(strict, body(HOSTILE[name][0], **of_video(timeout_s=2, num_frames=4))).answer()
 
     watching = threading.Thread(target=watch)
     watching.start()
@@ -179,135 +137,135 @@ def test_every_hostile_file_is_answered_in_time_and_in_little_memory(small: Serv
     # Two at a time, for 2 s at most; and a machine that has others to serve.
     assert seconds < len(answers) / AT_ONCE * 2 + 20
     assert most - before < MEMORY_MIB + AT_ONCE * 256 + 200
-    assert tokens(send(small, body(GOOD)).answer()) == expected
-    until(lambda: idle(small))
+    assert tokens(send(strict, body(GOOD)).answer()) == expected
+    until(lambda: idle(strict))
 
 
 # --- more than there is room for ---
 
 
 def test_who_finds_no_place_is_told_when_to_come_again_and_others_are_served(
-    small: Server, expected: list[int]
+    strict: Server, expected: list[int]
 ) -> None:
-    before = decoding(small)
-    with leaving([send(small, body(stuck())) for _ in range(AT_ONCE)]) as bombs:
-        until(lambda: decoding(small)["running"] == AT_ONCE)
-        waiting = [send(small, body(GOOD)) for _ in range(WAITING)]
-        until(lambda: decoding(small)["waiting"] == WAITING)
+    before = decoding(strict)
+    with leaving([send(strict, body(stuck())) for _ in range(AT_ONCE)]) as bombs:
+        until(lambda: decoding(strict)["running"] == AT_ONCE)
+        waiting = [send(strict, body(GOOD)) for _ in range(WAITING)]
+        until(lambda: decoding(strict)["waiting"] == WAITING)
         for _ in range(3):
-            status, headers, text = answer = send(small, body(GOOD)).answer()
+            status, headers, text = answer = send(strict, body(GOOD)).answer()
             assert status == 503, text
             assert int(headers["Retry-After"]) > 0
             assert sentence(answer) == "The server is decoding 2 videos and 2 wait: try again later."
-        assert tokens(send(small, body(None)).answer()), "a question without a video needs no place"
-        during = decoding(small)
+        assert tokens(send(strict, body(None)).answer()), "a question without a video needs no place"
+        during = decoding(strict)
         assert (during["running"], during["waiting"]) == (AT_ONCE, WAITING)
         assert during["refused busy"] == before["refused busy"] + 3
         assert during["was busy"] == before["was busy"] + 3
         bombs[0].leave()
         assert [tokens(one.answer()) for one in waiting] == [expected] * WAITING, "one place is enough for both"
-        assert decoding(small)["running"] == 1
-    until(lambda: idle(small))
+        assert decoding(strict)["running"] == 1
+    until(lambda: idle(strict))
 
 
-def test_large_frames_wait_for_memory_and_are_answered(small: Server) -> None:
+def test_large_frames_wait_for_memory_and_are_answered(strict: Server) -> None:
     """Each takes 55 MB for its frames, and its decoder as much again: never two of them at a time."""
     large = encode([np.zeros((720, 1280, 3), np.uint8)] * 20, codec="mpeg4", rate=10)
-    before = decoding(small)
-    with leaving([send(small, body(large, **of_video(num_frames=-1))) for _ in range(AT_ONCE + WAITING)]) as clients:
+    before = decoding(strict)
+    with leaving([send(strict, body(large, **of_video(num_frames=-1))) for _ in range(AT_ONCE + WAITING)]) as clients:
         answers = []
         with ThreadPoolExecutor(len(clients)) as pool:
             waiting = [pool.submit(client.answer) for client in clients]
             most = 0.0
             while not all(one.done() for one in waiting):
-                most = max(most, decoding(small)["memory"])
+                most = max(most, decoding(strict)["memory"])
                 time.sleep(0.05)
             answers = [one.result() for one in waiting]
     assert len({tuple(tokens(answer)) for answer in answers}) == 1
     assert 55e6 < most <= MEMORY_MIB << 20
-    assert decoding(small)["was decoded"] == before["was decoded"] + len(clients)
-    until(lambda: idle(small))
+    assert decoding(strict)["was decoded"] == before["was decoded"] + len(clients)
+    until(lambda: idle(strict))
 
 
-def test_a_client_that_waits_and_goes_leaves_no_trace(small: Server, expected: list[int]) -> None:
-    before = decoding(small)
-    with leaving([send(small, body(stuck())) for _ in range(AT_ONCE)]):
-        until(lambda: decoding(small)["running"] == AT_ONCE)
-        with leaving([send(small, body(GOOD)) for _ in range(WAITING)]):
-            until(lambda: decoding(small)["waiting"] == WAITING)
-        until(lambda: decoding(small)["waiting"] == 0)
-        assert decoding(small)["running"] == AT_ONCE
-    until(lambda: idle(small))
-    assert decoding(small)["was decoded"] == before["was decoded"], "nobody wanted the videos any more"
-    assert tokens(send(small, body(GOOD)).answer()) == expected
+def test_a_client_that_waits_and_goes_leaves_no_trace(strict: Server, expected: list[int]) -> None:
+    before = decoding(strict)
+    with leaving([send(strict, body(stuck())) for _ in range(AT_ONCE)]):
+        until(lambda: decoding(strict)["running"] == AT_ONCE)
+        with leaving([send(strict, body(GOOD)) for _ in range(WAITING)]):
+            until(lambda: decoding(strict)["waiting"] == WAITING)
+        until(lambda: decoding(strict)["waiting"] == 0)
+        assert decoding(strict)["running"] == AT_ONCE
+    until(lambda: idle(strict))
+    assert decoding(strict)["was decoded"] == before["was decoded"], "nobody wanted the videos any more"
+    assert tokens(send(strict, body(GOOD)).answer()) == expected
 
 
 # --- files of the server's own ---
 
 
-def test_files_in_the_folder_are_read_and_none_outside(small: Server, folder: Path, expected: list[int]) -> None:
-    before, names = decoding(small), (b"good.mp4", ODD, PERCENT)
+def test_files_in_the_folder_are_read_and_none_outside(strict: Server, media_folder: Path, expected: list[int]) -> None:
+    before, names = decoding(strict), (b"good.mp4", ODD, PERCENT)
     for name in names:
-        url = f"file://{folder}/{quote_from_bytes(name)}"
-        assert tokens(send(small, body(url)).answer()) == expected, url
-    assert decoding(small)["was decoded"] == before["was decoded"] + len(names)
+        url = f"file://{media_folder}/{quote_from_bytes(name)}"
+        assert tokens(send(strict, body(url)).answer()) == expected, url
+    assert decoding(strict)["was decoded"] == before["was decoded"] + len(names)
     for path in (
-        f"{folder}/link.mp4",
-        f"{folder}/../secret.mp4",
-        f"{folder}/%2e%2e/secret.mp4",
+        f"{media_folder}/link.mp4",
+        f"{media_folder}/../secret.mp4",
+        f"{media_folder}/%2e%2e/secret.mp4",
         "/etc/passwd",
-        f"{folder}",
-        f"{folder}/%ff.mp4",
-        f"{folder}/../%ff%0a.mp4",
+        f"{media_folder}",
+        f"{media_folder}/%ff.mp4",
+        f"{media_folder}/../%ff%0a.mp4",
         "/outside/%ff%0a.mp4",
-        f"{folder}/a%00b.mp4",
-        f"{folder}/{'x' * 5000}.mp4",
+        f"{media_folder}/a%00b.mp4",
+        f"{media_folder}/{'x' * 5000}.mp4",
     ):
-        answer = send(small, body(f"file://{path}")).answer()
+        answer = send(strict, body(f"file://{path}")).answer()
         assert answer[0] == 400, (path, answer)
         assert sentence(answer)
-    assert "Traceback" not in small.log.read_text(errors="replace")
+    assert "Traceback" not in strict.log.read_text(errors="replace")
 
 
 # --- clients that dawdle ---
 
 
-def test_slow_uploads_hold_nobody_up(small: Server, expected: list[int]) -> None:
+def test_slow_uploads_hold_nobody_up(strict: Server, expected: list[int]) -> None:
     """64 clients with a few bytes of a request each; without the key they are turned away at its head."""
     request = json.dumps(body(None)).encode()
-    with leaving([Client(small, KEY).announce(len(request)) for _ in range(48)]) as slow:
+    with leaving([Client(strict, KEY).announce(len(request)) for _ in range(48)]) as slow:
         for at in range(4):
             for client in slow:
                 client.send(request[at : at + 1])
-        strangers = [Client(small).announce(len(request)) for _ in range(16)]
+        strangers = [Client(strict).announce(len(request)) for _ in range(16)]
         for one in strangers:
             assert one.answer()[0] == 401, "not a byte of its body is awaited"
         for _ in range(5):
-            assert tokens(send(small, body(GOOD)).answer()) == expected
+            assert tokens(send(strict, body(GOOD)).answer()) == expected
         for client in slow[:4]:
             client.send(request[4:])
         answers = [tokens(client.answer()) for client in slow[:4]]
     assert len({tuple(answer) for answer in answers}) == 1
-    assert small.get("/health")[0] == 200
+    assert strict.get("/health")[0] == 200
 
 
-def test_slow_readers_hold_nobody_up_and_get_all_of_it(small: Server, expected: list[int]) -> None:
+def test_slow_readers_hold_nobody_up_and_get_all_of_it(strict: Server, expected: list[int]) -> None:
     """Long answers that their clients do not read: the server keeps them until they do, byte by byte."""
     long = body(None, max_tokens=120, stream=True, logprobs=True, top_logprobs=20)
-    with leaving([Client(small, KEY, receive_buffer=2048).post(long) for _ in range(4)]) as slow:
+    with leaving([Client(strict, KEY, receive_buffer=2048).post(long) for _ in range(4)]) as slow:
         heads = [client.read(1) for client in slow]
         for _ in range(3):
-            assert tokens(send(small, body(GOOD)).answer()) == expected
+            assert tokens(send(strict, body(GOOD)).answer()) == expected
             heads = [head + client.read(1) for head, client in zip(heads, slow, strict=True)]
         assert set(heads) == {b"HTTP"}
-        until(lambda: running(small) == 0, seconds=120)  # the engine is done with them, whoever reads
+        until(lambda: running(strict) == 0, seconds=120)  # the engine is done with them, whoever reads
         rest = b""
         while b"data: [DONE]" not in rest:
             more = slow[0].read(65536)
             assert more, "the answer ends early"
             rest += more
         assert rest.count(b'"logprobs":{') == 120
-    until(lambda: idle(small))
+    until(lambda: idle(strict))
 
 
 def running(server: Server) -> float:
@@ -320,60 +278,28 @@ def running(server: Server) -> float:
     )
 
 
-# --- signals; from here on the small server is gone ---
+# --- signals; from here on the strict server is gone ---
 
 
-def test_sigterm_under_load_ends_every_process(small: Server) -> None:
+def test_sigterm_under_load_ends_every_process(strict: Server) -> None:
     """Bombs at work, videos that wait, a request half sent, an answer half read, and one that streams."""
     request = json.dumps(body(None)).encode()
     streaming = body(None, max_tokens=3000, stream=True, logprobs=True, top_logprobs=20)
-    clients = [send(small, body(stuck())) for _ in range(AT_ONCE)]
-    until(lambda: decoding(small)["running"] == AT_ONCE)
-    clients += [send(small, body(GOOD)) for _ in range(WAITING)]
-    clients += [Client(small, KEY).announce(len(request)) for _ in range(8)]
-    clients += [Client(small, KEY, receive_buffer=2048).post(streaming) for _ in range(4)]
+    clients = [send(strict, body(stuck())) for _ in range(AT_ONCE)]
+    until(lambda: decoding(strict)["running"] == AT_ONCE)
+    clients += [send(strict, body(GOOD)) for _ in range(WAITING)]
+    clients += [Client(strict, KEY).announce(len(request)) for _ in range(8)]
+    clients += [Client(strict, KEY, receive_buffer=2048).post(streaming) for _ in range(4)]
     with leaving(clients):
         for client in clients[-12:-4]:
             client.send(request[:5])
-        until(lambda: decoding(small)["waiting"] == WAITING and running(small) == 4)
-        everyone = family(small)
-        assert len(decoders(small)) == AT_ONCE
+        until(lambda: decoding(strict)["waiting"] == WAITING and running(strict) == 4)
+        everyone = family(strict)
+        assert len(decoders(strict)) == AT_ONCE
         started = time.monotonic()
-        small.process.terminate()
-        small.process.wait(timeout=60)
+        strict.process.terminate()
+        strict.process.wait(timeout=60)
         until(lambda: not alive(everyone), seconds=10)
         # The engine stops at once (--shutdown-timeout is 0), then clients have their time; the rest is the
         # interpreter's end on a busy machine.
         assert time.monotonic() - started < GRACE_S + 20
-
-
-def test_two_api_servers_add_up_and_one_that_is_killed_leaves_no_decoder(sample: Sample, tmp_path: Path) -> None:
-    with serving(
-        sample.path, tmp_path / "two.log", "--plugin", "metok", "--api-server-count", "2", "--served-model-name", "tiny",
-        "--trust-request-mm-kwargs", *OPTIONS,
-    ) as two:  # fmt: skip
-        assert len(spawners(two)) == 2, "each has a pool of its own"
-        with leaving(bombs_in_both(two)) as bombs:
-            until(lambda: all(decoding(two)["running"] == len(bombs) for _ in range(6)))
-        until(lambda: not decoders(two), seconds=20)
-        until(lambda: all(idle(two) for _ in range(6)))
-        assert decoding(two)["was cancelled"] == len(bombs)
-        with leaving(bombs_in_both(two)):
-            everyone, forked = family(two), decoders(two)
-            victim = spawners(two)[0]
-            orphans = [one for one in forked if one.ppid() == victim.pid]
-            assert orphans
-            os.kill(victim.ppid(), signal.SIGKILL)
-            until(lambda: not alive([victim, *orphans]), seconds=20)
-            two.process.wait(timeout=60)
-            until(lambda: not alive(everyone), seconds=30)
-
-
-def bombs_in_both(two: Server) -> list[Client]:
-    """Bombs one after another, until both processes have one: who takes which is not our choice."""
-    clients: list[Client] = []
-    while len({one.ppid() for one in decoders(two)}) < 2:
-        assert len(clients) < 15, "one process takes all"
-        clients.append(Client(two).post(body(stuck())))
-        until(lambda: len(decoders(two)) == len(clients))
-    return clients

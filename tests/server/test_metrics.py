@@ -175,7 +175,7 @@ def test_blocks_are_shown_while_they_are_held(server: Server) -> None:
         assert idle[name] == 0
     assert idle["metok_deferral_limit_bytes"] > 0
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(ask, server, mp4(scene_video(65, 32)), {"decode_retention": 0}, max_tokens=1200)
+        answer = pool.submit(ask, server, mp4(scene_video(65, 32)), {"decode_retention": 0}, max_tokens=400)
         seen = []
         while not answer.done():
             seen.append(scrape(server))

@@ -23,9 +23,10 @@ from tests.support.oracle import assert_same
 from tests.support.oracle.samples import Sample, scene_video
 from tests.support.server.asking import OPTIONS, ask, oracle, result
 from tests.support.server.clips import mp4
+from tests.support.server.double import cores
 from tests.support.server.live import Server, environment, free_port, serving, vllm
 
-pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two engines need two cores")
+pytestmark = pytest.mark.skipif(len(cores()) < 2, reason="two engines need two cores")
 METOK = (
     "--plugin", "metok", "--additional-config", json.dumps({"metok": {"decode_retention": 0.5}}),
     "--trust-request-mm-kwargs", "--max-num-batched-tokens", "256", "--served-model-name", "tiny", *OPTIONS,
@@ -39,10 +40,6 @@ ASKED: list[Any] = [
     REPORT,
     REPORT,
 ]
-
-
-def cores() -> list[str]:
-    return [str(core) for core in sorted(os.sched_getaffinity(0))[:2]]
 
 
 def check(server: Server, sample: Sample, workers: int) -> None:
@@ -59,18 +56,11 @@ def check(server: Server, sample: Sample, workers: int) -> None:
     assert all(worker["groups"] for worker in state)
 
 
-def test_two_engines_answer_as_one(sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(cores()))
-    # vLLM 0.33's CPU worker gives each engine a memory node of its own, and ends with an IndexError on a
-    # machine of one node (vllm/utils/cpu_resource_utils.py: `get_visible_memory_node`). With "0" here both
-    # versions take all nodes and simulate none.
-    monkeypatch.setenv("VLLM_CPU_SIM_MULTI_NUMA", "0")
-    with serving(sample.path, tmp_path / "server.log", "--data-parallel-size", "2", *METOK) as server:
-        check(server, sample, 2)
-        counts = re.findall(
-            r'vllm:request_success_total\{engine="(\d)",finished_reason="length".*\} (\S+)',
-            server.get("/metrics")[1].decode(),
-        )
+def test_two_engines_answer_as_one(two: Server, sample: Sample) -> None:
+    check(two, sample, 2)
+    counts = re.findall(
+        r'vllm:request_success_total\{engine="(\d)",finished_reason="length".*\} (\S+)', two.get("/metrics")[1].decode()
+    )
     answered = {engine: float(count) for engine, count in counts}
     assert answered.keys() == {"0", "1"}
     assert min(answered.values()) > 0, f"one engine had nothing to do: {answered}"

@@ -26,7 +26,7 @@ from tests.support.oracle.samples import Sample, scene_video
 from tests.support.server.asking import ask, assert_drained, oracle, result
 from tests.support.server.clips import mp4
 from tests.support.server.live import Server
-from tests.support.server.load import decoders, family
+from tests.support.server.load import decoders, family, idle_decoders
 
 REQUESTS = int(os.environ.get("METOK_SOAK_REQUESTS", "40"))
 AT_ONCE = 4
@@ -36,9 +36,10 @@ GROWTH_MIB = 48
 def resident_mib(server: Server) -> dict[str, float]:
     """Memory that each process of the server holds for itself, by the process's name.
 
-    Without decoders: each lives for one video, and that of a request just dropped may be about to end.
+    Without decoders, at work or not: each lives for one video, and that of a request just dropped may be
+    about to end.
     """
-    passing = {one.pid for one in decoders(server)}
+    passing = {one.pid for one in (*decoders(server), *idle_decoders(server))}
     lasting = [one for one in family(server) if one.pid not in passing]
     return {f"{one.name()} {one.pid}": one.memory_full_info().uss / 2**20 for one in lasting}
 

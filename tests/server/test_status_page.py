@@ -17,14 +17,12 @@ import pytest
 
 from metok_vllm.contract.settings import MetokSettings
 from tests.server.test_metrics import read_metrics
-from tests.support.oracle.samples import Sample, scene_video
-from tests.support.server.asking import OPTIONS, QUESTION, ask, measured_after_now
+from tests.support.oracle.samples import scene_video
+from tests.support.server.asking import QUESTION, ask, measured_after_now
 from tests.support.server.browser import NO_BROWSER, Browser, browsing, find_browser
 from tests.support.server.clips import data_url, mp4
-from tests.support.server.live import Server, serving
-
-HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
-KEY = "the-operators-key"
+from tests.support.server.double import HOSTILE, KEY
+from tests.support.server.live import Server
 
 
 def get(server: Server, path: str, key: str | None = None) -> httpx.Response:
@@ -179,42 +177,31 @@ def test_the_page_follows_the_readers_colours(server: Server, browser: Browser) 
 # --- a server with a key, several API server processes, a hostile name, and questions shown ---
 
 
-@pytest.fixture(scope="module")
-def guarded(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    settings = json.dumps({"metok": {"status_shows_questions": True}})
-    log = tmp_path_factory.mktemp("log") / "guarded.log"
-    with serving(
-        sample.path, log, "--plugin", "metok", "--additional-config", settings, "--api-key", KEY,
-        "--served-model-name", HOSTILE, "--api-server-count", "2", "--trust-request-mm-kwargs", *OPTIONS,
-    ) as running:  # fmt: skip
-        yield running
-
-
-def test_the_data_wants_the_servers_key_and_the_page_does_not(guarded: Server) -> None:
+def test_the_data_wants_the_servers_key_and_the_page_does_not(two: Server) -> None:
     for key in (None, "another"):
-        assert get(guarded, "/v1/metok/status", key).status_code == 401
-        assert get(guarded, "/metok", key).status_code == 200
-    assert fresh_status(guarded, KEY)["server"]["models"] == [HOSTILE]
+        assert get(two, "/v1/metok/status", key).status_code == 401
+        assert get(two, "/metok", key).status_code == 200
+    assert fresh_status(two, KEY)["server"]["models"] == ["tiny", HOSTILE]
 
 
-def test_the_page_asks_for_the_key_and_shows_hostile_names_as_text(guarded: Server, browser: Browser) -> None:
-    ask_as(guarded, "keyed", KEY, HOSTILE)
-    assert fresh_status(guarded, KEY)["requests"][0]["question"] == QUESTION
-    browser.open(f"{guarded.url}/metok")
+def test_the_page_asks_for_the_key_and_shows_hostile_names_as_text(two: Server, browser: Browser) -> None:
+    ask_as(two, "keyed", KEY, HOSTILE)
+    assert fresh_status(two, KEY)["requests"][0]["question"] == QUESTION
+    browser.open(f"{two.url}/metok")
     browser.until("document.getElementById('message').textContent === 'This server wants its API key.'")
     assert browser.run("document.getElementById('content').hidden")
     browser.run(f"document.getElementById('key').value = {json.dumps(KEY)}; document.getElementById('refresh').click()")
     browser.until("!document.getElementById('content').hidden")
-    assert browser.run("document.querySelector('#settings td:nth-child(2)').textContent") == HOSTILE
+    assert browser.run("document.querySelector('#settings td:nth-child(2)').textContent") == f"tiny, {HOSTILE}"
     assert QUESTION in browser.run("document.querySelector('article').textContent")
-    assert_harmless(browser, guarded)
+    assert_harmless(browser, two)
     assert not [complaint for complaint in browser.complaints if "401" not in complaint]
 
 
-def test_every_api_server_process_gives_the_same_totals(guarded: Server) -> None:
+def test_every_api_server_process_gives_the_same_totals(two: Server) -> None:
     """Which process answers is the kernel's choice: new connections are spread over both."""
     for _ in range(2):
-        ask_as(guarded, "spread", KEY, HOSTILE, frames=8)
+        ask_as(two, "spread", KEY, HOSTILE, frames=8)
     bad = {"model": HOSTILE, "messages": [{"role": "user", "content": "?"}], "mm_processor_kwargs": {"metok": {"x": 1}}}
     content = [
         {"type": "video_url", "video_url": {"url": data_url(mp4(scene_video(70, 8)))}},
@@ -223,12 +210,12 @@ def test_every_api_server_process_gives_the_same_totals(guarded: Server) -> None
     bad["messages"] = [{"role": "user", "content": content}]
     for _ in range(6):
         refused = httpx.post(
-            f"{guarded.url}/v1/chat/completions", json=bad, headers={"Authorization": f"Bearer {KEY}"}, timeout=60
+            f"{two.url}/v1/chat/completions", json=bad, headers={"Authorization": f"Bearer {KEY}"}, timeout=60
         )
         assert refused.status_code == 400
 
     def read() -> tuple[list[dict[str, float]], float]:
-        scrapes = [read_metrics(get(guarded, "/metrics").text) for _ in range(12)]
+        scrapes = [read_metrics(get(two, "/metrics").text) for _ in range(12)]
         return scrapes, max(one["metok_figures_age_seconds"] for one in scrapes)
 
     scrapes = measured_after_now(read)

@@ -40,15 +40,18 @@ class Server:
     url: str
     log: Path
     process: subprocess.Popen[bytes]
+    key: str | None = None
+    """Its API key."""
 
     def client(self) -> Any:
         from openai import OpenAI
 
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=self.key or "none", max_retries=0, timeout=120)
 
     def get(self, path: str) -> tuple[int, bytes]:
+        headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
         try:
-            with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, headers=headers), timeout=60) as answer:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
@@ -71,7 +74,8 @@ def serving(model: Path, log: Path, *options: str) -> Iterator[Server]:
         process = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
         )
-    server = Server(f"http://127.0.0.1:{port}", log, process)
+    key = options[options.index("--api-key") + 1] if "--api-key" in options else None
+    server = Server(f"http://127.0.0.1:{port}", log, process, key)
     try:
         deadline = time.monotonic() + START_SECONDS
         while True:

@@ -13,12 +13,21 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from metok_vllm.media.children.child import AT_WORK
+from metok_vllm.media.children.child import AT_WORK, IDLE
 from tests.server.test_metrics import read_metrics
 from tests.support.children import is_called
+from tests.support.server.asking import QUESTION, user
+from tests.support.server.clips import data_url
 from tests.support.server.live import Server
 
 CHAT = "/v1/chat/completions"
+
+
+def body(video: bytes | str | None, **changes: Any) -> dict[str, Any]:
+    """A chat request about a video, by its bytes or its URL, or about none."""
+    url = data_url(video) if isinstance(video, bytes) else video
+    asked = {"model": "tiny", "messages": [user(QUESTION, url)], "max_tokens": 3, "temperature": 0, "ignore_eos": True}
+    return {**asked, "return_token_ids": True, **changes}
 
 
 class Client:
@@ -120,6 +129,11 @@ def spawners(server: Server) -> list[psutil.Process]:
 def decoders(server: Server) -> list[psutil.Process]:
     """Decoders at work."""
     return [one for one in _forks(server) if is_called(one, AT_WORK)]
+
+
+def idle_decoders(server: Server) -> list[psutil.Process]:
+    """Decoders that wait for a video."""
+    return [one for one in _forks(server) if is_called(one, IDLE)]
 
 
 def _forks(server: Server) -> list[psutil.Process]:
