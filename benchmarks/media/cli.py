@@ -6,10 +6,10 @@
 
 Each pair of runs is one of each kind, in changing order, so that what slows the machine slows both. Before
 each run is a pause, as between the videos of a server that is not overloaded: then a child is forked ahead.
-The ratio is the median of the pairs' ratios. "At once" hands the pool several copies of the file together, and
-the same to as many threads of this process. The last clip is one of the others enlarged to 720 lines, the size
-of most real ones. Included: all from the file's bytes to the frames. Excluded: fetching the file, base64,
-preprocessing.
+The ratio is the median of the pairs' ratios. "At once" hands the pool several copies of the file together,
+and the same to as many threads of this process. The last clip is one of the others enlarged to 720 lines, the
+size of most real ones. Included: all from the file's bytes to the frames. Excluded: fetching the file,
+base64, preprocessing.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ Where frames are wanted so densely that each stretch touches the next, this beco
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from mmap import mmap
@@ -62,14 +61,43 @@ class DecodedVideo:
     """Packets sent to the decoder over all passes: the work done."""
 
 
+class Room(Protocol):
+    """Room for T frames uint8 [H, W, 3], each in its slot."""
+
+    def put(self, slot: int, frame: npt.NDArray[np.uint8]) -> None:
+        """Store a frame, contiguous in memory."""
+
+    def move(self, source: int, target: int) -> None:
+        """Store the frame of one slot in another one too."""
+
+    def frames(self, count: int) -> npt.NDArray[np.uint8]:
+        """[count, H, W, 3], what is in the first slots."""
+
+
 class Memory(Protocol):
     """Where a decode gets its memory from."""
 
     def reserve(self, frames: int, working: int) -> None:
         """Wait until there is room for `frames` bytes of frames, and for `working` bytes beside them."""
 
-    def frames(self, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
-        """Room for the frames, [T, H, W, 3]."""
+    def room(self, shape: Sequence[int]) -> Room:
+        """Room for frames [T, H, W, 3]."""
+
+
+class OwnRoom:
+    """Room in this process."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self._frames = np.empty(shape, np.uint8)
+
+    def put(self, slot: int, frame: npt.NDArray[np.uint8]) -> None:
+        self._frames[slot] = frame
+
+    def move(self, source: int, target: int) -> None:
+        self._frames[target] = self._frames[source]
+
+    def frames(self, count: int) -> npt.NDArray[np.uint8]:
+        return self._frames[:count]
 
 
 class OwnMemory:
@@ -78,8 +106,8 @@ class OwnMemory:
     def reserve(self, frames: int, working: int) -> None:
         pass
 
-    def frames(self, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
-        return np.empty(shape, np.uint8)
+    def room(self, shape: Sequence[int]) -> OwnRoom:
+        return OwnRoom(shape)
 
 
 def decode_video(
@@ -127,7 +155,7 @@ def _decode(data: bytes | mmap, settings: VideoSettings, memory: Memory) -> Deco
         picker.forget()
         _passes(file, replace(table, timed=False), indices, settings, picker)
     got = np.flatnonzero(picker.have)
-    if picker.frames is None or len(got) == 0:
+    if len(got) == 0:
         raise VideoError("No frame of the video could be decoded; it is damaged or of a kind that cannot be read.")
     return DecodedVideo(
         frames=picker.without_gaps(),
@@ -145,10 +173,9 @@ class _TimesLie(Exception):
 
 
 class _Picker:
-    """Keeps the wanted frames that a pass decodes, as RGB in slots of one array."""
+    """Keeps the wanted frames that a pass decodes, as RGB."""
 
     def __init__(self, count: int, settings: VideoSettings, clock: Clock, memory: Memory) -> None:
-        self.frames: npt.NDArray[np.uint8] | None = None
         self.have = np.zeros(count, dtype=bool)
         self.packets = 0
         self.clock = clock
@@ -156,26 +183,30 @@ class _Picker:
         self._memory = memory
         self._size = (0, 0)
         self._to_rgb = VideoReformatter()
-        self._room: npt.NDArray[np.uint8] | None = None
+        self._room: Room | None = None
+        self._shape: tuple[int, ...] = ()  # of the room
+        self._begun = False  # whether there is a frame whose size all others take
 
     def forget(self) -> None:
         """Start over: the passes so far turned out to be unsound."""
-        self.frames, self.have[:] = None, False
+        self._begun, self.have[:] = False, False
 
     def without_gaps(self) -> npt.NDArray[np.uint8]:
         """The frames that there are, moved together where others are missing."""
-        assert self.frames is not None
+        assert self._room is not None
         got = np.flatnonzero(self.have)
         for place, slot in enumerate(got):
             if place != slot:
-                self.frames[place] = self.frames[slot]
-        return self.frames[: len(got)]
+                self._room.move(int(slot), place)
+        return self._room.frames(len(got))
 
-    def _frames(self, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
-        """Room for the frames; the room of an earlier pass where that is as large."""
-        if self._room is None or self._room.size != math.prod(shape):
-            self._room = self._memory.frames(shape)
-        return self._room.reshape(shape)
+    def _begin(self) -> Room:
+        """Room for frames of the size that is known now; that of an earlier pass where it fits."""
+        shape = (len(self.have), self._size[1], self._size[0], 3)
+        if self._room is None or self._shape != shape:
+            self._room, self._shape = self._memory.room(shape), shape
+        self._begun = True
+        return self._room
 
     def put(self, slot: int, frame: VideoFrame) -> bool:
         """Store `frame` in `slot` unless an earlier pass has; return whether the slot is filled now.
@@ -186,7 +217,7 @@ class _Picker:
             return True
         matrix: Any = frame.side_data.get("DISPLAYMATRIX")  # a buffer
         upright = orientation(None if matrix is None else bytes(matrix))
-        if self.frames is None:
+        if not self._begun:
             self._size = upright.size(frame.width, frame.height)
             _check_size(self._size, self._settings)
             _check_count(len(self.have), self._size, self._settings)
@@ -198,9 +229,8 @@ class _Picker:
             raise
         except (av.FFmpegError, ValueError):
             return False
-        if self.frames is None:
-            self.frames = self._frames((len(self.have), self._size[1], self._size[0], 3))
-        self.frames[slot] = upright.apply(rgb)
+        room = self._room if self._begun else None
+        (room or self._begin()).put(slot, np.ascontiguousarray(upright.apply(rgb)))
         self.have[slot] = True
         return True
 

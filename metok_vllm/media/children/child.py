@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from metok_vllm.media.children import messages, warm_up
-from metok_vllm.media.children.confine import call_yourself, confine, leave_with_parent, limit_memory
+from metok_vllm.media.children.confine import call_yourself, confine, leave_with_parent, limit_files, limit_memory
 from metok_vllm.media.decoder import decode_video
 from metok_vllm.media.settings import VideoError, VideoMemoryError, VideoSettings
 
@@ -38,6 +38,38 @@ def shared_size(frames: int, count: int) -> int:
     return -(-frames // 8) * 8 + 8 * count
 
 
+class FileRoom:
+    """Room in a file that the server maps.
+
+    Frames are written to it, and not to a mapping of it here: to touch its pages would take twice as long.
+    """
+
+    def __init__(self, file: int, shape: Sequence[int]) -> None:
+        self._file = file
+        self._shape = tuple(shape)
+        self._frame_bytes = math.prod(shape[1:])
+
+    def put(self, slot: int, frame: npt.NDArray[np.uint8]) -> None:
+        self.write(frame, slot * self._frame_bytes)
+
+    def move(self, source: int, target: int) -> None:
+        self.put(target, self.frames(source + 1)[source])
+
+    def frames(self, count: int) -> npt.NDArray[np.uint8]:
+        return _mapped(self._file, count * self._frame_bytes).reshape(count, *self._shape[1:])
+
+    def number(self, indices: Sequence[int]) -> None:
+        """Put the frames' numbers behind the room for all frames."""
+        self.write(np.array(indices, np.int64), shared_size(math.prod(self._shape), 0))
+
+    def write(self, data: npt.NDArray[Any], start: int) -> None:
+        """All of `data`, contiguous, from byte `start` on."""
+        rest: memoryview[int] = memoryview(data.data).cast("B")
+        while rest:
+            written = os.pwrite(self._file, rest, start)
+            rest, start = rest[written:], start + written
+
+
 class PoolMemory:
     """Memory that the server grants; `metok_vllm.media.decoder.Memory`."""
 
@@ -50,9 +82,8 @@ class PoolMemory:
         """
         self._talk = talk
         self._file = frames_file
-        self._room = np.empty(0, np.uint8)
-        self.room = 0
-        """Bytes of the frames that there is room for."""
+        self.given: FileRoom | None = None
+        """The latest room."""
         self.limit = opening
 
     def reserve(self, frames: int, working: int) -> None:
@@ -61,17 +92,13 @@ class PoolMemory:
         self.limit += frames + working
         limit_memory(self.limit)
 
-    def frames(self, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
+    def room(self, shape: Sequence[int]) -> FileRoom:
         """Room for the frames, in the file that the server maps, with room for their numbers behind."""
-        self.room = size = math.prod(shape)
-        self._ask({"frames": size, "count": shape[0]})
-        self._room = _mapped(self._file, shared_size(size, shape[0]))
-        return self._room[:size].reshape(shape)
-
-    def number(self, indices: Sequence[int]) -> None:
-        """Put the frames' numbers behind the room for all frames."""
-        start = shared_size(self.room, 0)
-        self._room[start : start + 8 * len(indices)] = np.array(indices, np.int64).view(np.uint8)
+        size, count = math.prod(shape), shape[0]
+        self._ask({"frames": size, "count": count})
+        limit_files(shared_size(size, count))
+        self.given = FileRoom(self._file, shape)
+        return self.given
 
     def _ask(self, what: dict[str, Any]) -> None:
         messages.send(self._talk, what)
@@ -112,7 +139,7 @@ def _decode(
     own = _memory(status, "VmSize") + size + 2 * (settings.threads + 2) * _THREAD
     data = mmap.mmap(file, size, prot=mmap.PROT_READ) if size else b""
     memory = PoolMemory(talk, frames_file, own + OPENING)
-    confine(own + OPENING + job["most_memory"], filtered=filtered)
+    confine(own + OPENING + job["most_memory"], job["most_memory"], filtered=filtered)
     limit_memory(memory.limit)
     messages.send(talk, _outcome(data, settings, memory, status))
     os._exit(0)
@@ -122,7 +149,8 @@ def _outcome(data: Any, settings: VideoSettings, memory: PoolMemory, status: int
     limit = memory.limit
     try:
         video = decode_video(data, settings, memory)
-        memory.number(video.indices)
+        assert memory.given is not None
+        memory.given.number(video.indices)
     except (VideoMemoryError, MemoryError):
         return {"memory": (memory.limit - limit or OPENING) >> 20}
     except VideoError as error:
@@ -136,11 +164,13 @@ def _outcome(data: Any, settings: VideoSettings, memory: PoolMemory, status: int
 
 
 def _mapped(file: int, size: int) -> npt.NDArray[np.uint8]:
-    """`size` bytes of a shared file. Python's own mmap opens a second descriptor, which is forbidden here."""
+    """The first `size` bytes of a file, to read. Python's own mmap opens a second descriptor, which is
+    forbidden here.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    address = libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, file, 0)
+    address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file, 0)
     if address == ctypes.c_void_p(-1).value:
         raise MemoryError
     room: Any = (ctypes.c_uint8 * size).from_address(address)

@@ -3,7 +3,7 @@
 Without root, in three steps, each of which holds by itself:
 
 - Resource limits (setrlimit(2)): no file descriptor beyond those that are open, an upper bound on the address
-  space, no core dump, no file grows.
+  space, no core dump, no file larger than its frames need.
 - A filter of system calls (seccomp(2)): all but those that a decoder makes fail with EPERM. Among those that
   fail are whatever opens, connects, executes, forks, traces or signals another process.
 - The kernel kills this process when its parent ends (prctl(2)), and first where memory is short.
@@ -32,7 +32,15 @@ _X86_64 = (
     0xC000003E,
     {
         **{"read": 0, "write": 1, "close": 3, "fstat": 5, "poll": 7, "lseek": 8, "mmap": 9, "mprotect": 10},
-        **{"munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "pread64": 17},
+        **{
+            "munmap": 11,
+            "brk": 12,
+            "rt_sigaction": 13,
+            "rt_sigprocmask": 14,
+            "rt_sigreturn": 15,
+            "pread64": 17,
+            "pwrite64": 18,
+        },
         **{"readv": 19, "writev": 20, "sched_yield": 24, "mremap": 25, "madvise": 28, "nanosleep": 35, "getpid": 39},
         **{"sendto": 44, "recvfrom": 45, "clone": 56, "exit": 60, "gettimeofday": 96},
         **{"getrusage": 98, "times": 100, "sigaltstack": 131, "prctl": 157, "gettid": 186, "futex": 202},
@@ -44,7 +52,17 @@ _X86_64 = (
 _AARCH64 = (
     0xC00000B7,
     {
-        **{"close": 57, "lseek": 62, "read": 63, "write": 64, "readv": 65, "writev": 66, "pread64": 67, "ppoll": 73},
+        **{
+            "close": 57,
+            "lseek": 62,
+            "read": 63,
+            "write": 64,
+            "readv": 65,
+            "writev": 66,
+            "pread64": 67,
+            "pwrite64": 68,
+            "ppoll": 73,
+        },
         **{"fstat": 80, "exit": 93, "exit_group": 94, "futex": 98, "set_robust_list": 99, "nanosleep": 101},
         **{"clock_gettime": 113, "clock_nanosleep": 115, "sched_getaffinity": 123},
         **{"sched_yield": 124, "restart_syscall": 128, "tgkill": 131, "sigaltstack": 132, "rt_sigaction": 134},
@@ -88,23 +106,30 @@ def limit_memory(address_space: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (address_space, most))
 
 
-def confine(most_memory: int, *, filtered: bool) -> None:
+def limit_files(size: int) -> None:
+    """Bound the size to which this process may write a file, in bytes; up to what `confine` was told."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (min(size, most), most))
+
+
+def confine(most_memory: int, most_file: int, *, filtered: bool) -> None:
     """Give up all rights but to compute, and to talk over the descriptors that are open.
 
     Args:
         most_memory: bytes that `limit_memory` may state at most from now on.
+        most_file: bytes that `limit_files` may; it is 0 now.
         filtered: set the filter of system calls too. Needs `has_filter`.
 
     Raises:
         OSError: the kernel refuses.
     """
-    for limit, value in (
-        (resource.RLIMIT_AS, most_memory),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NOFILE, 0),
+    for limit, value, most in (
+        (resource.RLIMIT_AS, most_memory, most_memory),
+        (resource.RLIMIT_CORE, 0, 0),
+        (resource.RLIMIT_FSIZE, 0, most_file),
+        (resource.RLIMIT_NOFILE, 0, 0),
     ):
-        resource.setrlimit(limit, (value, value))
+        resource.setrlimit(limit, (value, most))
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     if filtered:
         _set_filter()

@@ -32,7 +32,7 @@ class Outcome:
     seconds: float
     """Wall time of the decode."""
     peak_mib: float
-    """The most memory that the child held, shared frames included; 0 where it was gone too soon to look."""
+    """The most memory that the child held, beside the frames; 0 where it was gone too soon to look."""
 
 
 def described(video: DecodedVideo) -> str:

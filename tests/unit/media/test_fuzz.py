@@ -46,7 +46,7 @@ ATTACKS: dict[str, tuple[str, str | None]] = {
     # Good videos that are large.
     "black": ("mp4: black(4096,4096,32)", "max_output_mib"),
     "gif canvas": ("gif: gif.canvas(16000,2200) gif.frames(5000,2)", "max_output_mib"),
-    "slow gif": ("gif: gif.canvas(1500,1000) gif.frames(5000,2)", "timeout_s"),
+    "slow gif": ("gif: gif.canvas(1500,1000) gif.frames(40000,2)", "timeout_s"),
 }
 
 

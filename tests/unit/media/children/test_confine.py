@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -55,7 +56,7 @@ def prctl(*arguments):
 talk, other = socket.socketpair()
 attempts, filtered = json.loads(sys.argv[2]), sys.argv[3] == "filtered"
 own = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-confine(own + (256 << 20), filtered=filtered)
+confine(own + (256 << 20), 4096, filtered=filtered)
 answers = {}
 for name, attempt in attempts.items():
     try:
@@ -166,7 +167,7 @@ def test_memory_can_be_raised_up_to_what_was_stated() -> None:
     if pid == 0:
         code = 1
         try:
-            confine.confine(8 << 40, filtered=False)
+            confine.confine(8 << 40, 0, filtered=False)
             confine.limit_memory(4 << 40)
             confine.limit_memory(8 << 40)
             try:
@@ -176,3 +177,27 @@ def test_memory_can_be_raised_up_to_what_was_stated() -> None:
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_file_grows_only_as_far_as_was_stated(tmp_path: Path) -> None:
+    file = os.memfd_create("file")
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            confine.confine(8 << 40, 1000, filtered=False)
+            with suppress(OSError):
+                os.pwrite(file, b"x", 0)
+            confine.limit_files(500)
+            os.pwrite(file, bytes(2000), 0)
+            confine.limit_files(4000)
+            os.pwrite(file, bytes(2000), 500)
+            try:
+                os.pwrite(file, b"x", 1000)
+            except OSError as error:
+                code = 0 if error.errno == errno.EFBIG else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert os.fstat(file).st_size == 1000
+    os.close(file)
