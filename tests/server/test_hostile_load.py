@@ -70,7 +70,7 @@ def send(server: Server, request: dict[str, Any]) -> Client:
 
 
 def test_good_requests_are_answered_while_bombs_are_at_work(server: Server, sample: Sample) -> None:
-    """Twelve files that hold libav for minutes and three slow GIFs: all places but one. Then they go."""
+    """Twelve files that hold libav for minutes and three slow GIFs: 15 of the 24 places. Then they go."""
     bombs = [body(stuck())] * 12 + [body(slow_gif(1500, 20_000), **of_video(num_frames=2))] * 3
     fresh = mp4(scene_video(72, 14))
     before = decoding(server)

@@ -161,6 +161,7 @@ def test_other_impossible_requests_get_one_sentence(server: Server) -> None:
 
 
 def test_run_batch_takes_the_plugin(sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a user without a home folder, as in many containers."""
     video = mp4(scene_video(10, 14))
     line = {
         "custom_id": "one",
@@ -188,7 +189,7 @@ def test_run_batch_takes_the_plugin(sample: Sample, tmp_path: Path, monkeypatch:
     subprocess.run(
         [vllm(), "run-batch", "-i", "in.jsonl", "-o", "out.jsonl", "--model", str(sample.path), "--plugin", "metok",
          "--additional-config", json.dumps({"metok": {"preset": "balanced"}}), *OPTIONS],
-        cwd=tmp_path, env=environment(), check=True, capture_output=True, timeout=240,
+        cwd=tmp_path, env=environment() | {"HOME": "/proc/none"}, check=True, capture_output=True, timeout=240,
     )  # fmt: skip
     outputs = [json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines()]
     two, one = sorted(outputs, key=lambda output: output["custom_id"], reverse=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
@@ -25,6 +27,17 @@ def is_called(process: psutil.Process, name: str) -> bool:
     with suppress(psutil.NoSuchProcess):
         return bool(process.name() == name and process.status() != psutil.STATUS_ZOMBIE)
     return False
+
+
+def frames_mib(pid: int) -> float:
+    """Memory of the file in which a process puts its frames; 0 if it has ended."""
+    size = 0
+    with suppress(OSError):
+        for file in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                if os.readlink(file).startswith("/memfd:frames"):
+                    size += file.stat().st_blocks * 512
+    return size / 2**20
 
 
 def _called(pool: DecodePool, name: str) -> list[psutil.Process]:

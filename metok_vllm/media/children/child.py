@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import mmap
 import os
@@ -26,6 +25,7 @@ IDLE, AT_WORK = "metok-idle", "metok-decode"
 """What a child is called in a list of processes."""
 
 _MARGIN = 48 << 20  # of the limit, within which libav's own errors are taken for a lack of memory
+_PIECE = 1 << 20  # bytes of a frame that are moved at a time
 _THREAD = 9 << 20  # address space of a thread's stack and its guard
 
 
@@ -50,21 +50,26 @@ class FileRoom:
         self._frame_bytes = math.prod(shape[1:])
 
     def put(self, slot: int, frame: npt.NDArray[np.uint8]) -> None:
-        self.write(frame, slot * self._frame_bytes)
+        self._write(frame.data, slot * self._frame_bytes)
 
     def move(self, source: int, target: int) -> None:
-        self.put(target, self.frames(source + 1)[source])
+        start, end = source * self._frame_bytes, (source + 1) * self._frame_bytes
+        shift = (target - source) * self._frame_bytes
+        for at in range(start, end, _PIECE):
+            piece = os.pread(self._file, min(_PIECE, end - at), at)
+            self._write(piece, at + shift)
 
     def frames(self, count: int) -> npt.NDArray[np.uint8]:
-        return _mapped(self._file, count * self._frame_bytes).reshape(count, *self._shape[1:])
+        """Their shape alone: nobody here looks at them again."""
+        return np.broadcast_to(np.uint8(0), (count, *self._shape[1:]))
 
     def number(self, indices: Sequence[int]) -> None:
         """Put the frames' numbers behind the room for all frames."""
-        self.write(np.array(indices, np.int64), shared_size(math.prod(self._shape), 0))
+        self._write(np.array(indices, np.int64).data, shared_size(math.prod(self._shape), 0))
 
-    def write(self, data: npt.NDArray[Any], start: int) -> None:
+    def _write(self, data: bytes | memoryview, start: int) -> None:
         """All of `data`, contiguous, from byte `start` on."""
-        rest: memoryview[int] = memoryview(data.data).cast("B")
+        rest: memoryview[int] = memoryview(data).cast("B")
         while rest:
             written = os.pwrite(self._file, rest, start)
             rest, start = rest[written:], start + written
@@ -87,9 +92,9 @@ class PoolMemory:
         self.limit = opening
 
     def reserve(self, frames: int, working: int) -> None:
-        """Wait for room; from then on this process may have so much more."""
+        """Wait for room; from then on this process may have so much more. The frames go in their file."""
         self._ask({"reserve": {"frames": frames, "working": working}})
-        self.limit += frames + working
+        self.limit += working
         limit_memory(self.limit)
 
     def room(self, shape: Sequence[int]) -> FileRoom:
@@ -125,8 +130,9 @@ def take_a_job(orders: socket.socket, parent: int, clip: bytes, *, filtered: boo
     job, files = messages.receive_with_files(orders, 3)
     if job is None or len(files) < 3:
         os._exit(0)
-    call_yourself(AT_WORK)
+    messages.send(orders, {})  # taken
     orders.close()
+    call_yourself(AT_WORK)
     file, frames_file, talk = files
     _decode(socket.socket(fileno=talk), file, frames_file, job, status, filtered=filtered)
 
@@ -139,7 +145,8 @@ def _decode(
     own = _memory(status, "VmSize") + size + 2 * (settings.threads + 2) * _THREAD
     data = mmap.mmap(file, size, prot=mmap.PROT_READ) if size else b""
     memory = PoolMemory(talk, frames_file, own + OPENING)
-    confine(own + OPENING + job["most_memory"], job["most_memory"], filtered=filtered)
+    most_file = min(job["most_memory"], shared_size(settings.max_output_mib << 20, settings.max_frames))
+    confine(own + OPENING + job["most_memory"], most_file, filtered=filtered)
     limit_memory(memory.limit)
     messages.send(talk, _outcome(data, settings, memory, status))
     os._exit(0)
@@ -161,20 +168,6 @@ def _outcome(data: Any, settings: VideoSettings, memory: PoolMemory, status: int
     except Exception as error:  # a fault of METok's, or the confinement forbids what the decoder needs
         return {"fault": f"{type(error).__name__}: {error}"[:500]}
     return {"video": {name: getattr(video, name) for name in ABOUT}, "shape": list(video.frames.shape)}
-
-
-def _mapped(file: int, size: int) -> npt.NDArray[np.uint8]:
-    """The first `size` bytes of a file, to read. Python's own mmap opens a second descriptor, which is
-    forbidden here.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file, 0)
-    if address == ctypes.c_void_p(-1).value:
-        raise MemoryError
-    room: Any = (ctypes.c_uint8 * size).from_address(address)
-    return np.frombuffer(room, np.uint8)
 
 
 def _memory(status: int, name: str) -> int:

@@ -3,7 +3,7 @@
 Without root, in three steps, each of which holds by itself:
 
 - Resource limits (setrlimit(2)): no file descriptor beyond those that are open, an upper bound on the address
-  space, no core dump, no file larger than its frames need.
+  space and on the size of a file, no core dump.
 - A filter of system calls (seccomp(2)): all but those that a decoder makes fail with EPERM. Among those that
   fail are whatever opens, connects, executes, forks, traces or signals another process.
 - The kernel kills this process when its parent ends (prctl(2)), and first where memory is short.

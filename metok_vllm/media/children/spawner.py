@@ -51,6 +51,8 @@ class Job:
     pid: int
     talk: socket.socket
     """Kept to tell the server how the child died."""
+    orders: socket.socket
+    """Where the child said that it has taken the job."""
     timeout_s: float
     started: float
     deadline: float
@@ -123,36 +125,34 @@ class Spawner:
 
     def _start(self, job: dict[str, Any], files: list[int]) -> None:
         file, frames_file, end = files
-        pid, failed = self._given_to_idle(job, files), ""
-        if pid is None:
+        taker, failed = self._given_to_idle(job, files), ""
+        if taker is None:
             try:
-                cold = _fork(job, files, filtered=self.filtered)
-                cold.orders.close()
-                pid = cold.pid
+                taker = _fork(job, files, filtered=self.filtered)
             except OSError as error:  # as many processes as there may be, or no memory
                 failed = str(error)
         self.wants_ahead = True
         os.close(file)
         os.close(frames_file)
         talk = socket.socket(fileno=end)
-        if pid is None:
+        if taker is None:
             _tell(talk, {"no_process": failed})
             return
         now, timeout_s, number = time.monotonic(), job["settings"]["timeout_s"], job["job"]
-        self.jobs[number] = Job(number, pid, talk, timeout_s, now, now + timeout_s)
+        self.jobs[number] = Job(number, taker.pid, talk, taker.orders, timeout_s, now, now + timeout_s)
 
-    def _given_to_idle(self, job: dict[str, Any], files: list[int]) -> int | None:
-        """The child that waited, if there was one and it has taken the job."""
+    def _given_to_idle(self, job: dict[str, Any], files: list[int]) -> Idle | None:
+        """The child that waited, if there was one."""
         ahead, self.ahead = self.ahead, None
         if ahead is None:
             return None
-        with ahead.orders:
-            try:
-                messages.send(ahead.orders, job, files)
-            except OSError:  # it has been killed
-                os.waitpid(ahead.pid, 0)
-                return None
-        return ahead.pid
+        try:
+            messages.send(ahead.orders, job, files)
+        except OSError:  # it has been killed
+            ahead.orders.close()
+            os.waitpid(ahead.pid, 0)
+            return None
+        return ahead
 
     def _fork_ahead(self) -> None:
         if self.wants_ahead and self.ahead is None and not self.jobs:
@@ -170,7 +170,14 @@ class Spawner:
             if pid == 0:
                 continue
             del self.jobs[job.number]
-            _tell(job.talk, {"late": True} if job.late else {"died": os.waitstatus_to_exitcode(status)})
+            with job.orders:
+                taken = _has_taken(job.orders)
+            if job.late:
+                _tell(job.talk, {"late": True})
+            elif taken:
+                _tell(job.talk, {"died": os.waitstatus_to_exitcode(status)})
+            else:  # nothing that the file did
+                _tell(job.talk, {"no_process": f"it ended with status {status} before it began"})
 
     def _keep_time(self) -> None:
         now = time.monotonic()
@@ -182,6 +189,11 @@ class Spawner:
                 if now - job.started > seconds and job.nice < nice:
                     job.nice = nice
                     _give_way(job)
+
+
+def _has_taken(orders: socket.socket) -> bool:
+    """Whether a child that has ended said before that it has taken its job."""
+    return messages.there(orders) and messages.receive(orders) is not None
 
 
 def _tell(talk: socket.socket, message: dict[str, Any]) -> None:
@@ -237,7 +249,6 @@ def _why_it_fails(*, filtered: bool) -> str | None:
     os.write(files[0], warm_up.PICTURE)
     job = {"settings": {"timeout_s": 10, "threads": 2}, "most_memory": 1 << 30}
     tried = _fork(job, files, filtered=filtered)
-    tried.orders.close()
     os.close(files[2])
     talk.settimeout(10)
     try:
@@ -251,6 +262,7 @@ def _why_it_fails(*, filtered: bool) -> str | None:
         message = {"fault": str(error)}
     finally:
         talk.close()
+        tried.orders.close()
         os.close(files[0])
         os.close(files[1])
         os.kill(tried.pid, signal.SIGKILL)

@@ -15,6 +15,7 @@ import numpy as np
 from metok_vllm.media.children.pool import DecodePool
 from metok_vllm.media.decoder import DecodedVideo
 from metok_vllm.media.settings import PoolLimits, VideoError, VideoSettings
+from tests.support.children import frames_mib
 
 POOL_MIB = 512
 """What the pool grants to decoders and their frames."""
@@ -32,7 +33,7 @@ class Outcome:
     seconds: float
     """Wall time of the decode."""
     peak_mib: float
-    """The most memory that the child held, beside the frames; 0 where it was gone too soon to look."""
+    """The most memory that the child held, frames included; 0 where it was gone too soon to look."""
 
 
 def described(video: DecodedVideo) -> str:
@@ -114,7 +115,7 @@ class _Peak:
     def _look(self) -> None:
         while not self._over.wait(_LOOK_EVERY_S):
             for child in (child for parent in self._parents for child in _children(parent)):
-                self.mib = max(self.mib, _high_water_mib(child))
+                self.mib = max(self.mib, _high_water_mib(child) + frames_mib(child))
 
 
 def _children(pid: int | None) -> set[int]:

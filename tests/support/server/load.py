@@ -15,7 +15,7 @@ import psutil
 
 from metok_vllm.media.children.child import AT_WORK, IDLE
 from tests.server.test_metrics import read_metrics
-from tests.support.children import is_called
+from tests.support.children import frames_mib, is_called
 from tests.support.server.asking import QUESTION, user
 from tests.support.server.clips import data_url
 from tests.support.server.live import Server
@@ -147,8 +147,8 @@ def _command(process: psutil.Process) -> str:
 
 
 def memory_mib(server: Server) -> float:
-    """Memory of all processes of a server, what they share counted once (PSS)."""
-    return sum(map(_shared_fairly, family(server))) / 2**20
+    """Memory of a server's processes, what they share counted once (PSS), and of frames being decoded."""
+    return sum(map(_shared_fairly, family(server))) / 2**20 + sum(frames_mib(one.pid) for one in decoders(server))
 
 
 def _shared_fairly(process: psutil.Process) -> float:

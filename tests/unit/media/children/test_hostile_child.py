@@ -96,6 +96,10 @@ ENDS = {
     "frames of a video without any": "room(); video(total_frames=0)",
     "frames without figures": 'room(); talk.send(b\'{"video": 5, "shape": [1, 2, 2, 3]}\')',
     "numbers that do not rise": "room(24, 2); video((2, 2, 2, 3), total_frames=9)",
+    "frames in a larger file": (
+        "room(); most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)); os.pwrite(memory._file, b'x', 9999); video()"
+    ),
     "a crash": "import ctypes; ctypes.string_at(0)",
 }
 
@@ -120,6 +124,14 @@ def test_it_ends_its_own_request_in_one_sentence(pool: DecodePool, how: str, cap
     gc.collect()
     assert (pool.memory.used, pool.places.used) == (0, 0)
     assert len(pool.decode(GOOD, SETTINGS).frames) == 2
+
+
+def test_memory_for_frames_is_none_for_the_decoder(pool: DecodePool) -> None:
+    """They are in a file of their own, so what they take comes beside what a decoder may."""
+    take = "memory.reserve(150 << 20, 0); bytearray({} << 20); room = memory.room((1, 2, 2, 3)); video()"
+    run(pool, take.format(100))
+    with pytest.raises(VideoError, match="takes more than"):
+        run(pool, take.format(320))
 
 
 def test_what_it_may_say_is_taken(pool: DecodePool) -> None:

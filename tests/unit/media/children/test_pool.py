@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -20,7 +21,8 @@ import pytest
 
 from metok_vllm.contract.refusals import FRONT_END
 from metok_vllm.media.children import attempt, forks
-from metok_vllm.media.children.child import AT_WORK
+from metok_vllm.media.children.child import AT_WORK, shared_size
+from metok_vllm.media.children.confine import has_filter
 from metok_vllm.media.children.outcomes import DECODES
 from metok_vllm.media.children.pool import Busy, DecodePool
 from metok_vllm.media.decoder import decode_video
@@ -372,7 +374,8 @@ def test_a_child_knows_nothing_of_the_server(make: Callable[..., DecodePool], mo
         until(lambda: child.rlimit(psutil.RLIMIT_NOFILE) == (0, 0))
         assert "secret" not in child.environ().values()
         assert child.cwd() == "/"
-        assert child.rlimit(psutil.RLIMIT_FSIZE) == (0, pool.memory.total)
+        most = VideoSettings()
+        assert child.rlimit(psutil.RLIMIT_FSIZE) == (0, shared_size(most.max_output_mib << 20, most.max_frames))
         assert child.rlimit(psutil.RLIMIT_AS)[0] < 2 << 30
         # Standard streams that lead nowhere, its file, its frames, its socket, and its own figures.
         assert len(os.listdir(f"/proc/{child.pid}/fd")) <= 8
@@ -442,6 +445,61 @@ def test_one_that_is_killed_while_it_waits_costs_no_video_and_is_not_replaced_wi
         time.sleep(0.1)
         spawner.send_signal(signal.SIGCONT)
         assert len(job.result().frames) == 2
+
+
+def test_one_that_ends_before_it_begins_is_no_fault_of_the_videos(make: Callable[..., DecodePool]) -> None:
+    """As where the machine runs out of memory: an idle child is the first to be killed."""
+    pool = make()
+    until(lambda: idle_children(pool))
+    waiting = idle_children(pool)[0]
+    waiting.suspend()
+    with ThreadPoolExecutor(1) as threads:
+        job = threads.submit(pool.decode, VIDEOS["mp4"], VideoSettings(num_frames=2))
+        until(lambda: pool.places.used)
+        time.sleep(0.2)
+        waiting.kill()
+        with pytest.raises(Busy, match="try again"):
+            job.result()
+    assert len(pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=2)).frames) == 2
+
+
+@pytest.mark.skipif(not has_filter(), reason="there is no list of system calls for this machine")
+def test_every_thread_of_one_that_was_warm_is_confined(make: Callable[..., DecodePool]) -> None:
+    pool = make()
+    until(lambda: idle_children(pool))
+    with ThreadPoolExecutor(1) as threads:
+        job = threads.submit(pool.decode, stuck(), VideoSettings(timeout_s=1))
+        until(lambda: children(pool))
+        (child,) = children(pool)
+        until(lambda: child.rlimit(psutil.RLIMIT_NOFILE) == (0, 0))
+        time.sleep(0.1)
+        for task in Path(f"/proc/{child.pid}/task").iterdir():
+            assert "\nSeccomp:\t2\n" in (task / "status").read_text()
+        with pytest.raises(VideoError):
+            job.result()
+
+
+def test_the_waiting_one_ends_with_its_pool(make: Callable[..., DecodePool]) -> None:
+    pool = make()
+    until(lambda: idle_children(pool))
+    waiting = idle_children(pool)[0]
+    pool.stop()
+    until(lambda: not waiting.is_running() or waiting.status() == psutil.STATUS_ZOMBIE)
+
+
+# --- frames in their file ---
+
+
+def test_large_frames_of_a_damaged_video_are_moved_together(pool: DecodePool) -> None:
+    """Its first one cannot be decoded, so all others move; a child has no memory of its own for them."""
+    frames = [np.full((368, 640, 3), 3 * i, np.uint8) for i in range(64)]
+    video = bytearray(encode(frames, codec="mjpeg", container="matroska", pix_fmt="yuvj420p", rate=10))
+    start, end = video.index(b"\xff\xd8\xff"), video.index(b"\xff\xd9")
+    video[start:end] = bytes(end - start)
+    here, there = (decode(bytes(video), VideoSettings(num_frames=64)) for decode in (decode_video, pool.decode))
+    assert (here.missing, there.missing) == (1, 1)
+    assert here.indices == there.indices == list(range(1, 64))
+    assert (here.frames == there.frames).all()
 
 
 # --- who leaves, and what runs out ---
