@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.accuracy.video import Asked, Video
 from metok_vllm.compression.accounting import expected_visual_tokens
-from metok_vllm.compression.pooling import tokens_per_frame
+from metok_vllm.compression.pooling import PoolStyle, tokens_per_frame
 from metok_vllm.compression.selection import prune_layers
 from metok_vllm.compression.tiers import quota, video_tokens
 from metok_vllm.contract.settings import MetokSettings
@@ -129,7 +129,7 @@ class PaperBudget:
     def __call__(self, frames: int) -> int:
         """Tokens, separators included."""
         s = MetokSettings()
-        each = tokens_per_frame(self.grid, self.grid, s.strides, "bilinear")
+        each = tokens_per_frame(self.grid, self.grid, s.strides, PoolStyle("bilinear"))
         entering = video_tokens(quota(frames, s.events, s.key_events, s.key_frames), each, True)
         if self.point == "entering":
             return entering

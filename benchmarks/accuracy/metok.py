@@ -14,7 +14,7 @@ from benchmarks.accuracy.method import Entering, Rows, Trace
 from benchmarks.accuracy.video import Asked, Checkpoint, Video
 from metok_vllm.compression import alignment, events, tiers
 from metok_vllm.compression.alignment import Alignment
-from metok_vllm.compression.pooling import tokens_per_frame
+from metok_vllm.compression.pooling import PoolStyle, tokens_per_frame
 from metok_vllm.compression.retention import retain
 from metok_vllm.compression.stage1 import Align, FrameChoice, Recipe, choose_frames, compress_video
 from metok_vllm.compression.stage2 import EventCounts, survivor_mask
@@ -27,7 +27,7 @@ def without_events(frames: int, grid: int) -> MetokSettings:
     the same budget, no events.
     """
     default = MetokSettings()
-    each = tokens_per_frame(grid, grid, default.strides, "bilinear")
+    each = tokens_per_frame(grid, grid, default.strides, PoolStyle("bilinear"))
 
     def tokens(settings: MetokSettings) -> int:
         counts = tiers.quota(frames, settings.events, settings.key_events, settings.key_frames)
@@ -76,11 +76,11 @@ class Stage1:
         grid, settings = video.features.shape[1], self.settings
         if self.ablation == "events":
             settings = without_events(len(video), grid)
-        each = tokens_per_frame(grid, grid, settings.strides, "bilinear")
+        each = tokens_per_frame(grid, grid, settings.strides, PoolStyle("bilinear"))
         counts = tiers.quota(len(video), settings.events, settings.key_events, settings.key_frames)
         if settings.token_budget is not None:
             counts = tiers.with_budget(counts, each, True, settings.token_budget)
-        return Recipe(counts, settings.key_events, settings.key_frames, self.settings.strides, "bilinear")
+        return Recipe(counts, settings.key_events, settings.key_frames, self.settings.strides, PoolStyle("bilinear"))
 
     def _aligner(self, video: Video, asked: Asked) -> Align:
         def align(vectors: Tensor, event: Tensor, count: int) -> Alignment:

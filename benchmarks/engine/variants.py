@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from metok_vllm.compression.pooling import tokens_per_frame
+from metok_vllm.compression.pooling import PoolStyle, tokens_per_frame
 from metok_vllm.compression.tiers import quota, video_tokens
 from metok_vllm.contract.settings import MetokSettings
 
@@ -40,7 +40,7 @@ def metok_tokens(frames: int, grid: int) -> int:
     """Visual tokens that METok's first stage leaves with its defaults (docs/method.md section 4)."""
     defaults = MetokSettings()
     tiers = quota(frames, defaults.events, defaults.key_events, defaults.key_frames)
-    per_frame = tokens_per_frame(grid, grid, defaults.strides, "bilinear")
+    per_frame = tokens_per_frame(grid, grid, defaults.strides, PoolStyle("bilinear"))
     return video_tokens(tiers, per_frame, separators=True)
 
 

@@ -110,6 +110,7 @@ def metok() -> None:
     """Every operation of a pruned step at sizes in use; bfloat16 inputs, the reference in float32."""
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
+    from metok_vllm.compression.pooling import PoolStyle
     from metok_vllm.compression.tiers import quota
     from metok_vllm.worker import ops
     from metok_vllm.worker.dense_attention import DenseAttention
@@ -152,7 +153,7 @@ def metok() -> None:
     tiers = torch.arange(3).repeat_interleave(torch.tensor(counts.counts()))
 
     def pool(x: Tensor, tiers: Tensor, separator: Tensor, event_ids: Tensor) -> Tensor:
-        return ops.pool_video(x, tiers, (2, 4, 8), counts, "bilinear", separator, event_ids).tokens
+        return ops.pool_video(x, tiers, (2, 4, 8), counts, PoolStyle("bilinear"), separator, event_ids).tokens
 
     video = (frames, tiers, frames[0, 0, 0], torch.arange(16) * 5 // 16)
     compare("METok pool_video", partial(both, pool, *video), 1e-2)

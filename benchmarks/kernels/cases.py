@@ -69,7 +69,7 @@ def pool(frames: int, side: int, width: int, mode: Literal["average", "bilinear"
     """Strides 2, 4 and 8 mixed as docs/method.md section 4 counts them for equal events: about 3 : 5 : 2."""
     x = torch.randn(frames, side, side, width, dtype=torch.bfloat16, device=device)
     strides = [(2, 4, 4, 8, 2, 4, 4, 2, 4, 8)[index % 10] for index in range(frames)]
-    sizes = [pool_op.pooled_grid(side, side, stride, mode) for stride in strides]
+    sizes = [pool_op.pooled_grid(side, side, stride) for stride in strides]
     counts = [rows * columns for rows, columns in sizes]
     starts = [sum(counts[:index]) + 1 for index in range(frames)]
     total = sum(counts) + 1
@@ -89,10 +89,11 @@ def pool(frames: int, side: int, width: int, mode: Literal["average", "bilinear"
         out[0] = separator
         for stride, index in frame_index.items():
             grid = x[index].permute(0, 3, 1, 2)
-            size = pool_op.pooled_grid(side, side, stride, mode)
-            pooled = (
-                F.interpolate(grid, size=size, mode="bilinear") if mode == "bilinear" else F.avg_pool2d(grid, stride)
-            )
+            size = pool_op.pooled_grid(side, side, stride)
+            if mode == "bilinear":
+                pooled = F.interpolate(grid, size=size, mode="bilinear")
+            else:
+                pooled = F.avg_pool2d(grid, stride, ceil_mode=True, count_include_pad=False)
             out[rows[stride]] = pooled.permute(0, 2, 3, 1).reshape(-1, width)
         return out
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.witness.model import Cache, Decoder
 from metok_vllm.compression import alignment, retention, scoring, selection, tiers
 from metok_vllm.compression.ordering import top
+from metok_vllm.compression.pooling import PoolStyle
 from metok_vllm.compression.ratios import to_micro
 from metok_vllm.compression.stage1 import Recipe, compress_video
 from metok_vllm.compression.stage2 import EventCounts, survivor_mask
@@ -40,7 +41,13 @@ def stage1(grid: Tensor, question: Tensor, strides: tuple[int, int, int]) -> Vis
 
     Average pooling, no separators; the same function as in the engine.
     """
-    recipe = Recipe(tiers.quota(len(grid), EVENTS, KEY_EVENTS, KEY_FRAMES), KEY_EVENTS, KEY_FRAMES, strides, "average")
+    recipe = Recipe(
+        tiers.quota(len(grid), EVENTS, KEY_EVENTS, KEY_FRAMES),
+        KEY_EVENTS,
+        KEY_FRAMES,
+        strides,
+        PoolStyle("average", "none"),
+    )
 
     def align(vectors: Tensor, event: Tensor, events: int) -> alignment.Alignment:
         return alignment.by_question(alignment.embedding(vectors, question), event, events)

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -57,13 +58,14 @@ class Model:
     head_dim: int
     grid: int
     mode: Mode
-    separators: bool = True
+    separators: Literal["event", "row", "none"] = "event"
 
 
 ONEVISION_SMALL = Model("LLaVA-OneVision-0.5B", 896, 14, 2, 64, 27, "bilinear")
 ONEVISION = Model("LLaVA-OneVision-7B", 3584, 28, 4, 128, 27, "bilinear")
 ONEVISION_SPLIT = Model("LLaVA-OneVision-7B, tensor parallel 4", 3584, 7, 1, 128, 27, "bilinear")
-LONGVA = Model("LongVA-7B", 3584, 28, 4, 128, 24, "average", separators=False)
+LONGVA = Model("LongVA-7B", 3584, 28, 4, 128, 24, "average", "none")
+VIDEO = Model("LLaVA-Video-7B", 3584, 28, 4, 128, 27, "bilinear", "row")
 
 IN_USE = (
     (ONEVISION_SMALL, BF16),
@@ -73,6 +75,7 @@ IN_USE = (
     (ONEVISION, FP32),
     (ONEVISION_SPLIT, BF16),
     (LONGVA, BF16),
+    (VIDEO, BF16),
 )
 
 
@@ -87,11 +90,12 @@ def launches(model: Model, dtype: torch.dtype) -> Iterator[Launch]:
     # Stage 1.
     frames = _meta(64, model.grid, model.grid, model.hidden, dtype=dtype)
     yield from prepare_similarity(frames.flatten(1, 2))[0]
-    separator, offsets = (_meta(model.hidden, dtype=dtype), _meta(5)) if model.separators else (None, None)
-    per_frame = _meta(64), _meta(64)
+    separator, offsets = (_meta(model.hidden, dtype=dtype), _meta(5)) if model.separators != "none" else (None, None)
+    per_frame, row_gap = (_meta(64), _meta(64)), model.separators == "row"
     yield prepare_pool(
-        frames, *per_frame, mode=model.mode, total=6000, min_stride=2, separator=separator, separator_offset=offsets
-    )[0]
+        frames, *per_frame, mode=model.mode, total=6000, min_stride=2, row_gap=row_gap, separator=separator,
+        separator_offset=offsets,
+    )[0]  # fmt: skip
     # Scores: the keys stand alone or beside queries and values, as the model's projection leaves them.
     rows, count = (model.heads + 2 * model.kv_heads) * model.head_dim, model.kv_heads * model.head_dim
     q = _meta(200, model.heads, model.head_dim, dtype=dtype)

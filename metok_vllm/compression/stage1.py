@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import alignment, events, tiers
 from .alignment import Alignment
-from .pooling import PooledVideo, PoolMode, Strides, pool_video
+from .pooling import PooledVideo, PoolStyle, Strides, pool_video
 from .tiers import TierQuota
 
 Align = Callable[[Tensor, Tensor, int], Alignment]
@@ -29,7 +29,7 @@ class Recipe:
     key_events: int
     key_frames: int  # an event
     strides: Strides
-    mode: PoolMode
+    style: PoolStyle
 
 
 class FrameChoice(NamedTuple):
@@ -62,7 +62,7 @@ class CompressedVideo(NamedTuple):
 
     tokens: Tensor  # [n, D], type of the features
     event: Tensor  # int64 [n]
-    frame: Tensor  # int64 [n]; a separator belongs to the last frame of its event
+    frame: Tensor  # int64 [n]; a separator belongs to the frame before it
     choice: FrameChoice
 
 
@@ -91,7 +91,7 @@ def compress_video(
         features: [T, H, W, D], what the vision tower and projector give.
         recipe: its quota is for T frames.
         align: the aligner.
-        separator: [D], follows each event; None where the model has none.
+        separator: [D], placed as the recipe's style says; None where that has none.
         operations: what reads the features, and how ranks agree.
 
     Returns:
@@ -102,5 +102,5 @@ def compress_video(
     """
     vectors, similarity = operations.similarity(features.flatten(1, 2))
     choice = operations.agree(choose_frames(vectors, similarity, recipe, align))
-    pooled = operations.pool(features, choice.tier, recipe.strides, recipe.quota, recipe.mode, separator, choice.event)
+    pooled = operations.pool(features, choice.tier, recipe.strides, recipe.quota, recipe.style, separator, choice.event)
     return CompressedVideo(pooled.tokens, pooled.token_event, pooled.token_frame, choice)

@@ -23,7 +23,8 @@ DEFAULT_PROMPTS = 2
 def bytes_per_token(model_config: ModelConfig) -> int:
     """Bytes of one deferred token.
 
-    All tensor-parallel ranks' heads are counted: an upper bound for one rank.
+    All tensor-parallel ranks' heads are counted: an upper bound for one rank. Its rotary positions, 8 bytes
+    an axis, are not.
     """
     text = model_config.hf_text_config
     head_dim = model_config.get_head_size()

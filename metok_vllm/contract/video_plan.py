@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from metok_vllm.compression.pooling import PoolMode, Strides, tokens_per_frame
+from metok_vllm.compression.pooling import PoolStyle, Strides, tokens_per_frame
 from metok_vllm.compression.selection import survivor_bounds
 from metok_vllm.compression.tiers import TierQuota, quota, video_tokens, with_budget
 from metok_vllm.contract.advice import settings_place
@@ -22,10 +22,15 @@ from metok_vllm.contract.settings import RequestSettings
 ALIGNERS = ("dual-tower", "embedding", "none")
 """Aligners that a plan can name; "auto" has been resolved by then."""
 
-STOCK_STRIDE = 2
-"""With which LLaVA-OneVision pools every frame of a video with METok off."""
-
 _TRIPLES = ("strides", "frames_per_tier")
+
+
+class VideoGrid(NamedTuple):
+    """What the tower makes of a video."""
+
+    frames: int  # or what takes their place in the model, such as pairs of frames
+    height: int
+    width: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,7 @@ class VideoPlan:
             events=1,
             key_events=0,
             key_frames=0,
-            strides=(STOCK_STRIDE, STOCK_STRIDE, STOCK_STRIDE),
+            strides=(1, 1, 1),  # not looked at
             frames_per_tier=(frames, 0, 0),
             tokens=stock_tokens,
             stock_tokens=stock_tokens,
@@ -127,10 +132,8 @@ class VideoPlan:
 
 
 def plan_video(
-    frames: int,
-    grid: tuple[int, int],
-    mode: PoolMode,
-    separators: bool,
+    grid: VideoGrid,
+    style: PoolStyle,
     stock_tokens: int,
     settings: RequestSettings | None,
     aligner: str,
@@ -138,10 +141,8 @@ def plan_video(
     """Work out the plan of one video (docs/method.md section 4, exact counts).
 
     Args:
-        frames: frames of the video, at least 1.
-        grid: height and width of the tower's patch grid.
-        mode: the model's pooling.
-        separators: whether a separator token follows each event.
+        grid: the video's; at least 1 frame.
+        style: the model's pooling.
         stock_tokens: tokens the stock model takes for this video.
         settings: the request's settings, or None where METok is off for it.
         aligner: resolved aligner, one of `ALIGNERS`.
@@ -149,11 +150,12 @@ def plan_video(
     Raises:
         ValueError: one sentence, where the settings cannot be met for this video.
     """
+    frames, height, width = grid
     if settings is None:
         return VideoPlan.unpruned(frames, stock_tokens)
     if aligner not in ALIGNERS:
         raise ValueError(f"METok: there is no aligner {aligner!r}; there are {', '.join(ALIGNERS)}.")
-    per_frame = tokens_per_frame(*grid, settings.strides, mode)
+    per_frame, separators = tokens_per_frame(height, width, settings.strides, style), style.separators == "event"
     counts = quota(frames, settings.events, settings.key_events, settings.key_frames)
     if settings.token_budget is not None:
         try:

@@ -27,7 +27,7 @@ from vllm.multimodal.processing import (
     TimingContext,
 )
 
-from metok_vllm.compression.pooling import PoolMode
+from metok_vllm.compression.pooling import PoolStyle
 from metok_vllm.contract.admission import check_requests, forget_unsent, mark
 from metok_vllm.contract.advice import fewer_frames
 from metok_vllm.contract.beside import Beside
@@ -36,7 +36,7 @@ from metok_vllm.contract.fields import PIXELS_FIELD, PLAN_FIELD
 from metok_vllm.contract.refusals import refusal, refusing
 from metok_vllm.contract.server_choices import ServerChoices, server_choices
 from metok_vllm.contract.settings import RequestSettings, resolve_request
-from metok_vllm.contract.video_plan import VideoPlan, plan_video
+from metok_vllm.contract.video_plan import VideoGrid, VideoPlan, plan_video
 from metok_vllm.frontend.aligner_inputs import AlignerProcessor
 from metok_vllm.frontend.question import NO_MARKERS, TurnMarkers, fitting_markers, last_user_text, templates_markers
 from metok_vllm.log import metok_logger
@@ -54,8 +54,7 @@ class _Dummy(str):
 class MetokProcessing(BaseMultiModalProcessor[Any]):
     """Mixed in before a model's processor class."""
 
-    pool_mode: PoolMode
-    separators: bool
+    pool_style: PoolStyle
     video_token: str
     _has_warned = False
 
@@ -65,11 +64,17 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
 
     # --- what a family states ---
 
-    def tower_grid(self) -> tuple[int, int]:
-        """Height and width of the tower's patch grid."""
+    def video_grid(self, frames: int, fields: Mapping[str, Any], item: int) -> VideoGrid:
+        """What the tower will make of a video.
+
+        Args:
+            frames: of the video.
+            fields: what the stock processor has made of all videos.
+            item: which of them this is.
+        """
         raise NotImplementedError
 
-    def stock_video_tokens(self, frames: int) -> int:
+    def stock_video_tokens(self, grid: VideoGrid) -> int:
         """Tokens that the stock model takes for a video."""
         raise NotImplementedError
 
@@ -296,25 +301,16 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         processed = super()._apply_hf_processor_main(mm_items, stock_kwargs)
         videos = mm_items.get("video")
         if stated is not None and videos is not None and len(videos):
-            processed.update(self._video_fields(videos, stated))
+            processed.update(self._video_fields(videos, processed, stated))
         return processed
 
-    def _video_fields(self, videos: Any, stated: Mapping[str, Any]) -> dict[str, Any]:
+    def _video_fields(self, videos: Any, processed: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
         settings = None if stated.get("off") else RequestSettings.model_validate(stated)
         aligner = "none" if settings is None else settings.aligner
-        counts = [videos.get_num_frames(i) for i in range(len(videos))]
+        grids = [self.video_grid(videos.get_num_frames(i), processed, i) for i in range(len(videos))]
         with refusing("setting"):
             plans = [
-                plan_video(
-                    frames,
-                    self.tower_grid(),
-                    self.pool_mode,
-                    self.separators,
-                    self.stock_video_tokens(frames),
-                    settings,
-                    aligner,
-                )
-                for frames in counts
+                plan_video(grid, self.pool_style, self.stock_video_tokens(grid), settings, aligner) for grid in grids
             ]
         fields: dict[str, Any] = {PLAN_FIELD: torch.stack([plan.to_tensor() for plan in plans])}
         if aligner == "dual-tower":

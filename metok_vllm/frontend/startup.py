@@ -128,8 +128,9 @@ def _refuse_interpreter() -> None:
 
 
 def _refuse_model(model_config: ModelConfig) -> None:
-    stock = {supported.stock.removesuffix("ForConditionalGeneration").lower() for supported in SUPPORTED}
-    if model_config.hf_config.model_type.replace("_", "").lower() not in stock:
+    served = {supported.metok: supported.model_types for supported in SUPPORTED}
+    types = {name for architecture in model_config.architectures for name in served.get(architecture, ())}
+    if model_config.hf_config.model_type not in types:
         can = ", ".join(supported.stock for supported in SUPPORTED)
         raise ValueError(f"METok cannot serve a {model_config.hf_config.model_type} model; it can serve: {can}.")
     multimodal = model_config.multimodal_config
@@ -239,7 +240,6 @@ def _refuse_runner(vllm_config: VllmConfig) -> None:
         raise ValueError("METok does not support speculative decoding: remove --speculative-config.")
     if vllm_config.is_mm_encoder_only:
         raise ValueError("METok needs the language model beside the encoder: remove --mm-encoder-only.")
-    # Stock LLaVA-OneVision has no LoRA in vLLM 0.32; vLLM itself says so after it has loaded the weights.
     if vllm_config.lora_config is not None:
         raise ValueError("METok does not support LoRA: remove --enable-lora.")
     if envs.VLLM_USE_BREAKABLE_CUDAGRAPH or envs.VLLM_BATCH_INVARIANT:

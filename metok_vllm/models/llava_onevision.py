@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
-from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.llava_onevision import (
     LlavaOnevisionDummyInputsBuilder,
     LlavaOnevisionForConditionalGeneration,
@@ -15,13 +13,16 @@ from vllm.model_executor.models.llava_onevision import (
     LlavaOnevisionProcessingInfo,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.sequence import IntermediateTensors
 
-from metok_vllm.compression.pooling import PoolMode, pool_frames
-from metok_vllm.contract.fields import PLAN_FIELD
-from metok_vllm.contract.video_plan import VideoPlan
+from metok_vllm.compression.pooling import PoolStyle, pool_frames
+from metok_vllm.contract.video_plan import VideoGrid
 from metok_vllm.frontend.processing import MetokProcessing
-from metok_vllm.models.base import MetokModel
+from metok_vllm.models.base import MetokModel, in_blocks
+
+STYLE = PoolStyle("bilinear", "event")
+
+STOCK_STRIDE = 2
+"""With which the stock model pools every frame of a video."""
 
 PROFILED_FRAMES = 32
 """Frames of the video that vLLM profiles memory and sizes the encoder cache with; stock vLLM stops at 16."""
@@ -38,15 +39,14 @@ class MetokLlavaOnevisionProcessingInfo(LlavaOnevisionProcessingInfo):
 class MetokLlavaOnevisionMultiModalProcessor(MetokProcessing, LlavaOnevisionMultiModalProcessor):
     """Lays down as many placeholders as stage 1 will leave."""
 
-    pool_mode: PoolMode = "bilinear"
-    separators = True
+    pool_style = STYLE
 
-    def tower_grid(self) -> tuple[int, int]:
+    def video_grid(self, frames: int, fields: Mapping[str, Any], item: int) -> VideoGrid:
         side = self.info.get_vision_encoder_info().get_patch_grid_length()
-        return side, side
+        return VideoGrid(frames, side, side)
 
-    def stock_video_tokens(self, frames: int) -> int:
-        return int(self.info.get_num_video_tokens(image_width=1, image_height=1, num_frames=frames))
+    def stock_video_tokens(self, grid: VideoGrid) -> int:
+        return int(self.info.get_num_video_tokens(image_width=1, image_height=1, num_frames=grid.frames))
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -55,27 +55,15 @@ class MetokLlavaOnevisionMultiModalProcessor(MetokProcessing, LlavaOnevisionMult
     dummy_inputs=LlavaOnevisionDummyInputsBuilder,
 )
 class MetokLlavaOnevisionForConditionalGeneration(MetokModel, LlavaOnevisionForConditionalGeneration):
-    """The stock model, its video path replaced by stage 1 and its
-    forward by the pruned step where one is due.
-    """
+    """The stock model; a video goes through stage 1, a step that prunes through the pruned step."""
 
-    pool_mode: PoolMode = "bilinear"
+    pool_style = STYLE
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.init_metok(vllm_config, self.language_model.model)
+    def video_features(self, fields: Mapping[str, Any], item: int) -> torch.Tensor:
+        return in_blocks(self._frames, fields["pixel_values_videos"][item])
 
-    def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
-        if kwargs.get("pixel_values_videos") is None:
-            return super().embed_multimodal(**kwargs)
-        plans: Any = kwargs[PLAN_FIELD]
-        pixels: Any = kwargs["pixel_values_videos"]
-        return tuple(
-            self.embed_video(pixels[i], VideoPlan.from_tensor(plan), kwargs, i) for i, plan in enumerate(plans)
-        )
-
-    def video_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Tower and projector: `pixels[T, 3, h, w]` to [T, H, W, D]."""
+    def _frames(self, pixels: torch.Tensor) -> torch.Tensor:
+        """`pixels[T, 3, h, w]` to [T, H, W, D]."""
         tower: Any = self.vision_tower
         features: torch.Tensor = self.multi_modal_projector(self._image_pixels_to_features(tower, pixels))
         vision = self.config.vision_config
@@ -83,30 +71,9 @@ class MetokLlavaOnevisionForConditionalGeneration(MetokModel, LlavaOnevisionForC
         return features.view(pixels.shape[0], side, side, -1)
 
     def stock_video(self, features: torch.Tensor) -> torch.Tensor:
-        """What stock vLLM makes of a video's features [T, H, W, D]:
-        every frame pooled by 2, one separator at the end.
-        """
-        pooled = pool_frames(features, 2, self.pool_mode).flatten(0, 1)
+        """Every frame pooled by 2, one separator at the end."""
+        pooled = pool_frames(features, STOCK_STRIDE, STYLE.mode).flatten(0, 1)
         return torch.cat([pooled, self.image_newline[None].to(pooled.dtype)])
 
     def separator(self) -> torch.Tensor | None:
         return self.image_newline
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        intermediate_tensors: IntermediateTensors | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        metok_step: Any = None,
-        **kwargs: object,
-    ) -> torch.Tensor | IntermediateTensors:
-        if metok_step is not None:
-            assert inputs_embeds is not None
-            output: torch.Tensor = metok_step.run(positions, inputs_embeds)
-            return output
-        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        loaded: set[str] = super().load_weights(weights)
-        return loaded | self.aligner_weights()

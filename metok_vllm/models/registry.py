@@ -12,13 +12,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SupportedModel:
-    """One family: the stock architecture in a checkpoint's config,
-    and the class that serves it with METok.
-    """
+    """One family: the architecture in a checkpoint's config, and the class that serves it with METok."""
 
     stock: str
     metok: str
     module: str  # "module:Class", imported only when the model is built
+    model_types: tuple[str, ...]  # what `model_type` in the config may be
 
 
 SUPPORTED = (
@@ -26,6 +25,7 @@ SUPPORTED = (
         stock="LlavaOnevisionForConditionalGeneration",
         metok="METokLlavaOnevisionForConditionalGeneration",
         module="metok_vllm.models.llava_onevision:MetokLlavaOnevisionForConditionalGeneration",
+        model_types=("llava_onevision",),
     ),
 )
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from metok_vllm.compression.selection import PruneLayers
 from metok_vllm.worker.attention import RunningStep
+from metok_vllm.worker.decoder import Decoder
 from metok_vllm.worker.eager_layers import EagerLayers
 from metok_vllm.worker.requests import PrunedRequest
 from metok_vllm.worker.timing import PartTimes
@@ -20,8 +21,7 @@ from metok_vllm.worker.timing import PartTimes
 class DecoderStack:
     """The language model's layers as a pruned step runs them."""
 
-    layers: Sequence[nn.Module]
-    norm: nn.Module
+    decoder: Decoder
     prune_layers: PruneLayers
     running: RunningStep  # where the layers find the step that runs through them
     times: PartTimes
@@ -33,10 +33,14 @@ class DecoderStack:
         first, second, _ = self.prune_layers
         return first - 1, second - 1
 
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The decoder's layers."""
+        return self.decoder.layers
+
     def attention(self, index: int) -> Any:
         """The attention of a layer."""
-        layer: Any = self.layers[index]
-        return layer.self_attn.attn
+        return self.decoder.attention(index)
 
 
 @dataclass(frozen=True)

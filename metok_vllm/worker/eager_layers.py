@@ -8,7 +8,7 @@ step alone. The compiled path keeps its own, and with it everything that Inducto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
@@ -22,6 +22,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.platforms import current_platform
 
 from metok_vllm.log import metok_logger
+from metok_vllm.worker.decoder import Decoder
 
 logger = metok_logger(__name__)
 
@@ -37,12 +38,11 @@ CPU_VECTOR = 8
 class EagerLayers:
     """The forward methods that the layers' modules have inside a pruned step."""
 
-    def __init__(self, layers: Sequence[nn.Module], norm: nn.Module, most_rows: int, custom_ops: Iterable[str]) -> None:
+    def __init__(self, decoder: Decoder, most_rows: int, custom_ops: Iterable[str]) -> None:
         """Choose them once, while vLLM's configuration is set.
 
         Args:
-            layers: the decoder's layers, each with its MLP (dense, or of experts) as `mlp`.
-            norm: what follows the last of them.
+            decoder: the layers, their MLPs, and what follows the last of them.
             most_rows: rows that an MLP takes at once; `max_num_batched_tokens`, with which vLLM has measured
                 its memory.
             custom_ops: vLLM's list of that name; an operator that is switched off there by its own name
@@ -53,15 +53,13 @@ class EagerLayers:
         """
         self._forwards: list[tuple[nn.Module, str, Forward]] = []
         kept, off = set[str](), set(custom_ops)
-        for operator in operators_of((*layers, norm)):
+        for operator in operators_of((*decoder.layers, decoder.norm)):
             if f"-{operator.name}" in off:
                 kept.add(operator.name)
             else:
                 self._forwards.append((operator, "_forward_method", fused_forward(operator)))
-        for layer in layers:
-            mlp = getattr(layer, "mlp", None)
-            if not isinstance(mlp, nn.Module):
-                raise TypeError(f"METok runs the MLP of a layer in slices, but {type(layer).__name__} has no mlp")
+        for index in range(len(decoder.layers)):
+            mlp = decoder.mlp(index)
             self._forwards.append((mlp, "forward", partial(in_slices, mlp.forward, most_rows)))
         if kept:
             logger.info("METok: custom_ops switch off %s, in steps that prune too", ", ".join(sorted(kept)))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from metok_vllm.compression import events, pooling
-from metok_vllm.compression.pooling import PooledVideo, PoolMode, Strides
+from metok_vllm.compression.pooling import PooledVideo, PoolStyle, Strides
 from metok_vllm.compression.scoring import text_to_visual_scores as torch_scores
 from metok_vllm.compression.stage1 import Operations
 from metok_vllm.compression.stage2 import select_survivors
@@ -102,25 +102,27 @@ def pool_video(
     tiers: torch.Tensor,
     strides: Strides,
     quota: TierQuota,
-    mode: PoolMode,
+    style: PoolStyle,
     separator: torch.Tensor | None,
     event_ids: torch.Tensor,
 ) -> PooledVideo:
     """Stage 1's tokens of one video; arguments and result as in `compression.pooling.pool_video`."""
     if not uses_triton(features.device):
-        return pooling.pool_video(features, tiers, strides, quota, mode, separator, event_ids)
+        return pooling.pool_video(features, tiers, strides, quota, style, separator, event_ids)
     from metok_kernels.tiered_pool import tiered_pool
 
-    per_frame = pooling.tokens_per_frame(features.shape[1], features.shape[2], strides, mode)
-    layout = pooling.lay_out(tiers, per_frame, quota, separator is not None, event_ids)
-    stride = torch.where(tiers == 0, strides[0], torch.where(tiers == 1, strides[1], strides[2]))
+    pooling.check_video(features.shape[0], tiers, quota, style, separator, event_ids)
+    grids = [pooling.pooled_grid(features.shape[1], features.shape[2], stride) for stride in strides]
+    layout = pooling.lay_out(tiers, grids, quota, style.separators, event_ids)
+    stride = pooling.by_tier(tiers, strides)
     tokens = tiered_pool(
         features,
         stride,
         layout.starts,
-        mode=mode,
+        mode=style.mode,
         total=layout.total,
         min_stride=min(strides),
+        row_gap=style.separators == "row",
         separator=None if separator is None else separator.detach().to(features.dtype),
         separator_offset=None if separator is None else layout.separators,
     )
@@ -134,11 +136,11 @@ STAGE_1 = Operations(event_similarity, pool_video, agreed)
 def gather(
     index: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows `index` (int64 [n]) of hidden state [m, D],
-    residual [m, D] and positions int64 [m], in one launch.
+    """Rows `index` (int64 [n]) of hidden state [m, D], residual [m, D] and rotary positions int64 [m] or
+    [axes, m], in one launch.
     """
     if not uses_triton(hidden.device):
-        return hidden[index], residual[index], positions[index]
+        return hidden[index], residual[index], positions[..., index]
     from metok_kernels.gather_rows import gather_rows
 
     return gather_rows(index, hidden, residual, positions)

@@ -54,17 +54,17 @@ class VideoTags:
 
 @dataclass
 class ChunkState:
-    """What a chunk of a pruned prompt has come to at L1; all [chunk tokens, ...]. A deferred prompt keeps
-    those of its chunks.
-    """
+    """What a chunk of a pruned prompt has come to at L1. A deferred prompt keeps those of its chunks."""
 
-    hidden: torch.Tensor
-    residual: torch.Tensor
-    query: torch.Tensor  # only of the tokens that score: text behind the first pruned video
-    key: torch.Tensor
+    hidden: torch.Tensor  # [chunk tokens, hidden]
+    residual: torch.Tensor  # [chunk tokens, hidden]
+    query: torch.Tensor  # [scoring tokens, Hq * d], of those that score: text behind the first pruned video
+    key: torch.Tensor  # [chunk tokens, Hkv * d]
+    positions: torch.Tensor  # rotary positions, int64 [chunk tokens] or [axes, chunk tokens]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the hidden state's kind, which the budget for deferred prompts counts."""
         return sum(t.numel() * t.element_size() for t in (self.hidden, self.residual, self.query, self.key))
 
 

@@ -13,6 +13,7 @@ Prompts that are not complete with this step leave their state at L1 and go no f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from metok_vllm.worker.requests import ChunkState
 from metok_vllm.worker.survivors import Survivors, prune_l2, prune_l3, survivors_of_l1
 
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Hidden state and residual, [rows, hidden] each, and int64 [rows] positions."""
+"""Hidden state and residual, [rows, hidden] each, and rotary positions, int64 [rows] or [axes, rows]."""
 
 
 class PrunedStep:
@@ -44,7 +45,7 @@ class PrunedStep:
         self.batch = batch
         self.survivors: list[Survivors] = []
         # What goes from layer to layer. Nobody else may hold it: `memory.py` counts it once.
-        self._rows: list[torch.Tensor] = []  # hidden state and residual, [rows, hidden]; int64 [rows] positions
+        self._rows: list[torch.Tensor] = []  # as `Rows`
         self._captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._writes = KVWrites(batch)
         self._retains = False  # whether some of the next layers' visual tokens will be retained by L2
@@ -56,7 +57,7 @@ class PrunedStep:
         """Run the decoder layers.
 
         Args:
-            positions: int64 [tokens, possibly padded].
+            positions: rotary positions, int64 [tokens, possibly padded], or [axes, tokens].
             inputs_embeds: [tokens, possibly padded, hidden].
 
         Returns:
@@ -68,9 +69,9 @@ class PrunedStep:
         # It marks rows of the padded batch. Experts would take it for marks of the rows that they get here.
         context.is_padding = None
         with self.stack.running.set_to(self), self.stack.eager.running():
-            positions, hidden = positions[: self.batch.num_tokens], inputs_embeds[: self.batch.num_tokens]
+            positions, hidden = positions[..., : self.batch.num_tokens], inputs_embeds[: self.batch.num_tokens]
             hidden, residual = self._shallow(positions, hidden)
-            self._defer(hidden, residual)
+            self._defer(positions, hidden, residual)
             complete = [chunk for chunk in self.batch.chunks if chunk.completes]
             if not complete and not self.batch.num_others:
                 return torch.zeros_like(hidden)
@@ -82,8 +83,8 @@ class PrunedStep:
     def _shallow(self, positions: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         residual: Any = None
         with self.stack.times.part("shallow"):
-            for layer in self.stack.layers[: self.stack.prune_layers[0]]:
-                hidden, residual = layer(positions, hidden, residual)
+            for index in range(self.stack.prune_layers[0]):
+                hidden, residual = self.stack.decoder.call(index, positions, hidden, residual)
         return hidden, residual
 
     def _deep(self) -> torch.Tensor:
@@ -97,15 +98,15 @@ class PrunedStep:
         self._layers(third, len(self.stack.layers))
         hidden, residual, _ = self._rows
         self._rows.clear()
-        normed: torch.Tensor = self.stack.norm(hidden, residual)[0]
+        normed: torch.Tensor = self.stack.decoder.norm(hidden, residual)[0]
         return normed
 
     def _layers(self, start: int, end: int) -> None:
         hidden, residual, positions = self._rows
         self._rows.clear()
         with self.stack.times.part("deep"):
-            for layer in self.stack.layers[start:end]:
-                hidden, residual = layer(positions, hidden, residual)
+            for index in range(start, end):
+                hidden, residual = self.stack.decoder.call(index, positions, hidden, residual)
         self._rows += hidden, residual, positions
 
     def _scatter(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -120,32 +121,39 @@ class PrunedStep:
 
     # --- chunks ---
 
-    def _state(self, chunk: PromptChunk, hidden: torch.Tensor, residual: torch.Tensor) -> ChunkState:
+    def _state(
+        self, chunk: PromptChunk, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> ChunkState:
         query, key = self._captured[self.stack.scoring_layers[0]]
         scoring = chunk.request.scoring_within(chunk.computed, chunk.length) + (chunk.start - chunk.computed)
-        return ChunkState(hidden[chunk.rows], residual[chunk.rows], query[scoring], key[chunk.rows])
+        rows = chunk.rows
+        return ChunkState(hidden[rows], residual[rows], query[scoring], key[rows], positions[..., rows])
 
-    def _defer(self, hidden: torch.Tensor, residual: torch.Tensor) -> None:
+    def _defer(self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor) -> None:
         for chunk in self.batch.chunks:
             if chunk.completes:
                 continue
-            state = self._state(chunk, hidden, residual)
-            # Slices would keep the whole step's tensors alive.
-            chunk.request.chunks.append(
-                ChunkState(state.hidden.clone(), state.residual.clone(), state.query, state.key.clone())
-            )
+            state = self._state(chunk, positions, hidden, residual)
+            # Slices would keep the whole step's tensors alive. vLLM writes the next step's positions in their
+            # place.
+            slices = {name: getattr(state, name).clone() for name in ("hidden", "residual", "key", "positions")}
+            chunk.request.chunks.append(replace(state, **slices))
 
-    def _whole_state(self, chunk: PromptChunk, hidden: torch.Tensor, residual: torch.Tensor) -> ChunkState:
+    def _whole_state(
+        self, chunk: PromptChunk, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> ChunkState:
         """State of the whole prompt at L1: what earlier chunks left, and this one."""
-        last = self._state(chunk, hidden, residual)
+        last = self._state(chunk, positions, hidden, residual)
         if not chunk.request.chunks:
             return last
         states = [*chunk.request.chunks, last]
         chunk.request.chunks = []
+        own = torch.cat([state.positions for state in states], dim=-1)
         tensors = [[getattr(state, name) for state in states] for name in ("hidden", "residual", "query", "key")]
         # One after the other, and the pieces of each are freed before the next is joined.
         del states, last
-        return ChunkState(*(torch.cat(tensors.pop(0)) for _ in range(4)))
+        hidden, residual, query, key = (torch.cat(tensors.pop(0)) for _ in range(4))
+        return ChunkState(hidden, residual, query, key, own)
 
     # --- pruning ---
 
@@ -155,7 +163,7 @@ class PrunedStep:
         """Prune at L1 and gather the rows that go on: the others', then each prompt's survivors."""
         with self.stack.times.part("scoring"):
             was_deferred = any(chunk.request.chunks for chunk in complete)
-            states = [self._whole_state(chunk, hidden, residual) for chunk in complete]
+            states = [self._whole_state(chunk, positions, hidden, residual) for chunk in complete]
             scores = prompt_scores(self.stack.attention(self.stack.scoring_layers[0]), complete, states)
             self.survivors = survivors_of_l1(complete, scores)
             self._retains = any(survivors.retained for survivors in self.survivors)
@@ -180,8 +188,8 @@ class PrunedStep:
             torch.index_select(of_hidden, 0, index, out=all_hidden[here])
             torch.index_select(of_residual, 0, index, out=all_residual[here])
             start = here.stop
-        own = [survivors.positions for survivors in self.survivors]
-        return all_hidden, all_residual, torch.cat([positions[self.batch.others], *own])
+        own = [state.positions[..., s.positions] for s, state in zip(self.survivors, states, strict=True)]
+        return all_hidden, all_residual, torch.cat([positions[..., self.batch.others], *own], dim=-1)
 
     def _at_l2(self) -> list[torch.Tensor]:
         """Prune at L2. Returns for each prompt the rows that go on, int64, among those it had."""

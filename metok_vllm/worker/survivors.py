@@ -41,7 +41,7 @@ class Survivors:
     """The tokens of one prompt that are still alive, in prompt order."""
 
     chunk: PromptChunk  # the prompt's last one
-    positions: torch.Tensor  # int64 [n]: where they stood in the prompt. Rotary positions never change
+    positions: torch.Tensor  # int64 [n]: where they stood in the prompt
     text: torch.Tensor  # int64 [text tokens], where the text stands among the n
     runs: list[VideoRun]  # for each pruned video, until L2
     videos: list[VideoCounts]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from metok_vllm.compression.pooling import PoolMode
+from metok_vllm.compression.pooling import PoolStyle
 from metok_vllm.compression.tiers import TierQuota
 from metok_vllm.log import metok_logger
 from metok_vllm.worker import ops
@@ -38,8 +38,7 @@ class ModelShapes:
     kv_heads: int
     head_dim: int
     dtype: torch.dtype  # of the hidden state, the features, queries and keys
-    pool_mode: PoolMode
-    separators: bool  # whether a token follows each event
+    style: PoolStyle
     deep_layers: tuple[Any, ...] = ()  # attention layers from L1 up, their KV caches bound
 
     @classmethod
@@ -49,13 +48,12 @@ class ModelShapes:
         attention = stack.attention(stack.scoring_layers[0])
         deep = range(stack.prune_layers[0], len(stack.layers))
         return cls(
-            hidden=stack.norm.weight.shape[0],
+            hidden=stack.decoder.norm.weight.shape[0],
             heads=attention.num_heads,
             kv_heads=attention.num_kv_heads,
             head_dim=attention.head_size,
-            dtype=stack.norm.weight.dtype,
-            pool_mode=model.pool_mode,
-            separators=model.separator() is not None,
+            dtype=stack.decoder.norm.weight.dtype,
+            style=model.pool_style,
             deep_layers=tuple(stack.attention(index) for index in deep),
         )
 
@@ -110,8 +108,9 @@ def _stage_1(shapes: ModelShapes, device: torch.device) -> None:
     features = torch.zeros(ROWS, 2, 2, shapes.hidden, dtype=shapes.dtype, device=device)
     ops.event_similarity(features.flatten(1, 2))
     zeros = torch.zeros(ROWS, dtype=torch.int64, device=device)
-    separator = torch.zeros(shapes.hidden, dtype=shapes.dtype, device=device) if shapes.separators else None
-    ops.pool_video(features, zeros, (2, 4, 8), TierQuota(1, ROWS, 0, 0), shapes.pool_mode, separator, zeros)
+    has_separator = shapes.style.separators != "none"
+    separator = torch.zeros(shapes.hidden, dtype=shapes.dtype, device=device) if has_separator else None
+    ops.pool_video(features, zeros, (2, 4, 8), TierQuota(1, ROWS, 0, 0), shapes.style, separator, zeros)
 
 
 def _projected(shapes: ModelShapes, device: torch.device) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:

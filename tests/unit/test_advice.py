@@ -23,11 +23,11 @@ from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media.connector import merge_media_io_kwargs
 
-from metok_vllm.compression.pooling import PoolMode
+from metok_vllm.compression.pooling import PoolStyle
 from metok_vllm.contract import advice
 from metok_vllm.contract.refusals import no_prompt_logprobs
 from metok_vllm.contract.settings import RequestSettings, parse_settings, resolve_request
-from metok_vllm.contract.video_plan import plan_video
+from metok_vllm.contract.video_plan import VideoGrid, plan_video
 from metok_vllm.frontend.command_line import OPTION, apply_plugin_option
 from metok_vllm.media.connector import MetokMediaConnector
 from metok_vllm.media.loader import register_loader
@@ -66,9 +66,8 @@ def frames(count: int) -> str:
 
 
 def too_small_a_budget() -> object:
-    mode: PoolMode = "bilinear"
     settings = RequestSettings(token_budget=1)
-    return plan_video(40, (8, 8), mode, True, 641, settings, "none")
+    return plan_video(VideoGrid(40, 8, 8), PoolStyle("bilinear"), 641, settings, "none")
 
 
 SENTENCES: dict[str, Callable[[], str]] = {

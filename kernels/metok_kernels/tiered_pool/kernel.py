@@ -30,7 +30,7 @@ def tiered_pool_kernel(
     p_x, p_stride, p_offset, p_separator, p_separator_offset, p_out,
     stride_frame, stride_y, stride_x, frames, separators, total, width, height, columns, blocks,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BILINEAR: tl.constexpr, HAS_SEPARATOR: tl.constexpr,
-    TAPS: tl.constexpr,
+    ROW_GAP: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """Grid (frames * blocks + blocks of separators, blocks of D). TAPS loads are in flight at a time."""
     program = tl.program_id(0)
@@ -50,12 +50,8 @@ def tiered_pool_kernel(
         return
 
     s = tl.maximum(tl.load(p_stride + frame.to(tl.int64)), 1).to(tl.int32)
-    if BILINEAR:
-        size_y = (height + s - 1) // s
-        size_x = (columns + s - 1) // s
-    else:
-        size_y = tl.maximum(height // s, 1)
-        size_x = tl.maximum(columns // s, 1)
+    size_y = (height + s - 1) // s
+    size_x = (columns + s - 1) // s
     first = (program % blocks) * BLOCK_T
     if first >= size_y * size_x:
         return
@@ -77,18 +73,22 @@ def tiered_pool_kernel(
         b_lower = b_10 * (1.0 - b_wx) + b_11 * b_wx
         b = b_upper * (1.0 - b_wy) + b_lower * b_wy
     else:
-        window_y = tl.minimum(s, height)
-        window_x = tl.minimum(s, columns)
-        cells = window_y * window_x
+        # The windows at the far edges may be cut.
+        window_y = tl.minimum(s, height - o_y * s)
+        window_x = tl.minimum(s, columns - o_x * s)
+        most_x = tl.minimum(s, columns)
+        cells = tl.minimum(s, height) * most_x
         b = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         for start in range(0, cells, TAPS):
             for i in tl.static_range(TAPS):
-                cell = start + i
-                m_cell = m & (o_t < tl.where(cell < cells, size_y * size_x, 0))[:, None]
-                o_cell_y, o_cell_x = o_y * s + cell // window_x, o_x * s + cell % window_x
-                b += tap(p_frame, o_cell_y, o_cell_x, o_d, m_cell, stride_y, stride_x)
-        b = tl.div_rn(b, tl.full([BLOCK_T, BLOCK_D], 0.0, tl.float32) + cells.to(tl.float32))
+                cell_y, cell_x = (start + i) // most_x, (start + i) % most_x
+                m_cell = m & ((cell_y < window_y) & (cell_x < window_x))[:, None]
+                b += tap(p_frame, o_y * s + cell_y, o_x * s + cell_x, o_d, m_cell, stride_y, stride_x)
+        taken = tl.maximum(window_y * window_x, 1).to(tl.float32)
+        b = tl.div_rn(b, tl.broadcast_to(taken[:, None], [BLOCK_T, BLOCK_D]))
     o_row = tl.load(p_offset + frame.to(tl.int64)).to(tl.int64) + o_t
+    if ROW_GAP:
+        o_row += o_y
     m_row = m_t & (o_row >= 0) & (o_row < total)
     b_out = b.to(p_out.dtype.element_ty)
     tl.store(p_out + o_row[:, None] * width + o_d[None, :], b_out, mask=m_row[:, None] & m_d[None, :])

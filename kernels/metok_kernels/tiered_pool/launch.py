@@ -20,6 +20,7 @@ def prepare(
     mode: Mode,
     total: int,
     min_stride: int = 1,
+    row_gap: bool = False,
     separator: torch.Tensor | None = None,
     separator_offset: torch.Tensor | None = None,
 ) -> tuple[Launch, torch.Tensor]:
@@ -39,7 +40,7 @@ def prepare(
         expect("separator_offset", separator_offset, (None,), INDEX, device)
         separators = separator_offset.shape[0]
     out = torch.empty(total, channels, dtype=frames.dtype, device=device)
-    pooled_rows, pooled_columns = pooled_grid(height, width, min_stride, mode)
+    pooled_rows, pooled_columns = pooled_grid(height, width, min_stride)
     blocks = ceil_div(pooled_rows * pooled_columns, BLOCK_TOKENS)
     block_d = min(max(power_of_two(channels), 16), 128)
     launch = Launch(
@@ -54,7 +55,8 @@ def prepare(
         },
         {
             "BLOCK_T": BLOCK_TOKENS, "BLOCK_D": block_d,
-            "BILINEAR": mode == "bilinear", "HAS_SEPARATOR": separator is not None, "TAPS": 4,
+            "BILINEAR": mode == "bilinear", "HAS_SEPARATOR": separator is not None, "ROW_GAP": row_gap,
+            "TAPS": 4,
         },
     )  # fmt: skip
     return launch, out
@@ -68,15 +70,16 @@ def tiered_pool(
     mode: Mode,
     total: int,
     min_stride: int = 1,
+    row_gap: bool = False,
     separator: torch.Tensor | None = None,
     separator_offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Pool each frame's grid by its stride,
     pack the tokens and the separators (docs/method.md sections 1.5 and 1.6).
 
-    `average` is `torch.nn.functional.avg_pool2d(stride)`, a window larger than the grid being cut to it;
-    `bilinear` is `interpolate(size=ceil(H/s) x ceil(W/s), mode="bilinear")`. Computed in float32, stored in
-    the input's dtype.
+    Both give ceil(H/s) x ceil(W/s) tokens. `average` is `torch.nn.functional.avg_pool2d(stride)`, over the
+    cells that a window has where it is cut; `bilinear` is `interpolate(mode="bilinear")`. Computed in
+    float32, stored in the input's dtype.
 
     Args:
         frames: [frames, height, width, D] float, all videos packed; all strides but D's are free.
@@ -86,6 +89,7 @@ def tiered_pool(
         mode: the model's own pooling.
         total: output rows; docs/method.md section 4 knows it before any tensor exists.
         min_stride: host bound: no frame has a smaller stride. Sizes the grid.
+        row_gap: an output row is left out behind each row of a frame's grid, for a separator.
         separator: [D], or None.
         separator_offset: [separators] int: output rows that receive `separator`.
 
@@ -97,7 +101,7 @@ def tiered_pool(
     4 an output element; writes `total * D`. About one FLOP an element read.
     """
     launch, out = prepare(
-        frames, stride, offset, mode=mode, total=total, min_stride=min_stride, separator=separator,
+        frames, stride, offset, mode=mode, total=total, min_stride=min_stride, row_gap=row_gap, separator=separator,
         separator_offset=separator_offset,
     )  # fmt: skip
     launch.run()

@@ -10,25 +10,20 @@ import torch.nn.functional as F
 Mode = Literal["average", "bilinear"]
 
 
-def pooled_grid(height: int, width: int, stride: int, mode: Mode) -> tuple[int, int]:
-    """Rows and columns of tokens that a `height x width` grid becomes at `stride`.
-
-    Bilinear: ceil of both, as LLaVA-OneVision counts. Average: floor of both, at least 1.
-    """
-    if mode == "bilinear":
-        return -(-height // stride), -(-width // stride)
-    return max(height // stride, 1), max(width // stride, 1)
+def pooled_grid(height: int, width: int, stride: int) -> tuple[int, int]:
+    """Rows and columns of tokens that a `height x width` grid becomes at `stride`: ceil of both."""
+    return -(-height // stride), -(-width // stride)
 
 
 def _pool(frame: torch.Tensor, stride: int, mode: Mode) -> torch.Tensor:
-    """[height, width, D] -> [tokens, D], float32."""
+    """[height, width, D] -> [rows, columns, D], float32."""
     height, width = frame.shape[:2]
     grid = frame.float().permute(2, 0, 1)[None]
     if mode == "bilinear":
-        grid = F.interpolate(grid, size=pooled_grid(height, width, stride, mode), mode="bilinear")
-    else:  # a window larger than the grid is cut to the grid
-        grid = F.avg_pool2d(grid, (min(stride, height), min(stride, width)))
-    return grid[0].permute(1, 2, 0).reshape(-1, frame.shape[2])
+        grid = F.interpolate(grid, size=pooled_grid(height, width, stride), mode="bilinear")
+    else:
+        grid = F.avg_pool2d(grid, stride, ceil_mode=True, count_include_pad=False)
+    return grid[0].permute(1, 2, 0)
 
 
 def reference(
@@ -39,14 +34,16 @@ def reference(
     mode: Mode,
     total: int,
     min_stride: int = 1,
+    row_gap: bool = False,
     separator: torch.Tensor | None = None,
     separator_offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Same arguments and result as `tiered_pool`; `min_stride` is not used. Rows nobody fills are zero."""
     out = torch.zeros(total, frames.shape[3], dtype=frames.dtype, device=frames.device)
     for frame, (s, start) in enumerate(zip(stride.tolist(), offset.tolist(), strict=True)):
-        tokens = _pool(frames[frame], s, mode)
-        out[start : start + tokens.shape[0]] = tokens.to(frames.dtype)
+        for row in _pool(frames[frame], s, mode):
+            out[start : start + row.shape[0]] = row.to(frames.dtype)
+            start += row.shape[0] + row_gap
     if separator is not None and separator_offset is not None:
         out[separator_offset.long()] = separator
     return out

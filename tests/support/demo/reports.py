@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from metok_vllm.compression.pooling import PoolStyle
 from metok_vllm.contract.request_ids import key
 from metok_vllm.contract.settings import RequestSettings
 from metok_vllm.contract.spans import VideoSpan, retained_bound
-from metok_vllm.contract.video_plan import VideoPlan, plan_video
+from metok_vllm.contract.video_plan import VideoGrid, VideoPlan, plan_video
 from metok_vllm.models.base import MetokModel
 from metok_vllm.scheduler.slot_counts import SlotCounts
 from metok_vllm.worker import agreement
@@ -31,14 +33,14 @@ TEXT_TOKENS = 30
 class _Model(MetokModel):
     """METok's stage 1 on the transformers model."""
 
-    pool_mode = "bilinear"
+    pool_style = PoolStyle("bilinear")
 
     def __init__(self, sample: Sample) -> None:
         self.hf = sample.model
         self.decoder_stack: Any = SimpleNamespace(times=PartTimes())
 
-    def video_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        return stage1.features(self.hf, pixels)
+    def video_features(self, fields: Mapping[str, Any], item: int) -> torch.Tensor:
+        return stage1.features(self.hf, fields["pixel_values_videos"][item])
 
     def separator(self) -> torch.Tensor:
         return self.hf.model.image_newline
@@ -53,9 +55,9 @@ def real_report(sample: Sample, frames: NDArray[np.uint8], patch: pytest.MonkeyP
     side = sample.model.config.vision_config.image_size // sample.model.config.vision_config.patch_size
     stock = count * (-(-side // 2)) ** 2 + 1
     stated = RequestSettings(report=True, **settings)
-    plan = plan_video(count, (side, side), "bilinear", True, stock, stated, "none")
+    plan = plan_video(VideoGrid(count, side, side), PoolStyle("bilinear"), stock, stated, "none")
     with torch.no_grad():
-        encoded = _Model(sample).embed_video(sample.pixels(frames), plan, {}, 0)
+        encoded = _Model(sample).embed_video(plan, {"pixel_values_videos": [sample.pixels(frames)]}, 0)
     return _report(sample, plan, VideoTags.unpack(encoded[:, -TAG_CHANNELS:]), patch)
 
 

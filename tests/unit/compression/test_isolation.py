@@ -15,6 +15,7 @@ from tests.support.guards.host_sync import HostSyncError, no_host_sync
 
 ROOT = Path(__file__).resolve().parents[3]
 FRAMES, EVENTS, GRID, WIDTH = 21, 5, 6, 8
+STYLE = pooling.PoolStyle("bilinear")
 
 
 def test_imports_neither_vllm_nor_triton() -> None:
@@ -53,11 +54,14 @@ def whole_method(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     r = alignment.embedding(vectors, x["question"]) + alignment.dual_tower(vectors, x["question"]) + alone
     key = alignment.key_events(alignment.event_scores(r, ids, EVENTS) + lengths, 3)
     quota = tiers.quota(FRAMES, EVENTS, 3, 2)
-    per_frame = pooling.tokens_per_frame(GRID, GRID, (2, 4, 8), "bilinear")
+    per_frame = pooling.tokens_per_frame(GRID, GRID, (2, 4, 8), STYLE)
     quota = tiers.with_budget(quota, per_frame, True, tiers.video_tokens(quota, per_frame, True) - 9)
     chosen = tiers.assign(ids, r, key, 2, quota)
-    video = pooling.pool_video(x["features"], chosen, (2, 4, 8), quota, "bilinear", x["separator"], ids)
-    pooling.pool_video(x["features"], chosen, (1, 2, 3), quota, "average", None, ids)
+    video = pooling.pool_video(x["features"], chosen, (2, 4, 8), quota, STYLE, x["separator"], ids)
+    pooling.pool_video(x["features"], chosen, (1, 2, 3), quota, pooling.PoolStyle("average", "none"), None, ids)
+    pooling.pool_video(
+        x["features"], chosen, (1, 2, 3), quota, pooling.PoolStyle("average", "row"), x["separator"], ids
+    )
 
     n = video.tokens.shape[0]
     visual = x["positions"][10 : 10 + n]

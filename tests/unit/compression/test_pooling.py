@@ -12,6 +12,8 @@ from metok_vllm.compression.events import segment
 from metok_vllm.compression.pooling import (
     FRAMES_PER_BLOCK,
     PoolMode,
+    PoolStyle,
+    Separators,
     pool_frames,
     pool_video,
     pooled_grid,
@@ -43,14 +45,11 @@ def naive_bilinear(frame: torch.Tensor, stride: int) -> torch.Tensor:
 
 
 def naive_average(frame: torch.Tensor, stride: int) -> torch.Tensor:
+    """[H, W, D] to [h, w, D]: the mean of the tokens that each window has."""
     height, width, _ = frame.shape
-    down, across = min(stride, height), min(stride, width)
-    rows = [frame[i * stride : i * stride + down] for i in range(max(height // stride, 1))]
+    rows = [frame[i : i + stride] for i in range(0, height, stride)]
     return torch.stack(
-        [
-            torch.stack([row[:, j * stride : j * stride + across].mean((0, 1)) for j in range(max(width // stride, 1))])
-            for row in rows
-        ]
+        [torch.stack([row[:, j : j + stride].mean((0, 1)) for j in range(0, width, stride)]) for row in rows]
     )
 
 
@@ -65,7 +64,7 @@ def naive_pool(frame: torch.Tensor, stride: int, mode: PoolMode) -> torch.Tensor
 def test_pool_frames_equals_plain_loops(height: int, width: int, stride: int, mode: PoolMode) -> None:
     features = torch.randn(2, height, width, 3, generator=torch.Generator().manual_seed(stride))
     expected = torch.stack([naive_pool(frame, stride, mode) for frame in features])
-    rows, columns = pooled_grid(height, width, stride, mode)
+    rows, columns = pooled_grid(height, width, stride)
     assert expected.shape == (2, rows * columns, 3)
     torch.testing.assert_close(pool_frames(features, stride, mode), expected, rtol=1e-5, atol=1e-5)
 
@@ -84,26 +83,30 @@ def test_stride_one_keeps_every_token() -> None:
 
 
 def test_tokens_per_frame_of_the_models_grids() -> None:
-    assert tokens_per_frame(27, 27, STRIDES, "bilinear") == (196, 49, 16)  # LLaVA-OneVision
-    assert tokens_per_frame(24, 24, STRIDES, "average") == (144, 36, 9)  # LongVA
-    assert tokens_per_frame(3, 3, STRIDES, "average") == (1, 1, 1)
+    assert tokens_per_frame(27, 27, STRIDES, PoolStyle("bilinear")) == (196, 49, 16)  # LLaVA-OneVision
+    assert tokens_per_frame(24, 24, STRIDES, PoolStyle("average", "none")) == (144, 36, 9)  # LongVA
+    assert tokens_per_frame(27, 27, STRIDES, PoolStyle("bilinear", "row")) == (14 * 15, 7 * 8, 4 * 5)  # LLaVA-Video
+    assert tokens_per_frame(3, 3, STRIDES, PoolStyle("average", "none")) == (4, 1, 1)
 
 
 def test_impossible_grids_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        pooled_grid(4, 4, 0, "bilinear")
+        pooled_grid(4, 4, 0)
     with pytest.raises(ValueError, match="unknown pooling mode 'max'"):
-        pooled_grid(4, 4, 2, "max")  # type: ignore[arg-type]
+        pool_frames(torch.zeros(1, 4, 4, 1), 2, "max")  # type: ignore[arg-type]
 
 
 def naive_video(
-    features: torch.Tensor, tiers: list[int], mode: PoolMode, separator: torch.Tensor | None, ids: list[int]
+    features: torch.Tensor, tiers: list[int], style: PoolStyle, separator: torch.Tensor, ids: list[int]
 ) -> tuple[torch.Tensor, list[int], list[int]]:
-    """Frame by frame in time order, a separator where the event ends."""
+    """Frame by frame in time order, a separator where the event ends, or each row."""
     tokens, events, frames = [], [], []
     for i, frame in enumerate(features):
-        pooled = naive_pool(frame, STRIDES[tiers[i]], mode)
-        if separator is not None and (i + 1 == len(ids) or ids[i + 1] != ids[i]):
+        pooled = naive_pool(frame, STRIDES[tiers[i]], style.mode)
+        if style.separators == "row":
+            rows, _ = pooled_grid(*frame.shape[:2], STRIDES[tiers[i]])
+            pooled = torch.cat([torch.cat([row, separator[None]]) for row in pooled.chunk(rows)])
+        if style.separators == "event" and (i + 1 == len(ids) or ids[i + 1] != ids[i]):
             pooled = torch.cat([pooled, separator[None]])
         tokens.append(pooled)
         events += [ids[i]] * len(pooled)
@@ -116,19 +119,20 @@ def naive_video(
     event_ids(max_frames=14),
     st.randoms(use_true_random=False),
     st.sampled_from(["bilinear", "average"]),
-    st.booleans(),
-    st.sampled_from([(5, 5), (8, 8), (3, 6)]),
+    st.sampled_from(["event", "row", "none"]),
+    st.sampled_from([(5, 5), (8, 8), (3, 6), (1, 1)]),
 )
 def test_pool_video_equals_plain_loops(
-    ids: list[int], rng: random.Random, mode: PoolMode, with_separator: bool, grid: tuple[int, int]
+    ids: list[int], rng: random.Random, mode: PoolMode, separators: Separators, grid: tuple[int, int]
 ) -> None:
     tiers = [rng.randint(0, 2) for _ in ids]
     q = TierQuota(ids[-1] + 1, *(tiers.count(tier) for tier in range(3)))
     features = torch.randn(len(ids), *grid, 2, generator=torch.Generator().manual_seed(rng.randint(0, 99)))
-    separator = torch.tensor([7.0, -7.0]) if with_separator else None
-    result = pool_video(features, torch.tensor(tiers), STRIDES, q, mode, separator, torch.tensor(ids))
-    tokens, events, frames = naive_video(features, tiers, mode, separator, ids)
-    assert len(tokens) == video_tokens(q, tokens_per_frame(*grid, STRIDES, mode), with_separator)
+    separator, style = torch.tensor([7.0, -7.0]), PoolStyle(mode, separators)
+    given = None if separators == "none" else separator
+    result = pool_video(features, torch.tensor(tiers), STRIDES, q, style, given, torch.tensor(ids))
+    tokens, events, frames = naive_video(features, tiers, style, separator, ids)
+    assert len(tokens) == video_tokens(q, tokens_per_frame(*grid, STRIDES, style), separators == "event")
     torch.testing.assert_close(result.tokens, tokens, rtol=1e-5, atol=1e-5)
     assert result.token_event.tolist() == events
     assert result.token_frame.tolist() == frames
@@ -143,8 +147,8 @@ def test_rows_are_exact_for_every_length() -> None:
         ids = segment(torch.sin(torch.arange(frames - 1) * 1.7), events)
         tiers = assign(ids, torch.cos(torch.arange(frames) * 2.3), torch.arange(q.events) < 3, 6, q)
         features = torch.arange(frames, dtype=torch.float32)[:, None, None, None].expand(frames, 3, 3, 1)
-        result = pool_video(features, tiers, STRIDES, q, "bilinear", separator, ids)
-        total = video_tokens(q, tokens_per_frame(3, 3, STRIDES, "bilinear"), separators=True)
+        result = pool_video(features, tiers, STRIDES, q, PoolStyle("bilinear"), separator, ids)
+        total = video_tokens(q, tokens_per_frame(3, 3, STRIDES, PoolStyle("bilinear")), separators=True)
         assert result.tokens.shape == (total, 1)
         values = result.tokens.flatten()
         is_separator = values == -1
@@ -160,7 +164,7 @@ def test_separators_follow_their_event() -> None:
     q = TierQuota(events=2, tier0=1, tier1=0, tier2=2)
     features = torch.tensor([10.0, 20.0, 30.0], dtype=torch.bfloat16)[:, None, None, None].expand(3, 4, 4, 1)
     separator = torch.tensor([-1.0])
-    result = pool_video(features, torch.tensor([2, 0, 2]), STRIDES, q, "average", separator, ids)
+    result = pool_video(features, torch.tensor([2, 0, 2]), STRIDES, q, PoolStyle("average"), separator, ids)
     assert result.tokens.dtype == torch.bfloat16
     assert result.tokens.flatten().tolist() == [10, 20, 20, 20, 20, -1, 30, -1]
     assert result.token_event.tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
@@ -170,4 +174,21 @@ def test_separators_follow_their_event() -> None:
 def test_pool_video_refuses_a_quota_for_another_video() -> None:
     ids = torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match="do not fit a quota of 4 frames"):
-        pool_video(torch.zeros(3, 2, 2, 1), ids, STRIDES, TierQuota(1, 4, 0, 0), "bilinear", None, ids)
+        pool_video(
+            torch.zeros(3, 2, 2, 1), ids, STRIDES, TierQuota(1, 4, 0, 0), PoolStyle("bilinear", "none"), None, ids
+        )
+
+
+@pytest.mark.parametrize(("separators", "given"), [("event", False), ("row", False), ("none", True)])
+def test_a_separator_is_there_where_the_style_has_one(separators: Separators, given: bool) -> None:
+    ids, separator = torch.zeros(3, dtype=torch.int64), torch.zeros(1) if given else None
+    with pytest.raises(ValueError, match=f"the style's separators are '{separators}'"):
+        pool_video(
+            torch.zeros(3, 2, 2, 1),
+            ids,
+            STRIDES,
+            TierQuota(1, 3, 0, 0),
+            PoolStyle("average", separators),
+            separator,
+            ids,
+        )

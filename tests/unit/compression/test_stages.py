@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from metok_vllm.compression import alignment, events
-from metok_vllm.compression.pooling import PoolMode, tokens_per_frame
+from metok_vllm.compression.pooling import PoolMode, PoolStyle, tokens_per_frame
 from metok_vllm.compression.ratios import to_micro
 from metok_vllm.compression.selection import PruningLayer, keep_count
 from metok_vllm.compression.stage1 import TORCH, Operations, Recipe, choose_frames, compress_video
@@ -35,9 +35,9 @@ def ask(question: Tensor):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("frames", [1, 4, 21])
 def test_a_compressed_video_is_laid_out_by_its_quota(mode: PoolMode, frames: int) -> None:
     x, question, separator = features(frames), torch.randn(3, 8), torch.randn(8)
-    recipe = Recipe(quota(frames, 5, 3, 2), 3, 2, STRIDES, mode)
+    recipe = Recipe(quota(frames, 5, 3, 2), 3, 2, STRIDES, PoolStyle(mode))
     video = compress_video(x, recipe, ask(question), separator)
-    per_frame = tokens_per_frame(6, 6, STRIDES, mode)
+    per_frame = tokens_per_frame(6, 6, STRIDES, PoolStyle(mode))
     assert len(video.tokens) == video_tokens(recipe.quota, per_frame, separators=True)
     assert torch.bincount(video.choice.tier, minlength=3).tolist() == list(recipe.quota.counts())
     assert video.choice.is_key.sum() == min(3, recipe.quota.events)
@@ -56,7 +56,7 @@ def test_the_operations_given_are_the_ones_that_run() -> None:
         seen.append(tuple(x.shape))
         return TORCH.similarity(x)
 
-    recipe = Recipe(quota(9, 5, 3, 2), 3, 2, STRIDES, "bilinear")
+    recipe = Recipe(quota(9, 5, 3, 2), 3, 2, STRIDES, PoolStyle("bilinear", "none"))
     other = compress_video(features(9), recipe, alignment.none, None, Operations(similarity, TORCH.pool))
     assert seen == [(9, 36, 8)]
     assert torch.equal(other.tokens, compress_video(features(9), recipe, alignment.none, None).tokens)

@@ -10,17 +10,19 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from metok_vllm.compression.pooling import PoolMode, tokens_per_frame
+from metok_vllm.compression.pooling import PoolStyle, tokens_per_frame
 from metok_vllm.compression.selection import survivor_bounds
 from metok_vllm.compression.tiers import quota, video_tokens, with_budget
 from metok_vllm.contract.settings import RequestSettings
-from metok_vllm.contract.video_plan import ALIGNERS, VideoPlan, plan_video
+from metok_vllm.contract.video_plan import ALIGNERS, VideoGrid, VideoPlan, plan_video
 
 GRID = (27, 27)
+STYLE = PoolStyle("bilinear")
+STYLES = [STYLE, PoolStyle("average", "none"), PoolStyle("bilinear", "row")]
 
 
-def make(frames: int, aligner: str = "embedding", mode: PoolMode = "bilinear", **settings: Any) -> VideoPlan:
-    return plan_video(frames, GRID, mode, True, 196 * frames + 1, RequestSettings(**settings), aligner)
+def make(frames: int, aligner: str = "embedding", style: PoolStyle = STYLE, **settings: Any) -> VideoPlan:
+    return plan_video(VideoGrid(frames, *GRID), style, 196 * frames + 1, RequestSettings(**settings), aligner)
 
 
 numbers = st.integers(-(2**63), 2**63 - 1)
@@ -39,7 +41,7 @@ made = st.builds(
     make,
     st.integers(1, 2000),
     st.sampled_from(ALIGNERS),
-    st.sampled_from(["bilinear", "average"]),
+    st.sampled_from(STYLES),
     events=st.integers(1, 1024),
     key_events=st.integers(0, 1024),
     key_frames=st.integers(0, 65536),
@@ -89,18 +91,20 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("mode", ["bilinear", "average"])
-def test_the_counts_are_those_of_the_method(settings: dict[str, Any], mode: PoolMode) -> None:
+@pytest.mark.parametrize("style", STYLES)
+def test_the_counts_are_those_of_the_method(settings: dict[str, Any], style: PoolStyle) -> None:
     stated = RequestSettings(**settings)
-    per_frame = tokens_per_frame(*GRID, stated.strides, mode)
+    per_frame = tokens_per_frame(*GRID, stated.strides, style)
     for frames in range(1, 1025):
-        plan = make(frames, mode=mode, **settings)
+        plan = make(frames, style=style, **settings)
         counts = quota(frames, stated.events, stated.key_events, stated.key_frames)
         assert plan.quota == counts
         assert plan.frames == sum(plan.frames_per_tier) == frames
         assert plan.events == min(stated.events, frames)
-        assert plan.tokens == video_tokens(counts, per_frame, separators=True)
-        bounds = survivor_bounds(counts, per_frame, True, stated.key_events, stated.keep_ratio_micro)
+        assert plan.tokens == video_tokens(counts, per_frame, style.separators == "event")
+        bounds = survivor_bounds(
+            counts, per_frame, style.separators == "event", stated.key_events, stated.keep_ratio_micro
+        )
         assert (plan.most_after_l1, plan.most_after_l2) == bounds
         assert 0 <= plan.most_after_l2 <= plan.most_after_l1 <= plan.tokens
         assert (plan.keep_ratio_micro, plan.retention_micro) == (stated.keep_ratio_micro, stated.decode_retention_micro)
@@ -114,10 +118,10 @@ def test_the_counts_are_those_of_the_method(settings: dict[str, Any], mode: Pool
 def test_by_hand() -> None:
     # 10 frames in 5 events of 2: key events 1 to 3 keep both frames in tier 0, the others' both are key
     # frames in tier 1.
-    plan = plan_video(10, (4, 4), "bilinear", True, 41, RequestSettings(), "none")
+    plan = plan_video(VideoGrid(10, 4, 4), STYLE, 41, RequestSettings(), "none")
     assert plan.frames_per_tier == (6, 4, 0)
     assert plan.tokens == 6 * 4 + 4 * 1 + 5
-    without = plan_video(10, (4, 4), "bilinear", False, 41, RequestSettings(), "none")
+    without = plan_video(VideoGrid(10, 4, 4), PoolStyle("bilinear", "none"), 41, RequestSettings(), "none")
     assert without.tokens == plan.tokens - 5
     assert plan.stock_tokens == 41
     assert plan.aligner == "none"
@@ -138,7 +142,7 @@ def test_auto_must_have_been_resolved() -> None:
 
 @pytest.mark.parametrize("frames", [1, 2, 31, 1024])
 def test_off_is_stock(frames: int) -> None:
-    plan = plan_video(frames, GRID, "bilinear", True, 196 * frames + 1, None, "none")
+    plan = plan_video(VideoGrid(frames, *GRID), STYLE, 196 * frames + 1, None, "none")
     assert not plan.pruned
     assert plan.tokens == plan.stock_tokens == 196 * frames + 1
     assert (plan.most_after_l1, plan.most_after_l2, plan.retention_micro, plan.report) == (0, 0, 0, False)
@@ -158,7 +162,7 @@ def test_a_budget_is_kept(frames: int, spare: int) -> None:
     if free.tokens <= budget:
         assert plan == free
     else:
-        lowered = with_budget(free.quota, tokens_per_frame(*GRID, (2, 4, 8), "bilinear"), True, budget)
+        lowered = with_budget(free.quota, tokens_per_frame(*GRID, (2, 4, 8), STYLE), True, budget)
         assert plan.quota == lowered
         assert plan.most_after_l1 <= plan.tokens
 

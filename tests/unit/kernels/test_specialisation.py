@@ -134,7 +134,7 @@ def stage_1(n: int, m: int, offset: int, dtype: torch.dtype) -> Iterator[Launch]
     yield from launched(similarity(frames.flatten(1, 2)))
     for mode in ("average", "bilinear"):
         for stride in (1, 2, 8):
-            pooled = pooled_grid(height, width, stride, mode)  # type: ignore[arg-type]
+            pooled = pooled_grid(height, width, stride)
             yield from launched(
                 pool(
                     frames, numbers(n, offset), numbers(n, offset + 1), mode=mode, total=n * pooled[0] * pooled[1],  # type: ignore[arg-type]

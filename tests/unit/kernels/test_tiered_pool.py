@@ -21,8 +21,11 @@ def build(
     mode: Mode,
     device: torch.device,
     separators: int = 2,
+    row_gap: bool = False,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Any]]:
-    """Frames in order with a separator before the first and then wherever there are some left."""
+    """Frames in order with a separator before the first and then wherever there are some left; and one behind
+    each row, if there is a gap for it.
+    """
     frames = torch.randn(len(strides), *grid, width, generator=torch.Generator().manual_seed(width))
     offsets, rows, row = [], [], 0
     for stride in strides:
@@ -30,10 +33,12 @@ def build(
             rows.append(row)
             row += 1
         offsets.append(row)
-        height, columns = pooled_grid(*grid, stride, mode)
-        row += height * columns
-    options: dict[str, Any] = {"mode": mode, "total": row, "min_stride": min(strides)}
-    if separators:
+        height, columns = pooled_grid(*grid, stride)
+        if row_gap:
+            rows += range(row + columns, row + height * (columns + 1), columns + 1)
+        row += height * (columns + row_gap)
+    options: dict[str, Any] = {"mode": mode, "total": row, "min_stride": min(strides), "row_gap": row_gap}
+    if rows:
         options["separator"] = torch.randn(width, generator=torch.Generator().manual_seed(1)).to(device)
         options["separator_offset"] = ints(*rows, device=device)
     return (frames.to(device), ints(*strides, device=device), ints(*offsets, device=device)), options
@@ -63,9 +68,12 @@ def test_grid_of_27_by_27(dtype: torch.dtype, mode: Mode, device: torch.device) 
     strides=st.lists(st.sampled_from([1, 2, 3, 4, 8, 16]), min_size=1, max_size=3),
     mode=st.sampled_from(["average", "bilinear"]),
     separators=st.integers(0, 3),
+    row_gap=st.booleans(),
 )
-def test_any_grid(grid: tuple[int, int], strides: list[int], mode: Mode, separators: int, device: torch.device) -> None:
-    check(*build(grid, 20, strides, mode, device, separators))
+def test_any_grid(
+    grid: tuple[int, int], strides: list[int], mode: Mode, separators: int, row_gap: bool, device: torch.device
+) -> None:
+    check(*build(grid, 20, strides, mode, device, separators, row_gap))
 
 
 def test_width_of_several_blocks(device: torch.device) -> None:
@@ -97,9 +105,9 @@ def test_stride_one_copies(device: torch.device) -> None:
 
 def test_token_counts() -> None:
     """The counts an engine reserves: 27 x 27 of LLaVA-OneVision, 24 x 24 of LongVA."""
-    assert [pooled_grid(27, 27, s, "bilinear") for s in (2, 4, 8)] == [(14, 14), (7, 7), (4, 4)]
-    assert [pooled_grid(24, 24, s, "average") for s in (2, 4, 8)] == [(12, 12), (6, 6), (3, 3)]
-    assert pooled_grid(3, 20, 8, "average") == (1, 2)
+    assert [pooled_grid(27, 27, s) for s in (2, 4, 8)] == [(14, 14), (7, 7), (4, 4)]
+    assert [pooled_grid(24, 24, s) for s in (2, 4, 8)] == [(12, 12), (6, 6), (3, 3)]
+    assert pooled_grid(3, 20, 8) == (1, 3)
 
 
 def test_frames_of_a_strided_buffer(device: torch.device) -> None:

@@ -15,7 +15,7 @@ from metok_kernels.launch import Launch, recorded_launches
 from metok_kernels.specialisation import Key
 from metok_kernels.variants import IN_USE, Model, launches
 
-from metok_vllm.compression.pooling import PoolMode
+from metok_vllm.compression.pooling import PoolStyle
 from metok_vllm.compression.tiers import TierQuota
 from metok_vllm.worker import ops
 from metok_vllm.worker import warm_up as module
@@ -23,9 +23,7 @@ from metok_vllm.worker.dense_attention import DenseAttention
 from metok_vllm.worker.warm_up import ModelShapes, WarmUp, warm_up
 from tests.support.kernels.common import few_examples
 
-SMALL = ModelShapes(
-    hidden=48, heads=6, kv_heads=2, head_dim=16, dtype=torch.float32, pool_mode="bilinear", separators=True
-)
+SMALL = ModelShapes(hidden=48, heads=6, kv_heads=2, head_dim=16, dtype=torch.float32, style=PoolStyle("bilinear"))
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +39,7 @@ def unrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def shapes_of(model: Model, dtype: torch.dtype) -> ModelShapes:
     return ModelShapes(
-        model.hidden, model.heads, model.kv_heads, model.head_dim, dtype, model.mode, model.separators
+        model.hidden, model.heads, model.kv_heads, model.head_dim, dtype, PoolStyle(model.mode, model.separators)
     )  # fmt: skip
 
 
@@ -128,7 +126,7 @@ def test_keys_have_two_variants_where_their_layouts_differ(device: torch.device)
     alive=st.integers(0, 60),
     offset=st.integers(0, 7),
     strides=st.sampled_from([(1, 2, 4), (2, 4, 8), (3, 5, 7)]),
-    mode=st.sampled_from(["average", "bilinear"]),
+    style=st.builds(PoolStyle, st.sampled_from(["average", "bilinear"]), st.sampled_from(["event", "row", "none"])),
 )
 def test_operations_at_any_size_launch_nothing_else(
     frames: int,
@@ -137,11 +135,11 @@ def test_operations_at_any_size_launch_nothing_else(
     alive: int,
     offset: int,
     strides: tuple[int, int, int],
-    mode: PoolMode,
+    style: PoolStyle,
     device: torch.device,
 ) -> None:
     """The functions of `worker/ops.py`, on slices that start anywhere."""
-    shapes = replace(SMALL, pool_mode=mode)
+    shapes = replace(SMALL, style=style)
     ready = warm_up(shapes, device).variants
     with recorded_launches() as seen:
         features = torch.randn(frames + offset, *side, shapes.hidden, device=device)[offset:]
@@ -149,7 +147,8 @@ def test_operations_at_any_size_launch_nothing_else(
         tiers = torch.arange(frames, device=device) % 3
         quota = TierQuota(1, *(int((tiers == tier).sum()) for tier in range(3)))
         event = torch.zeros(frames, dtype=torch.int64, device=device)
-        ops.pool_video(features, tiers, strides, quota, mode, torch.randn(shapes.hidden, device=device), event)
+        separator = None if style.separators == "none" else torch.randn(shapes.hidden, device=device)
+        ops.pool_video(features, tiers, strides, quota, style, separator, event)
 
         count = alive + rows
         positions = torch.arange(offset + count, device=device)[offset:]

@@ -49,6 +49,7 @@ def choose(case: str, rank: int, agree: Any) -> CompressedVideo:
 
     from metok_vllm.compression import alignment
     from metok_vllm.compression.alignment import Alignment
+    from metok_vllm.compression.pooling import PoolStyle
     from metok_vllm.compression.stage1 import Recipe, compress_video
     from metok_vllm.compression.tiers import quota
     from metok_vllm.worker import ops
@@ -58,7 +59,7 @@ def choose(case: str, rank: int, agree: Any) -> CompressedVideo:
     def align(vectors: torch.Tensor, event: torch.Tensor, events: int) -> Alignment:
         return alignment.by_question(alignment.embedding(vectors, torch.eye(DIM)[:1]), event, events)
 
-    recipe = Recipe(quota(len(features), 2, 1, 1), 1, 1, (1, 2, 4), "bilinear")
+    recipe = Recipe(quota(len(features), 2, 1, 1), 1, 1, (1, 2, 4), PoolStyle("bilinear"))
     operations = ops.STAGE_1 if agree is None else replace(ops.STAGE_1, agree=agree)
     return compress_video(features, recipe, align, torch.ones(DIM), operations)
 

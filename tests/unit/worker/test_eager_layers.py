@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 
 from metok_vllm.worker import eager_layers
+from metok_vllm.worker.decoder import Decoder
 from metok_vllm.worker.eager_layers import EagerLayers, fused_forward, in_slices
 
 
@@ -37,7 +39,7 @@ def config() -> Iterator[Any]:
 
 
 def made(*layers: nn.Module, most_rows: int = 4, custom_ops: tuple[str, ...] = ("none",)) -> EagerLayers:
-    return EagerLayers(layers, RMSNorm(32), most_rows, custom_ops)
+    return EagerLayers(Decoder(SimpleNamespace(layers=layers, norm=RMSNorm(32))), most_rows, custom_ops)
 
 
 def test_forwards_are_set_and_put_back() -> None:

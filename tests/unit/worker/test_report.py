@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from metok_vllm.compression.pooling import PoolStyle
 from metok_vllm.contract.request_ids import key
 from metok_vllm.contract.settings import RequestSettings
 from metok_vllm.contract.spans import VideoSpan
-from metok_vllm.contract.video_plan import VideoPlan, plan_video
+from metok_vllm.contract.video_plan import VideoGrid, VideoPlan, plan_video
 from metok_vllm.worker import report as report_module
 from metok_vllm.worker.report import KEPT_RECENT, KEPT_REPORTS, Reports, per_frame
 from metok_vllm.worker.requests import PruningResult, VideoTags
@@ -24,7 +25,9 @@ FRAMES = 14
 
 
 def make_plan(report: bool) -> VideoPlan:
-    return plan_video(FRAMES, (4, 4), "bilinear", True, 4 * FRAMES + 1, RequestSettings(report=report), "none")
+    return plan_video(
+        VideoGrid(FRAMES, 4, 4), PoolStyle("bilinear"), 4 * FRAMES + 1, RequestSettings(report=report), "none"
+    )
 
 
 def make_tags(plan: VideoPlan, seed: int = 0) -> VideoTags:

@@ -11,6 +11,7 @@ from vllm.forward_context import ForwardContext, get_forward_context, override_f
 
 from metok_vllm.worker.attention import RunningStep
 from metok_vllm.worker.batch import DecoderStack, PrunedBatch
+from metok_vllm.worker.decoder import Decoder
 from metok_vllm.worker.eager_layers import EagerLayers
 from metok_vllm.worker.step import PrunedStep
 from metok_vllm.worker.timing import PartTimes
@@ -32,8 +33,9 @@ def pruned_step(tokens: int, seen: list[Any]) -> PrunedStep:
     layers = [Layer(seen) for _ in range(4)]
     for layer in layers:
         layer.mlp = nn.Identity()
-    norm, times = nn.Identity(), PartTimes(torch.device("cpu"))
-    stack = DecoderStack(layers, norm, (1, 2, 3), RunningStep(), times, EagerLayers(layers, norm, tokens, ()))
+    decoder = Decoder(SimpleNamespace(layers=layers, norm=nn.Identity()))
+    times = PartTimes(torch.device("cpu"))
+    stack = DecoderStack(decoder, (1, 2, 3), RunningStep(), times, EagerLayers(decoder, tokens, ()))
     return PrunedStep(
         stack, PrunedBatch([], tokens, torch.arange(tokens), {}, {}, torch.empty(2, 0, dtype=torch.int64), ())
     )
@@ -45,7 +47,7 @@ def test_experts_find_no_mark_of_other_rows() -> None:
     running: Any = pruned_step(3, seen)
     running._at_l1 = lambda *_: (torch.zeros(9, 2), torch.zeros(9, 2), torch.arange(9))  # rows of earlier chunks
     running._gather = lambda _: None
-    running.stack.norm.forward = lambda hidden, residual: (hidden, residual)
+    running.stack.decoder.norm.forward = lambda hidden, residual: (hidden, residual)
     context = ForwardContext({}, {}, {}, is_padding=torch.tensor([False, False, False, True]))
     with override_forward_context(context):
         running.run(torch.arange(4), torch.zeros(4, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from metok_vllm.compression.selection import PruningLayer, keep_count
 from metok_vllm.contract.spans import VideoSpan
 from metok_vllm.worker.attention import RunningStep
 from metok_vllm.worker.batch import DecoderStack, PromptChunk
+from metok_vllm.worker.decoder import Decoder
 from metok_vllm.worker.eager_layers import EagerLayers
 from metok_vllm.worker.requests import PrunedRequest, VideoTags
 from metok_vllm.worker.survivors import Survivors, prune_l2, prune_l3, survivors_of_l1
@@ -112,6 +114,6 @@ def check(survivors: Survivors, text: list[int], alive: list[int]) -> None:
 
 @pytest.mark.parametrize("layers", [(1, 2, 3), (3, 10, 19)])
 def test_the_layers_that_score_are_those_right_before_l1_and_l2(layers: tuple[int, int, int]) -> None:
-    norm = torch.nn.Identity()
-    stack = DecoderStack([], norm, layers, RunningStep(), PartTimes(), EagerLayers([], norm, 8, []))
+    decoder = Decoder(SimpleNamespace(layers=[], norm=torch.nn.Identity()))
+    stack = DecoderStack(decoder, layers, RunningStep(), PartTimes(), EagerLayers(decoder, 8, []))
     assert stack.scoring_layers == (layers[0] - 1, layers[1] - 1)
