@@ -56,7 +56,8 @@ def apply_plugin_option() -> bool:
             # operator's wish holds.
             os.environ.setdefault(CONNECTOR_VARIABLE, CONNECTOR)
             leave_room(options.media_io_kwargs)
-            tell_processes(options.trust_request_mm_kwargs)
+            # The benchmarks have no such option: they make their requests themselves.
+            tell_processes(getattr(options, "trust_request_mm_kwargs", True))
     except ValueError as error:
         raise SystemExit(f"vllm: error: {error}") from None
     sys.argv[:] = arguments

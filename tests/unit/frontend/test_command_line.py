@@ -15,6 +15,7 @@ import yaml
 from transformers import PretrainedConfig
 
 from metok_vllm import plugin
+from metok_vllm.contract import advice
 from metok_vllm.frontend.command_line import CONNECTOR_VARIABLE, MIDDLEWARE, apply_plugin_option, rewritten
 from metok_vllm.frontend.programs import WORKS_WITH, program_of
 from tests.unit.conftest import METOK
@@ -249,6 +250,29 @@ def test_benchmarks_with_an_engine_of_their_own(checkpoint: Path, monkeypatch: p
     options = _parsed(rewritten(argv))
     assert options.hf_overrides == {"architectures": [METOK]}
     assert not hasattr(options, "middleware")
+
+
+@pytest.mark.parametrize(
+    ("program", "may_state"),
+    [
+        (["vllm", "serve"], False),
+        (["vllm", "serve", "--trust-request-mm-kwargs"], True),
+        ([f"{VLLM}/openai/api_server.py"], False),
+        (["vllm", "run-batch", *BATCH], False),
+        ([f"{VLLM}/openai/run_batch.py", *BATCH, "--trust-request-mm-kwargs"], True),
+        *((["vllm", "bench", kind], True) for kind in ("latency", "mm-processor", "startup", "throughput")),
+    ],
+)
+def test_every_program_starts_with_the_option(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, program: list[str], may_state: bool
+) -> None:
+    """And METok's sentences know what its requests may state; a benchmark's are its own."""
+    monkeypatch.setattr(sys, "argv", [*program, "--model", str(checkpoint), "--plugin", "metok"])
+    monkeypatch.setenv(CONNECTOR_VARIABLE, "http")
+    monkeypatch.setenv(advice.VARIABLE, "")
+    assert apply_plugin_option()
+    assert advice.requests_state_kwargs() == may_state
+    assert _parsed(sys.argv).hf_overrides == {"architectures": [METOK]}
 
 
 def test_every_program_that_is_named_exists() -> None:
