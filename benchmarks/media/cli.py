@@ -8,8 +8,11 @@ Each pair of runs is one of each kind, in changing order, so that what slows the
 each run is a pause, as between the videos of a server that is not overloaded: then a child is forked ahead.
 The ratio is the median of the pairs' ratios. "At once" hands the pool several copies of the file together,
 and the same to as many threads of this process. The last clip is one of the others enlarged to 720 lines, the
-size of most real ones. Included: all from the file's bytes to the frames. Excluded: fetching the file,
-base64, preprocessing.
+size of most real ones.
+
+Two figures: the decoding alone, from the file's bytes to the frames; and all that the host does before the
+vision tower, which adds transformers' video processor of LLaVA-OneVision (384 x 384). Excluded: fetching the
+file, base64.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ ENLARGED, LINES = "big-buck-bunny-30s.mp4", 720
 
 
 PAUSE_S = 0.2
+SIDE = 384
+"""Pixels of the tower's input, each way."""
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -85,8 +90,12 @@ def enlarged(clip: Path, folder: Path) -> Path:
 
 def measure(clip: Path, frames: int, at_once: int, repeats: int, pool: Any) -> dict[str, Any]:
     """One row: a file, a number of frames, and how many of it at a time."""
+    from transformers import LlavaOnevisionVideoProcessor
+
     from metok_vllm.media.decoder import decode_video
     from metok_vllm.media.settings import VideoSettings
+
+    processor: Any = LlavaOnevisionVideoProcessor(size={"height": SIDE, "width": SIDE})
 
     data, settings = clip.read_bytes(), VideoSettings(num_frames=frames)
     shape = decode_video(data, settings).frames.shape
@@ -96,8 +105,13 @@ def measure(clip: Path, frames: int, at_once: int, repeats: int, pool: Any) -> d
             for job in [threads.submit(decode, data, settings) for _ in range(at_once)]:
                 job.result()
 
+        def host(decode: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *job: processor(videos=[decode(*job).frames], return_tensors="pt")
+
         row = in_turns(lambda: all_of(decode_video), lambda: all_of(pool.decode), repeats)
-    return {"clip": clip.name, "file_bytes": len(data), "frames": list(shape), "at_once": at_once, **row}
+        whole = in_turns(lambda: all_of(host(decode_video)), lambda: all_of(host(pool.decode)), repeats)
+    about = {"clip": clip.name, "file_bytes": len(data), "frames": list(shape), "at_once": at_once}
+    return {**about, "decoding": row, "host": whole}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,11 +140,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for at_once in options.at_once:
                 row = measure(clip, frames, at_once, options.repeats, pool)
                 result["rows"].append(row)
-                print(
-                    f"{row['clip']:<26} {frames:>4} frames, {at_once} at once: {row['in_process_ms']:8.1f} ms here,"
-                    f" {row['in_a_child_ms']:8.1f} ms in a child, ratio {row['ratio']:.3f}",
-                    flush=True,
-                )
+                for part in ("decoding", "host"):
+                    found = row[part]
+                    print(
+                        f"{row['clip']:<27} {frames:>4} frames, {at_once} at once, {part:<8}"
+                        f" {found['in_process_ms']:8.1f} ms here, {found['in_a_child_ms']:8.1f} ms in a child,"
+                        f" ratio {found['ratio']:.3f}",
+                        flush=True,
+                    )
     pool.stop()
     scratch.cleanup()
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from weakref import WeakSet, finalize
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.inputs import PlaceholderRange
 from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingParams
 
 from metok_vllm.contract.advice import where_settings_go
 from metok_vllm.contract.beside import KEY, Beside, stated_by_client, take_back
@@ -94,8 +95,10 @@ class Handed:
     is dropped with it, unsent, the cache forgets the items.
     """
 
-    def __init__(self, caches: Iterable[BaseMultiModalProcessorCache], names: Iterable[str]) -> None:
+    def __init__(self, caches: Iterable[BaseMultiModalProcessorCache], names: Iterable[str], room: int) -> None:
         self.names = frozenset(names)
+        self.room = room
+        """Tokens that may follow the request's prompt."""
         self._forget = finalize(self, _forget, caches, self.names)
         self._forget.atexit = False
 
@@ -118,9 +121,9 @@ class Unsent:
         self._all: WeakSet[Handed] = WeakSet()
         self._lock = Lock()  # items are made in one thread, and sent in another
 
-    def hand_out(self, caches: Iterable[BaseMultiModalProcessorCache], inputs: MultiModalInput) -> Handed:
-        """Note the data in a request that has just been processed."""
-        handed = Handed(caches, _names(inputs, with_data=True))
+    def hand_out(self, caches: Iterable[BaseMultiModalProcessorCache], inputs: MultiModalInput, room: int) -> Handed:
+        """Note the data in a request that has just been processed; `room` tokens may follow its prompt."""
+        handed = Handed(caches, _names(inputs, with_data=True), room)
         with self._lock:
             self._all.add(handed)
         return handed
@@ -174,12 +177,37 @@ class Admission:
         if asks_for_prompt_logprobs(params) and any(isinstance(one, PrunedRange) for one in ranges):
             forget_unsent(self.caches, processed_inputs)
             raise _refused("prompt_logprobs", no_prompt_logprobs())
-        for one in ranges:
-            if isinstance(one, OwnRange) and one.handed is not None:
-                one.handed.sent()
+        handed = {one.handed for one in ranges if isinstance(one, OwnRange) and one.handed is not None}
+        if any(refused_later(params, len(processed_inputs["prompt_token_ids"]), one.room) for one in handed):
+            forget_unsent(self.caches, processed_inputs)
+        else:
+            for one in handed:
+                one.sent()
         beside = next((one.beside for one in ranges if isinstance(one, PrunedRange)), None)
         if beside is not None:
             beside.put(params)
+
+
+def refused_later(params: Any, prompt_len: int, room: int) -> bool:
+    """Whether vLLM refuses the request after this check, for its parameters.
+
+    As `InputProcessor.process_inputs` does (vllm/v1/engine/input_processor.py): its items then never reach
+    the engine. For its prompt: `frontend/processing.py`.
+
+    Args:
+        params: `SamplingParams` or `PoolingParams`.
+        prompt_len: tokens of the prompt.
+        room: tokens that may follow it.
+    """
+    if not isinstance(params, SamplingParams):
+        return False
+    if not 0 <= params.routed_experts_prompt_start <= prompt_len:
+        return True
+    if params.prompt_logprob_token_ids is not None:
+        rows = max(prompt_len - 1 - (params.prompt_logprob_start or 0), 0)
+        if len(params.prompt_logprob_token_ids) != rows:
+            return True
+    return params.max_tokens is None and params.min_tokens > room
 
 
 def _refused(reason: Reason, sentence: str) -> VLLMValidationError:

@@ -155,9 +155,10 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
             forget_unsent(self._admission.caches, result)
             raise
         length = len(result["prompt_token_ids"])
-        if length >= self.info.ctx.model_config.max_model_len:
+        room = int(self.info.ctx.model_config.max_model_len) - length
+        if room <= 0 or not self._is_in_vocabulary(result["prompt_token_ids"]):
             forget_unsent(self._admission.caches, result)  # vLLM refuses it by itself, and later
-        handed = self._admission.unsent.hand_out(self._admission.caches, result)
+        handed = self._admission.unsent.hand_out(self._admission.caches, result, room)
         beside = None if settings is None else self._beside(length, aligner, question)
         mark(result, settings is not None, beside, handed)
         return result
@@ -239,6 +240,11 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
                     "the question; a request can state its question as 'query'. This is said once."
                 )
         return last_user_text(text, markers, self._not_text)
+
+    def _is_in_vocabulary(self, ids: Sequence[int]) -> bool:
+        """As vLLM will ask (vllm/renderers/base.py: `validate_token_ids`)."""
+        most: Any = self.info.get_tokenizer().max_token_id
+        return not ids or (min(ids) >= 0 and max(ids) <= max(most, self.info.ctx.model_config.get_vocab_size() - 1))
 
     def _check_places(self, inputs: ProcessorInputs) -> None:
         """Refuse a prompt without a place for each of its items: cut short (`truncate_prompt_tokens`), or

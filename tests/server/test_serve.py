@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import threading
 import time
@@ -161,7 +162,17 @@ def test_other_impossible_requests_get_one_sentence(server: Server) -> None:
 
 
 def test_run_batch_takes_the_plugin(sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a user without a home folder, as in many containers."""
+    """By a user without a home folder, as in many containers, and with another plugin beside."""
+    beside, loaded = tmp_path / "site", tmp_path / "loaded"
+    about = beside / "beside-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: beside\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[vllm.general_plugins]\nbeside = beside_plugin:register\n")
+    (beside / "beside_plugin.py").write_text(f"def register():\n    open({str(loaded)!r}, 'a').close()\n")
+    odd = {
+        "HOME": "/proc/none",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(beside), os.environ.get("PYTHONPATH")])),
+    }
     video = mp4(scene_video(10, 14))
     line = {
         "custom_id": "one",
@@ -189,9 +200,10 @@ def test_run_batch_takes_the_plugin(sample: Sample, tmp_path: Path, monkeypatch:
     subprocess.run(
         [vllm(), "run-batch", "-i", "in.jsonl", "-o", "out.jsonl", "--model", str(sample.path), "--plugin", "metok",
          "--additional-config", json.dumps({"metok": {"preset": "balanced"}}), *OPTIONS],
-        cwd=tmp_path, env=environment() | {"HOME": "/proc/none"}, check=True, capture_output=True, timeout=240,
+        cwd=tmp_path, env=environment() | odd, check=True, capture_output=True, timeout=240,
     )  # fmt: skip
     outputs = [json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert loaded.exists()
     two, one = sorted(outputs, key=lambda output: output["custom_id"], reverse=True)
     assert two["response"]["status_code"] == 400
     monkeypatch.setenv(advice.VARIABLE, "0")  # run-batch was not given --trust-request-mm-kwargs

@@ -104,6 +104,16 @@ def test_dropped_and_sent_again(server: Server) -> None:
     assert_drained(server)
 
 
+def test_refused_late_and_sent_again(server: Server) -> None:
+    """vLLM looks at one parameter only after the video has been prepared and is about to be sent."""
+    messages = [user("What comes first?", data_url(mp4(scene_video(78, 21))))]
+    refused = post(server, messages, routed_experts_prompt_start=100_000)
+    assert refused.status_code == 400
+    assert "routed_experts_prompt_start" in refused.json()["error"]["message"]
+    again = post(server, messages)
+    assert again.status_code == 200, again.text
+
+
 # --- an answer that the client has begun ---
 
 

@@ -33,5 +33,6 @@ def test_the_program_times_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.main(what) == 0
     (row,) = json.loads(out.read_text())["rows"]
     assert (row["clip"], row["at_once"], row["frames"][0]) == ("toy-world.mp4", 2, 4)
-    assert row["ratio"] > 0
+    assert row["decoding"]["ratio"] > 0
+    assert row["host"]["in_process_ms"] > row["decoding"]["in_process_ms"], "it has the processor's time too"
     assert "4 frames, 2 at once" in capsys.readouterr().out

@@ -37,6 +37,16 @@ def items(modality: str = "video", made_here: bool = True, pruned: bool = True) 
     return inputs
 
 
+class Cache:
+    """vLLM's, as far as it is told to forget."""
+
+    def __init__(self) -> None:
+        self.forgotten: list[str] = []
+
+    def invalidate(self, name: str) -> None:
+        self.forgotten.append(name)
+
+
 @pytest.fixture
 def admission() -> Admission:
     return Admission(lambda inputs, params: None)
@@ -83,14 +93,6 @@ def test_features_made_elsewhere(admission: Admission, modality: str) -> None:
 
 def test_an_item_that_was_not_sent_is_forgotten(admission: Admission) -> None:
     """Its data was handed out and goes nowhere; one that the engine has already stays known."""
-
-    class Cache:
-        def __init__(self) -> None:
-            self.forgotten: list[str] = []
-
-        def invalidate(self, name: str) -> None:
-            self.forgotten.append(name)
-
     cache: Any = Cache()
     admission.caches.add(cache)
     inputs = items()
@@ -112,6 +114,34 @@ def platform() -> Iterator[Any]:
     vars(current_platform).pop(HOOK, None)
     if held is not None:
         setattr(current_platform, HOOK, held)
+
+
+LATER = {
+    "experts from behind the prompt": (SamplingParams(routed_experts_prompt_start=10), True),
+    "experts from its end": (SamplingParams(routed_experts_prompt_start=9), False),
+    "a row of tokens too few": (SamplingParams(prompt_logprob_token_ids=np.ones((7, 1), int)), True),
+    "a row for each token": (SamplingParams(prompt_logprob_token_ids=np.ones((8, 1), int)), False),
+    "rows from the third on": (
+        SamplingParams(prompt_logprob_token_ids=np.ones((6, 1), int), prompt_logprob_start=2),
+        False,
+    ),
+    "more tokens than there is room for": (SamplingParams(max_tokens=None, min_tokens=6), True),
+    "as many as there is room for": (SamplingParams(max_tokens=None, min_tokens=5), False),
+    "a pooling request": (PoolingParams(), False),
+}
+
+
+@pytest.mark.parametrize("case", LATER)
+def test_an_item_of_a_request_that_vllm_refuses_later_is_forgotten(admission: Admission, case: str) -> None:
+    params, is_refused = LATER[case]
+    inputs, cache = items("image", made_here=False), Cache()
+    inputs["mm_kwargs"] = {"image": [object()]}
+    admission.caches.add(cache)  # type: ignore[arg-type]
+    handed = admission.unsent.hand_out(admission.caches, inputs, room=5)
+    mark(inputs, pruned=False, handed=handed)
+    admission(inputs, params)
+    assert cache.forgotten == (["name"] if is_refused else [])
+    assert handed.names == (frozenset({"name"}) if is_refused else frozenset())
 
 
 def test_the_platforms_own_check_comes_first(platform: Any, monkeypatch: pytest.MonkeyPatch) -> None:
