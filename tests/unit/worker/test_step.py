@@ -13,6 +13,7 @@ from metok_vllm.worker.attention import RunningStep
 from metok_vllm.worker.batch import DecoderStack, PrunedBatch
 from metok_vllm.worker.decoder import Decoder
 from metok_vllm.worker.eager_layers import EagerLayers
+from metok_vllm.worker.requests import ChunkState
 from metok_vllm.worker.step import PrunedStep
 from metok_vllm.worker.timing import PartTimes
 
@@ -61,3 +62,23 @@ def test_where_each_prompt_starts() -> None:
         running._rows_changed()
         assert running._starts.dtype == torch.int32
         assert running._starts.tolist() == [0, sizes[0], sizes[0] + 1, sizes[0] + 13]
+
+
+def test_rotary_positions_of_a_deferred_prompt_are_those_of_its_chunks() -> None:
+    """Not the tokens' places in the prompt: they may have several axes, and any values."""
+    running: Any = pruned_step(2, [])  # two tokens of other requests
+    chunks = [torch.tensor([[5, 5, 5], [0, 1, 2], [9, 8, 7]]), torch.tensor([[6, 6], [3, 4], [1, 1]])]
+    own = [torch.randn(5, 4), torch.randn(5, 4)]
+    states = [
+        ChunkState(own[0][:3], own[1][:3], torch.empty(0, 2), torch.zeros(3, 2), chunks[0]),
+        ChunkState(own[0][3:], own[1][3:], torch.empty(0, 2), torch.zeros(2, 2), chunks[1]),
+    ]
+    request = SimpleNamespace(chunks=states[:1], prompt_len=5)
+    running._state = lambda *_: states[1]
+    whole = running._whole_state(SimpleNamespace(request=request), None, None, None)
+    assert torch.equal(whole.positions, torch.cat(chunks, dim=1))
+    running.survivors = [SimpleNamespace(positions=torch.tensor([0, 2, 4]))]
+    others = torch.tensor([[70, 71, 99], [80, 81, 99], [90, 91, 99]])
+    hidden, _, positions = running._gather_states([whole], others, torch.zeros(3, 4), torch.zeros(3, 4))
+    assert positions.tolist() == [[70, 71, 5, 5, 6], [80, 81, 0, 2, 4], [90, 91, 9, 7, 1]]
+    assert torch.equal(hidden[2:], own[0][[0, 2, 4]])
