@@ -39,7 +39,7 @@ class PooledVideo(NamedTuple):
 
     tokens: Tensor  # [total, D], type of the features
     token_event: Tensor  # int64 [total], event of each token
-    token_frame: Tensor  # int64 [total]; a separator belongs to the last frame of its event
+    token_frame: Tensor  # int64 [total]; a separator belongs to the frame before it
 
 
 def pooled_grid(height: int, width: int, stride: int) -> tuple[int, int]:

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.harness import Case, Engine, engine
+from tests.support.coarse import check_near
+from tests.support.harness import Case, engine
 from tests.support.oracle.samples import load_sample, scene_video
 from tests.support.quantised import Kind, quantise
 
@@ -28,31 +29,6 @@ def test_a_quantised_model_is_pruned_as_the_plain_one(tmp_path_factory: pytest.T
         Case(max_tokens=4),
     ]
     dtype, near = NEAR[kind]
-    held: dict[str, tuple[int, ...]] = {}
-
-    def watch(running: Engine) -> None:
-        for name, request in running.runner.model_state.pruned.by_id.items():
-            if request.result is not None:
-                held[name] = (request.result.after_l1, request.result.after_l2, request.result.retained)
-
     with engine(sample, dtype=dtype, max_num_batched_tokens=64, max_num_seqs=8) as running:
         assert running.llm.llm_engine.model_config.quantization == "compressed-tensors"
-        answers = running.run(asked, watch)
-        running.check_drained()
-        expected = [
-            running.oracle(case, force_tokens=list(answer.tokens)) for case, answer in zip(asked, answers, strict=True)
-        ]
-    counts = []
-    for reference in expected[:2]:
-        totals = [
-            sum(len(kept or ()) for kept in kind_)
-            for kind_ in zip(*((v.after_l1, v.after_l2) for v in reference.videos or []), strict=True)
-        ]
-        counts.append((*totals, len(reference.retained or ())))
-    assert [found for _, found in sorted(held.items())] == counts
-    far = [
-        abs(ours[token] - float(theirs[token]))
-        for answer, reference in zip(answers, expected, strict=True)
-        for token, ours, theirs in zip(answer.tokens, answer.logprobs, reference.logprobs, strict=True)
-    ]
-    assert max(far) < near
+        check_near(running, asked, pruned=2, near=near)

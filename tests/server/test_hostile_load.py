@@ -34,9 +34,9 @@ from tests.support.server.load import (
     idle,
     leaving,
     memory_mib,
-    until,
 )
 from tests.support.server.strict import AT_ONCE, GOOD, KEY, MEMORY_MIB, ODD, PERCENT, WAITING
+from tests.support.until import until
 
 
 def of_video(**settings: Any) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from tests.support.server.load import (
     idle,
     leaving,
     spawners,
-    until,
 )
+from tests.support.until import until
 
 
 def bombs_in_both(two: Server) -> list[Client]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -92,14 +91,6 @@ def leaving(clients: list[Client]) -> Iterator[list[Client]]:
     finally:
         for client in clients:
             client.leave()
-
-
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Wait for something that has to come, however busy the machine is."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.05)
 
 
 def family(server: Server) -> list[psutil.Process]:

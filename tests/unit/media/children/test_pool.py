@@ -11,9 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -22,46 +21,15 @@ import pytest
 from metok_vllm.contract.refusals import FRONT_END
 from metok_vllm.media.children import attempt, forks
 from metok_vllm.media.children.child import AT_WORK, shared_size
-from metok_vllm.media.children.confine import has_filter
 from metok_vllm.media.children.outcomes import DECODES
 from metok_vllm.media.children.pool import Busy, DecodePool
 from metok_vllm.media.decoder import decode_video
-from metok_vllm.media.settings import PoolLimits, VideoError, VideoSettings
-from tests.support.children import children, idle_children, is_called
+from metok_vllm.media.settings import VideoError, VideoSettings
+from tests.support.children import children, is_called
 from tests.support.clips import clip, encode, rotated, stuck, tone
+from tests.support.until import until
 
 HOUR = VideoSettings(timeout_s=3600)
-LIMITS = (psutil.RLIMIT_NOFILE, psutil.RLIMIT_CORE)
-
-
-@pytest.fixture
-def make() -> Iterator[Callable[..., DecodePool]]:
-    pools: list[DecodePool] = []
-
-    def made(**limits: int) -> DecodePool:
-        pools.append(DecodePool(PoolLimits(**limits)))
-        pools[-1].start()
-        return pools[-1]
-
-    yield made
-    for one in pools:
-        one.stop()
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[DecodePool]:
-    made = DecodePool()
-    yield made
-    gc.collect()
-    assert (made.places.used, made.places.waiting, made.memory.used) == (0, 0, 0)
-    made.stop()
-
-
-def until(condition: Callable[[], object], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.01)
 
 
 def outcomes() -> dict[str, float]:
@@ -401,90 +369,6 @@ def test_the_parts_of_a_pool_may_be_used_from_any_thread(make: Callable[..., Dec
         thread.join()
     assert not failed
     assert pool.places.used == 0
-
-
-# --- the child that waits ---
-
-
-def test_a_video_that_comes_alone_finds_a_child_waiting_and_others_get_fresh_ones(
-    make: Callable[..., DecodePool],
-) -> None:
-    pool = make()
-    until(lambda: idle_children(pool))
-    waiting = idle_children(pool)[0].pid
-    with ThreadPoolExecutor(2) as threads:
-        jobs = [threads.submit(pool.decode, stuck(), VideoSettings(timeout_s=2)) for _ in range(2)]
-        until(lambda: len(children(pool)) == 2)
-        assert waiting in {one.pid for one in children(pool)}
-        assert not idle_children(pool), "no other is made while there is work"
-        confined = lambda one: {one.rlimit(limit) for limit in LIMITS} == {(0, 0)}  # noqa: E731
-        until(lambda: all(map(confined, children(pool))))
-        for job in jobs:
-            with pytest.raises(VideoError, match="took longer than 2 s"):
-                job.result()
-    until(lambda: len(idle_children(pool)) == 1)
-
-
-def test_one_that_is_killed_while_it_waits_costs_no_video_and_is_not_replaced_without_end(
-    make: Callable[..., DecodePool],
-) -> None:
-    pool = make()
-    until(lambda: idle_children(pool))
-    idle_children(pool)[0].kill()
-    time.sleep(0.3)
-    assert not idle_children(pool), "one that dies of itself would be forked for ever"
-    assert len(pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=2)).frames) == 2
-    until(lambda: idle_children(pool))
-    spawner = pool.forks._process
-    assert spawner is not None
-    spawner.send_signal(signal.SIGSTOP)  # so it hears of the death and of the job at once
-    idle_children(pool)[0].kill()
-    until(lambda: not idle_children(pool))
-    with ThreadPoolExecutor(1) as threads:
-        job = threads.submit(pool.decode, VIDEOS["mp4"], VideoSettings(num_frames=2))
-        time.sleep(0.1)
-        spawner.send_signal(signal.SIGCONT)
-        assert len(job.result().frames) == 2
-
-
-def test_one_that_ends_before_it_begins_is_no_fault_of_the_videos(make: Callable[..., DecodePool]) -> None:
-    """As where the machine runs out of memory: an idle child is the first to be killed."""
-    pool = make()
-    until(lambda: idle_children(pool))
-    waiting = idle_children(pool)[0]
-    waiting.suspend()
-    with ThreadPoolExecutor(1) as threads:
-        job = threads.submit(pool.decode, VIDEOS["mp4"], VideoSettings(num_frames=2))
-        until(lambda: pool.places.used)
-        time.sleep(0.2)
-        waiting.kill()
-        with pytest.raises(Busy, match="try again"):
-            job.result()
-    assert len(pool.decode(VIDEOS["mp4"], VideoSettings(num_frames=2)).frames) == 2
-
-
-@pytest.mark.skipif(not has_filter(), reason="there is no list of system calls for this machine")
-def test_every_thread_of_one_that_was_warm_is_confined(make: Callable[..., DecodePool]) -> None:
-    pool = make()
-    until(lambda: idle_children(pool))
-    with ThreadPoolExecutor(1) as threads:
-        job = threads.submit(pool.decode, stuck(), VideoSettings(timeout_s=1))
-        until(lambda: children(pool))
-        (child,) = children(pool)
-        until(lambda: child.rlimit(psutil.RLIMIT_NOFILE) == (0, 0))
-        time.sleep(0.1)
-        for task in Path(f"/proc/{child.pid}/task").iterdir():
-            assert "\nSeccomp:\t2\n" in (task / "status").read_text()
-        with pytest.raises(VideoError):
-            job.result()
-
-
-def test_the_waiting_one_ends_with_its_pool(make: Callable[..., DecodePool]) -> None:
-    pool = make()
-    until(lambda: idle_children(pool))
-    waiting = idle_children(pool)[0]
-    pool.stop()
-    until(lambda: not waiting.is_running() or waiting.status() == psutil.STATUS_ZOMBIE)
 
 
 # --- frames in their file ---
