@@ -294,8 +294,8 @@ def test_sigterm_under_load_ends_every_process(strict: Server) -> None:
         for client in clients[-12:-4]:
             client.send(request[:5])
         until(lambda: decoding(strict)["waiting"] == WAITING and running(strict) == 4)
+        until(lambda: len(decoders(strict)) == AT_ONCE)
         everyone = family(strict)
-        assert len(decoders(strict)) == AT_ONCE
         started = time.monotonic()
         strict.process.terminate()
         strict.process.wait(timeout=60)
