@@ -28,12 +28,14 @@ def enable(**settings: Any) -> dict[str, Any]:
             METok, in one sentence.
     """
     from metok_vllm.contract.settings import parse_settings
-    from metok_vllm.models.registry import select_architecture
+    from metok_vllm.models.registry import FORMAT, select_architecture
 
     if "metok" not in os.environ.get("VLLM_PLUGINS", "metok").split(","):  # as vLLM reads it (vllm/envs.py)
         raise ValueError("METok is not among the plugins that vLLM may load: add metok to VLLM_PLUGINS, or unset it.")
     parse_settings(settings, "enable")
     return {
+        "config_format": FORMAT,
+        "tokenizer_mode": FORMAT,
         "hf_overrides": select_architecture,
         "additional_config": {"metok": settings},
     }

@@ -124,9 +124,9 @@ def _demo(options: argparse.Namespace) -> int:
 def _models(_: argparse.Namespace) -> int:
     from metok_vllm.models.registry import SUPPORTED
 
-    print("METok serves checkpoints (Hugging Face format) of these architectures:")
+    print("METok serves checkpoints of these architectures:")
     for supported in SUPPORTED:
-        print(f"  {supported.stock}")
+        print(f"  {supported.stock}: {supported.about}")
     return 0
 
 

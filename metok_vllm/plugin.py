@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Tell vLLM of METok's models, KV cache format, video loader and media connector.
+    """Tell vLLM of METok's models and formats, KV cache format, video loader and media connector.
 
     Takes `--plugin metok` off the command line first. May be called several times in one process. With a vLLM
     that METok is not made for, a server that asks for METok does not start; others get a warning and go on.
@@ -51,6 +51,7 @@ def _register_models() -> None:
 def _register_lazily() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+    from metok_vllm.frontend.checkpoint_format import register_formats
     from metok_vllm.frontend.startup import MetokConfig
     from metok_vllm.media.connector import register_connector
     from metok_vllm.media.loader import register_loader
@@ -59,6 +60,7 @@ def _register_lazily() -> None:
 
     for supported in SUPPORTED:
         MODELS_CONFIG_MAP[supported.metok] = MetokConfig
+    register_formats()
     register_kv_cache_spec()
     register_loader()
     register_connector()

@@ -29,12 +29,13 @@ from metok_vllm.frontend.programs import WORKS_WITH, Program, program_of, vllm_c
 from metok_vllm.frontend.reasons import reason
 from metok_vllm.log import metok_logger
 from metok_vllm.media.request_limits import leave_room
-from metok_vllm.models.registry import SUPPORTED, metok_architecture
+from metok_vllm.models.registry import FORMAT, SUPPORTED, metok_architecture, read_own_format
 
 OPTION, NAME = "--plugin", "metok"
 MIDDLEWARE = "metok_vllm.serve.routes.MetokRoutes"
 OVERRIDES = "--hf-overrides"
 ADDITIONAL = "--additional-config"
+CONFIG_FORMAT, TOKENIZER_MODE = "--config-format", "--tokenizer-mode"
 CONNECTOR_VARIABLE, CONNECTOR = "VLLM_MEDIA_CONNECTOR", "metok"
 
 
@@ -106,11 +107,13 @@ def _read(argv: Sequence[str]) -> tuple[list[str], Namespace | None]:
         raise ValueError(f"{OVERRIDES} takes a JSON object, not {overrides!r}.")
     model: str = getattr(options, "model_tag", None) or options.model
     check_settings_files(model)
-    architecture = metok_architecture(_architectures(options.hf_config_path or model, options.revision), model)
+    config = _stated_config(options.hf_config_path or model, options.revision)
+    architecture = metok_architecture(config.get("architectures"), model)
     # One JSON object with all that the user gave, in whatever form: of several forms vLLM lets one replace
     # the others.
     overrides = {**overrides, "architectures": [architecture]}
     arguments = [*_without(arguments, OVERRIDES), OVERRIDES, json.dumps(overrides)]
+    arguments = _with_config_format(arguments, options, config, model)
     arguments = _with_chat_template(arguments, options)
     if program.serves:
         arguments += ["--middleware", MIDDLEWARE]
@@ -138,6 +141,21 @@ def _with_file(arguments: Sequence[str], program: Program, file: ConfigFile) -> 
     if front or any(word.partition("=")[0] == "--model" for word in words):
         stated = _without(stated, "--model")  # vLLM would take the first, and the command line wins
     return [*arguments[: program.options], *front, *stated, *words]
+
+
+def _with_config_format(arguments: list[str], options: Namespace, config: Mapping[str, Any], model: str) -> list[str]:
+    """Let vLLM read a checkpoint that transformers cannot read (`frontend/checkpoint_format.py`).
+
+    Raises:
+        ValueError: METok cannot read it either, or another format is asked for.
+    """
+    if read_own_format(config, model) is None:
+        return arguments
+    for option, stated in ((CONFIG_FORMAT, options.config_format), (TOKENIZER_MODE, options.tokenizer_mode)):
+        if stated not in ("auto", FORMAT):
+            raise ValueError(f"METok reads the format of {model} by itself: leave {option} at auto.")
+        arguments = [*_without(arguments, option), option, FORMAT]
+    return arguments
 
 
 def _with_chat_template(arguments: list[str], options: Namespace) -> list[str]:
@@ -216,11 +234,11 @@ def _without(arguments: Sequence[str], name: str) -> list[str]:
     return kept
 
 
-def _architectures(model: str, revision: str | None) -> list[str] | None:
-    """What a checkpoint's config names.
+def _stated_config(model: str, revision: str | None) -> dict[str, Any]:
+    """What a checkpoint's config.json says.
 
     Raises:
-        ValueError: the config cannot be read.
+        ValueError: it cannot be read.
     """
     from transformers import PretrainedConfig
 
@@ -230,4 +248,5 @@ def _architectures(model: str, revision: str | None) -> list[str] | None:
         raise ValueError(f"METok cannot read the config of {model}: {reason(error)}") from None
     if not config:
         raise ValueError(f"METok cannot read the config of {model}: there is no config.json.")
-    return config.get("architectures")
+    stated: dict[str, Any] = config
+    return stated

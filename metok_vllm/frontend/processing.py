@@ -78,6 +78,18 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         """Tokens that the stock model takes for a video."""
         raise NotImplementedError
 
+    def text_behind(self, frames: int, metadata: Mapping[str, Any]) -> str:
+        """What the model was trained to read right behind a video, as when its frames are; mostly nothing.
+
+        Args:
+            frames: of the video.
+            metadata: what vLLM's loaders say of it (`vllm/multimodal/video.py: create_hf_metadata`).
+        """
+        return ""
+
+    reads_text_behind = False
+    """Whether `text_behind` is to be asked."""
+
     # --- the server ---
 
     @cached_property
@@ -146,9 +158,12 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
                     question = settings.query if settings.query is not None else self._question(inputs.prompt)
             kwargs[SCOPE] = {KEY: self._hashed(settings, aligner)}
         self._check_places(inputs)
-        result = self._made(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
+        inputs = replace(inputs, hf_processor_mm_kwargs=kwargs)
         if isinstance(stated, _Dummy):
-            return result
+            return self._made(inputs, timing_ctx)
+        if self.reads_text_behind and videos is not None:
+            inputs = replace(inputs, prompt=self._with_text_behind(inputs.prompt, videos))
+        result = self._made(inputs, timing_ctx)
         try:
             self._check_prompt(result, is_pruned=settings is not None)
         except ValueError:
@@ -240,6 +255,39 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
                     "the question; a request can state its question as 'query'. This is said once."
                 )
         return last_user_text(text, markers, self._not_text)
+
+    def _with_text_behind(self, prompt: Sequence[int], videos: Any) -> list[int]:
+        """The prompt with `text_behind` after the place of each video, on a line of its own.
+
+        What stands behind the place, up to the next special token, is tokenized once more with it: a full
+        stop and the end of the line may be one token.
+        """
+        tokenizer: Any = self.info.get_tokenizer()
+        processor: Any = self.info.get_hf_processor()
+        special = {*tokenizer.all_special_ids, processor.image_token_id, processor.video_token_id}
+        ids, video = [], 0
+        rest = list(prompt)
+        while rest:
+            ids.append(rest.pop(0))
+            if ids[-1] != processor.video_token_id or video >= len(videos):
+                continue
+            if videos.get(video) is None:
+                raise refusal(
+                    "uuid",
+                    "METok: this model reads when a video's frames are, which a uuid alone does not say; send the data "
+                    "with it.",
+                )
+            metadata = videos.metadata[video] if isinstance(videos.metadata, list) else videos.metadata
+            text = self.text_behind(videos.get_num_frames(video), metadata or {})
+            video += 1
+            if not text:
+                continue
+            end = next((i for i, token in enumerate(rest) if token in special), len(rest))
+            follows = str(tokenizer.decode(rest[:end], skip_special_tokens=False))
+            line = "" if follows.startswith("\n") else "\n"
+            ids += tokenizer.encode(f"\n{text}{line}{follows}", add_special_tokens=False)
+            del rest[:end]
+        return ids
 
     def _is_in_vocabulary(self, ids: Sequence[int]) -> bool:
         """As vLLM will ask (vllm/renderers/base.py: `validate_token_ids`)."""

@@ -5,6 +5,8 @@ before anything is loaded or allocated.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vllm import envs
@@ -17,6 +19,7 @@ from metok_vllm.contract.kv_layout import chosen_layers
 from metok_vllm.contract.server_choices import ServerChoices, attach_choices
 from metok_vllm.contract.settings import parse_settings
 from metok_vllm.frontend.aligner_choice import resolve_aligner
+from metok_vllm.frontend.checkpoint_format import complete_config
 from metok_vllm.frontend.command_line import was_asked
 from metok_vllm.frontend.model_files import check_front_end
 from metok_vllm.log import metok_logger
@@ -45,12 +48,24 @@ class MetokConfig(VerifyAndUpdateConfig):
             SystemExit: the same, where a command line asked for METok. vLLM would print a trace around the
                 sentence (pydantic's validation of `VllmConfig` turns a ValueError into an error of its own).
         """
-        try:
+        with _one_sentence():
             _configure(vllm_config)
-        except ValueError as error:
-            if not was_asked():
-                raise
-            raise SystemExit(f"vllm: error: {error}") from None
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Add what the tokenizer says. Raises as above."""
+        with _one_sentence():
+            complete_config(model_config)
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if not was_asked():
+            raise
+        raise SystemExit(f"vllm: error: {error}") from None
 
 
 def _configure(vllm_config: VllmConfig) -> None:

@@ -6,8 +6,23 @@ serving densely.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
+
+FORMAT = "metok"
+"""For vLLM's `--config-format` and `--tokenizer-mode`; see `frontend/checkpoint_format.py`."""
+
+
+@dataclass(frozen=True)
+class OwnFormat:
+    """How a checkpoint is read that transformers cannot read. Functions are named "module:name"."""
+
+    config: str  # (config.json as a mapping, model) -> a config of the family's `model_type`; ValueError
+    tokenizer: str  # (arguments of `AutoTokenizer.from_pretrained`) -> a tokenizer of transformers
+    complete: str  # (vLLM's `ModelConfig`, tokenizer) -> None, what the config says of the tokenizer; ValueError
+    unknown_types: tuple[str, ...] = ()  # `model_type`s that transformers has not heard of
 
 
 @dataclass(frozen=True)
@@ -18,6 +33,8 @@ class SupportedModel:
     metok: str
     module: str  # "module:Class", imported only when the model is built
     model_types: tuple[str, ...]  # what `model_type` in the config may be
+    about: str  # the checkpoints, for a list of what is served
+    own_format: OwnFormat | None = None  # None: as transformers reads it
 
 
 SUPPORTED = (
@@ -26,8 +43,50 @@ SUPPORTED = (
         metok="METokLlavaOnevisionForConditionalGeneration",
         module="metok_vllm.models.llava_onevision:MetokLlavaOnevisionForConditionalGeneration",
         model_types=("llava_onevision",),
+        about="LLaVA-OneVision in Hugging Face format",
+    ),
+    SupportedModel(
+        stock="LlavaQwenForCausalLM",
+        metok="METokLlavaQwenForCausalLM",
+        module="metok_vllm.models.llava_qwen:MetokLlavaQwenForCausalLM",
+        model_types=("llava_onevision",),  # what the config is read as
+        about="LongVA, LLaVA-OneVision and LLaVA-Video as their authors published them",
+        own_format=OwnFormat(
+            config="metok_vllm.models.original_llava.config:read_config",
+            tokenizer="metok_vllm.models.original_llava.tokenizer:load_tokenizer",
+            complete="metok_vllm.models.original_llava.tokenizer:set_placeholders",
+            unknown_types=("llava_qwen",),
+        ),
     ),
 )
+
+
+def named(name: str) -> Any:
+    """The object that "module:name" stands for."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def with_own_format(architectures: list[str] | None) -> OwnFormat | None:
+    """The format of a checkpoint of these architectures, or None where transformers reads it."""
+    for supported in SUPPORTED:
+        if architectures and architectures[0] in (supported.stock, supported.metok):
+            return supported.own_format
+    return None
+
+
+def read_own_format(config: Mapping[str, Any], model: str) -> Any:
+    """The config of a checkpoint in a format of its own, or None where transformers reads it.
+
+    Args:
+        config: what its config.json says.
+        model: the checkpoint's folder or name.
+
+    Raises:
+        ValueError: METok cannot serve it, in one sentence.
+    """
+    own = with_own_format(config.get("architectures"))
+    return None if own is None else named(own.config)(config, model)
 
 
 def metok_architecture(architectures: list[str] | None, model: str) -> str:

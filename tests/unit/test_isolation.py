@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import metok_vllm
+from metok_vllm.models.registry import SUPPORTED
 from metok_vllm.plugin import register
-from tests.unit.conftest import METOK
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +34,9 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
+from vllm.renderers.registry import RENDERER_REGISTRY
+from vllm.tokenizers.registry import TokenizerRegistry
+from vllm.transformers_utils import config as vllm_configs
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1 import kv_cache_spec_registry as registry_module
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -59,11 +62,15 @@ def registries():
         "configs": dict(MODELS_CONFIG_MAP),
         "loaders": dict(VIDEO_LOADER_REGISTRY.name2class),
         "formats": dict(registry_module._REGISTRY_KVCACHESPEC_LIST),
+        "config parsers": dict(vllm_configs._CONFIG_FORMAT_TO_CONFIG_PARSER),
+        "tokenizers": dict(TokenizerRegistry.tokenizers),
+        "renderers": dict(RENDERER_REGISTRY.renderers),
     }
 
 sys.argv = ["vllm", "serve", "some/model", "--port", "8001"]
 argv, environ = list(sys.argv), dict(os.environ)
 before, names = registries(), held()
+from metok_vllm.models.registry import SUPPORTED
 from metok_vllm.plugin import register
 import metok_vllm.frontend.startup
 for _ in range(2):
@@ -72,8 +79,9 @@ after, renamed = registries(), held()
 
 assert sys.argv == argv and os.environ == environ
 new = {kind: set(after[kind]) - set(before[kind]) for kind in before}
-assert new["models"] == new["configs"] == {"METOK"}, new
-assert new["loaders"] == {"metok"}, new
+assert new["models"] == new["configs"] == METOK, new
+for kind in ("loaders", "config parsers", "tokenizers", "renderers"):
+    assert new[kind] == {"metok"}, new
 assert {spec.__name__ for spec in new["formats"]} == {"DeepAttentionSpec"}, new
 for kind in before:
     assert before[kind] <= after[kind] if kind == "models" else before[kind].items() <= after[kind].items(), kind
@@ -81,7 +89,8 @@ changed = [key for key, value in names.items() if renamed.get(key) != value]
 assert not changed, f"replaced in vLLM: {changed}"
 assert len(names) > 10_000, len(names)
 # A model's module is imported when one is built; vLLM looks at its class in a process of its own.
-assert "metok_vllm.models.llava_onevision" not in sys.modules
+loaded = [name for name in sys.modules if name.startswith("metok_vllm.models.") and "registry" not in name]
+assert not loaded, loaded
 """
 
 
@@ -95,7 +104,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_registering_adds_names_and_replaces_nothing() -> None:
-    run(REGISTERS.replace("METOK", METOK))
+    run(REGISTERS.replace("METOK", repr({supported.metok for supported in SUPPORTED})))
 
 
 def test_a_stock_configuration_is_stock(make_config: Callable[..., Any]) -> None:

@@ -55,7 +55,7 @@ def run(
             encoded.append(stage1.encode(model, pixels, question_ids, settings, towers))
     pictures = []
     if images is not None:
-        pictures = list(model.model.get_image_features(images[0], images[1]).pooler_output)
+        pictures = stage1.encode_pictures(model, *images)
 
     ids, hidden, spans = lay_out(model, prompt_ids, [e.embeddings for e in encoded], pictures)
     visual = {config.image_token_id, config.video_token_id}

@@ -57,12 +57,16 @@ def retained_count(settings: OracleSettings, survivors: int) -> int:
     return math.ceil(exact(settings.decode_retention) * survivors)
 
 
-def frame_tokens(side: int, stride: int) -> int:
-    """Tokens of one frame of `side` x `side` patches pooled with `stride` (LLaVA-OneVision rounds up)."""
-    return math.ceil(side / stride) ** 2
+def frame_tokens(side: int, stride: int, newline: str = "event") -> int:
+    """Tokens of one frame of `side` x `side` patches pooled with `stride`, which rounds up.
+
+    With `newline` "row" each pooled row has one more.
+    """
+    pooled = math.ceil(side / stride)
+    return pooled * (pooled + (newline == "row"))
 
 
-def quotas(settings: OracleSettings, frames: int, side: int) -> tuple[int, int, int]:
+def quotas(settings: OracleSettings, frames: int, side: int, newline: str = "event") -> tuple[int, int, int]:
     """Section 4: how many of the `frames` frames get each of the three strides, the token budget respected.
 
     Raises ValueError for a budget that even the coarsest stride on every frame exceeds.
@@ -81,14 +85,15 @@ def quotas(settings: OracleSettings, frames: int, side: int) -> tuple[int, int, 
     if settings.token_budget is None:
         return first, second, third
 
-    costs = [frame_tokens(side, stride) for stride in settings.strides]
-    if settings.token_budget < frames * costs[2] + events:
-        raise ValueError(f"token_budget {settings.token_budget} is below {frames * costs[2] + events}")
+    costs = [frame_tokens(side, stride, newline) for stride in settings.strides]
+    follows = events if newline == "event" else 0
+    if settings.token_budget < frames * costs[2] + follows:
+        raise ValueError(f"token_budget {settings.token_budget} is below {frames * costs[2] + follows}")
     for steps in range(2 * frames + 1):  # fewest single steps of one frame; among equals, most from s1 to s2
         for one in range(min(steps, first), -1, -1):
             two = steps - one
             counts = (first - one, second + one - two, third + two)
-            tokens = sum(n * cost for n, cost in zip(counts, costs, strict=True)) + events
+            tokens = sum(n * cost for n, cost in zip(counts, costs, strict=True)) + follows
             if counts[1] >= 0 and tokens <= settings.token_budget:
                 return counts
     raise AssertionError("every frame at the coarsest stride fits")

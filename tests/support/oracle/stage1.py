@@ -27,11 +27,30 @@ class Stage1:
     margin: float = math.inf  # smallest difference of two cosines that a decision rested on
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What differs between the models: how a grid is pooled, and where one `image_newline` follows.
+
+    A model has another one than LLaVA-OneVision's as its attribute `layout`.
+    """
+
+    pool: str = "bilinear"  # or "average"
+    newline: str = "event"  # or "row", "none"
+    pictures: str = "spatial_unpad"  # as transformers lays them out; or "unires"
+
+
+def layout_of(model: Any) -> Layout:
+    return getattr(model, "layout", Layout())
+
+
 def features(model: Any, pixels: Tensor) -> Tensor:
     """V[T, H, W, D]: the tower's chosen layer, projected, of frames [T, 3, height, width]."""
     config = model.config
     states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-    tokens = model.model.multi_modal_projector(states[config.vision_feature_layer])
+    chosen = states[config.vision_feature_layer]
+    if config.vision_feature_select_strategy == "default":  # the first token is the class's
+        chosen = chosen[:, 1:]
+    tokens = model.model.multi_modal_projector(chosen)
     side = config.vision_config.image_size // config.vision_config.patch_size
     return tokens.reshape(len(pixels), side, side, -1)
 
@@ -106,19 +125,55 @@ def assign_strides(
     return result
 
 
-def pool(frame: Tensor, stride: int) -> Tensor:
-    """1.5: one frame [H, W, D] as [t(stride), D], bilinear like the model's own pooling."""
+def pool(model: Any, frame: Tensor, stride: int) -> Tensor:
+    """1.5: one frame [H, W, D] as [t(stride), D], pooled and with newlines like the model's own frames."""
     height, width, depth = frame.shape
-    if stride > 1:
+    layout = layout_of(model)
+    if stride > 1 and layout.pool == "average":
+        rows = [
+            torch.stack([frame[y : y + stride, x : x + stride].mean((0, 1)) for x in range(0, width, stride)])
+            for y in range(0, height, stride)
+        ]
+        frame = torch.stack(rows)
+    elif stride > 1:
         size = (math.ceil(height / stride), math.ceil(width / stride))
         grid = frame.permute(2, 0, 1).unsqueeze(0)
         frame = torch.nn.functional.interpolate(grid, size=size, mode="bilinear")[0].permute(1, 2, 0)
+    if layout.newline == "row":
+        newline = model.model.image_newline.unsqueeze(0)
+        return torch.cat([torch.cat([row, newline]) for row in frame])
     return frame.reshape(-1, depth)
 
 
 def separators(model: Any) -> list[Tensor]:
-    """1.6: the rows that follow an event: one `image_newline`."""
-    return [model.model.image_newline.unsqueeze(0)]
+    """1.6: the rows that follow an event, and a video without METok: one `image_newline`, or none."""
+    return [model.model.image_newline.unsqueeze(0)] if layout_of(model).newline == "event" else []
+
+
+def encode_pictures(model: Any, pixels: Tensor, sizes: Tensor) -> list[Tensor]:
+    """Tokens [n, D] of each picture, whose whole and whose tiles are `pixels` [pictures, 1 + tiles, 3, h, w].
+
+    "unires" (LongVA's paper): only the tiles, each pooled by 2, in the order in which one reads.
+    """
+    if layout_of(model).pictures != "unires":
+        return list(model.model.get_image_features(pixels, sizes).pooler_output)
+    side, found = model.config.vision_config.image_size, []
+    for own, (height, width) in zip(pixels, sizes.tolist(), strict=True):
+        best = best_tiling(model.config.image_grid_pinpoints, height, width)
+        tiles = features(model, own[1 : 1 + best[0] * best[1] // side**2])
+        found.append(torch.cat([pool(model, tile, 2) for tile in tiles]))
+    return found
+
+
+def best_tiling(tilings: list[list[int]], height: int, width: int) -> list[int]:
+    """Of [height, width]s the one in which a picture keeps most of its pixels, and of those wastes least."""
+
+    def worth(tiling: list[int]) -> tuple[int, int]:
+        scale = min(tiling[0] / height, tiling[1] / width)
+        kept = min(int(height * scale) * int(width * scale), height * width)
+        return kept, kept - tiling[0] * tiling[1]
+
+    return max(tilings, key=worth)
 
 
 def gap(values: list[float], count: int) -> float:
@@ -128,9 +183,9 @@ def gap(values: list[float], count: int) -> float:
 
 
 def encode_plain(model: Any, pixels: Tensor) -> Stage1:
-    """The model without METok: every frame pooled with stride 2, one `image_newline` after the video."""
+    """The model without METok: every frame pooled with stride 2, what follows an event after the video."""
     grid = features(model, pixels)
-    rows = [pool(frame, 2) for frame in grid] + [model.model.image_newline.unsqueeze(0)]
+    rows = [pool(model, frame, 2) for frame in grid] + separators(model)
     return Stage1([], [], [], [], [2] * len(grid), torch.cat(rows), [])
 
 
@@ -152,13 +207,13 @@ def encode(
     if settings.aligner == "none":
         scores = [float(b - a) for a, b in events]
     key_events = pick_key_events(scores, settings.key_events)
-    counts = rules.quotas(settings, len(grid), grid.shape[1])
+    counts = rules.quotas(settings, len(grid), grid.shape[1], layout_of(model).newline)
     ranked = rank_frames(relevance, events, key_events, settings.key_frames)
     strides = assign_strides(ranked, counts, settings.strides)
 
     rows, owners = [], []
     for number, (start, stop) in enumerate(events):
-        block = [pool(grid[i], strides[i]) for i in range(start, stop)] + separators(model)
+        block = [pool(model, grid[i], strides[i]) for i in range(start, stop)] + separators(model)
         rows += block
         owners += [number] * sum(len(part) for part in block)
 

@@ -402,7 +402,7 @@ def test_templates_of_requests_are_warned_of(serve: Callable[..., Namespace], mo
 
 # --- what METok cannot serve ---
 
-CANNOT = r"^METok cannot serve {} \({}\); it can serve: LlavaOnevisionForConditionalGeneration\.$"
+CANNOT = r"^METok cannot serve {} \({}\); it can serve: LlavaOnevisionForConditionalGeneration, LlavaQwenForCausalLM\.$"
 
 
 @pytest.mark.parametrize("place", ["positional", "--model", "--config"])

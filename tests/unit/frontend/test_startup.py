@@ -25,6 +25,7 @@ from tests.unit.conftest import METOK
 Make = Callable[..., Any]
 
 NO = "METok does not support "
+CAN = "LlavaOnevisionForConditionalGeneration, LlavaQwenForCausalLM"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pipeline parallel": (
         {"pipeline_parallel_size": 2},
@@ -234,13 +235,13 @@ def test_plugins_that_vllm_may_load(monkeypatch: pytest.MonkeyPatch, listed: str
 
 def test_a_text_model_with_metoks_architecture(make_config: Make, text_checkpoint: Path) -> None:
     sentence = refusal(make_config, model=str(text_checkpoint))
-    assert sentence == "METok cannot serve a qwen2 model; it can serve: LlavaOnevisionForConditionalGeneration."
+    assert sentence == f"METok cannot serve a qwen2 model; it can serve: {CAN}."
 
 
 def test_a_text_model_in_python(make_config: Make, text_checkpoint: Path) -> None:
     sentence = refusal(make_config, metok=False, model=str(text_checkpoint), **metok_vllm.enable())
     assert sentence.startswith("METok cannot serve ")
-    assert sentence.endswith("(Qwen2ForCausalLM); it can serve: LlavaOnevisionForConditionalGeneration.")
+    assert sentence.endswith(f"(Qwen2ForCausalLM); it can serve: {CAN}.")
 
 
 def test_another_implementation_of_the_model(make_config: Make) -> None:

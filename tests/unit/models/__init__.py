@@ -1,0 +1,1 @@
+"""What a family states before any model is built."""
