@@ -47,8 +47,20 @@ class Parts:
     pictures: Any
 
 
+def time_instruction(times: list[float], seconds: float) -> str:
+    """What LLaVA-Video reads behind a video (the authors' README); `times` of its frames, in seconds."""
+    located = ",".join(f"{time:.2f}s" for time in times)
+    return (
+        f"The video lasts for {seconds:.2f} seconds, and {len(times)} frames are uniformly sampled from it. "
+        f"These frames are located at {located}.Please answer the following questions related to this video."
+    )
+
+
+@dataclass(frozen=True)
 class OriginalSample(Sample):
     """As `Sample`; its `processor` is `Parts`."""
+
+    tells_times: bool = False
 
     def prompt_ids(self, question: str = QUESTION, *, videos: int = 1, images: int = 0, between: str = "") -> list[int]:
         """ChatML with the default system prompt, placeholders on lines of their own, images first."""
@@ -108,7 +120,7 @@ def load_original(folder: Path, kind: Kind, **shape: Any) -> OriginalSample:
         frames = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=square)
         tones = {}
     pictures = LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=tilings, **tones)
-    return OriginalSample(path, model, Parts(tokenizer, frames, pictures))
+    return OriginalSample(path, model, Parts(tokenizer, frames, pictures), kind == "llava-video")
 
 
 def transformers_name(name: str) -> str:

@@ -13,8 +13,11 @@ from PIL import Image
 from metok_vllm.media.decoder import decode_video
 from metok_vllm.media.settings import VideoSettings
 
+FPS = 4
+"""Of the videos here, unless a test says otherwise."""
 
-def mp4(frames: NDArray[np.uint8], rate: int = 4) -> bytes:
+
+def mp4(frames: NDArray[np.uint8], rate: int = FPS) -> bytes:
     """Encode frames uint8 [T, H, W, 3] (even sides) as an mp4 file."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
@@ -30,6 +33,12 @@ def mp4(frames: NDArray[np.uint8], rate: int = 4) -> bytes:
 
 def data_url(video: bytes) -> str:
     return "data:video/mp4;base64," + base64.b64encode(video).decode()
+
+
+def png_url(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def jpegs(frames: NDArray[np.uint8]) -> str:

@@ -1,0 +1,106 @@
+"""Folders in the format of LLaVA's authors behind `vllm serve` and `vllm run-batch`, METok on and off."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from metok_vllm.demo.original_checkpoint import Kind
+from tests.support.oracle import OracleResult, OracleSettings, assert_same
+from tests.support.oracle import run as run_oracle
+from tests.support.oracle.originals import OriginalSample, load_original, time_instruction
+from tests.support.oracle.samples import picture, scene_video
+from tests.support.server.asking import OPTIONS, QUESTION, ask, chat, result, user
+from tests.support.server.clips import FPS, data_url, mp4, png_url, seen
+from tests.support.server.live import Server, environment, serving, vllm
+
+SERVED: tuple[Kind, ...] = ("longva-dpo", "llava-onevision", "llava-video")
+Running = tuple[Server, OriginalSample]
+VIDEO = mp4(scene_video(51, 22))
+
+
+@pytest.fixture(scope="module", params=SERVED)
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    sample = load_original(tmp_path_factory.mktemp("model"), request.param, seed=41)
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with serving(
+        sample.path, log, "--plugin", "metok", "--trust-request-mm-kwargs", "--served-model-name", "tiny", *OPTIONS
+    ) as server:
+        yield server, sample
+
+
+def expected(sample: OriginalSample, off: bool, steps: int = 24) -> OracleResult:
+    frames = seen(VIDEO)
+    question = QUESTION
+    if sample.tells_times:
+        question = f"{time_instruction([i / FPS for i in range(len(frames))], len(frames) / FPS)}\n{QUESTION}"
+    ids = sample.prompt_ids(question, videos=1)
+    settings = OracleSettings(off=off)
+    asked = sample.question_ids(QUESTION)
+    return run_oracle(sample.model, ids, [sample.pixels(frames)], None, asked, settings, steps)
+
+
+def test_a_video_file_is_answered_as_the_oracle_answers(running: Running) -> None:
+    server, sample = running
+    for metok in (None, "off"):
+        assert_same(expected(sample, off=metok == "off"), result(ask(server, VIDEO, metok)), 1e-3)
+
+
+def test_text_and_pictures(running: Running) -> None:
+    server, sample = running
+    text = run_oracle(sample.model, sample.prompt_ids(videos=0), [], None, [], OracleSettings(), 12)
+    assert_same(text, result(ask(server, None, max_tokens=12)), 1e-3)
+    shown = picture(3, 90, 60)
+    seen_by = sample.image_inputs([shown])
+    pictured = run_oracle(sample.model, sample.prompt_ids(videos=0, images=1), [], seen_by, [], OracleSettings(), 12)
+    turn = {**user(QUESTION)}
+    turn["content"] = [{"type": "image_url", "image_url": {"url": png_url(shown)}}, *turn["content"]]
+    assert_same(pictured, result(chat(server, [turn], max_tokens=12)), 1e-3)
+
+
+def test_the_log_has_no_errors(running: Running) -> None:
+    assert "ERROR" not in running[0].log.read_text(errors="replace")
+
+
+def test_a_video_by_its_uuid_alone(running: Running) -> None:
+    """Its frames' times are in its data, which a model that reads them needs again. The others do not."""
+    server, sample = running
+    turn = user(QUESTION, data_url(VIDEO))
+    turn["content"][0]["uuid"] = "a-clip"
+    first = result(chat(server, [turn]))
+    turn["content"][0]["video_url"] = None
+    if not sample.tells_times:
+        assert_same(expected(sample, off=False), result(chat(server, [turn])), 1e-3)
+        return
+    assert_same(expected(sample, off=False), first, 1e-3)
+    with pytest.raises(openai.BadRequestError, match="which a uuid alone does not say; send the data with it"):
+        chat(server, [turn])
+
+
+def test_run_batch(tmp_path: Path) -> None:
+    sample = load_original(tmp_path / "model", "longva", seed=43)
+    body = {
+        "model": str(sample.path),
+        "messages": [user(QUESTION, data_url(VIDEO))],
+        "max_tokens": 6,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
+    command = [vllm(), "run-batch", "-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    done = subprocess.run(
+        [*command, "--model", str(sample.path), "--plugin", "metok", *OPTIONS],
+        env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer = json.loads((tmp_path / "out.jsonl").read_text())["response"]["body"]
+    oracle = expected(sample, off=False, steps=6)
+    assert answer["prompt_token_ids"] == oracle.prompt_ids
+    assert answer["choices"][0]["token_ids"] == oracle.tokens
