@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from metok_vllm.demo.original_checkpoint import Kind
 from tests.support.oracle import OracleResult, OracleSettings, assert_same
 from tests.support.oracle import run as run_oracle
-from tests.support.oracle.samples import QUESTION, load_sample, scene_video
+from tests.support.oracle.originals import load_original
+from tests.support.oracle.samples import QUESTION, Sample, load_sample, scene_video
 
 # The ranks are processes of their own, and vLLM's multiprocessing starts them from the main module.
 SCRIPT = """
@@ -38,11 +40,19 @@ if __name__ == "__main__":
 """
 
 
+def _load(family: str, folder: Path) -> Sample:
+    if family == "llava-onevision-hf":
+        return load_sample(folder, seed=19)
+    kind: Kind = "longva" if family == "longva" else "llava-video"
+    return load_original(folder, kind, seed=20)
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
-def test_two_ranks_equal_the_oracle(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llava-onevision-hf", "longva", "llava-video"])
+def test_two_ranks_equal_the_oracle(tmp_path: Path, family: str) -> None:
     import numpy as np
 
-    sample = load_sample(tmp_path / "model", seed=19)
+    sample = _load(family, tmp_path / "model")
     videos = {"a": scene_video(1, 18), "b": scene_video(2, 27)}
     np.savez(tmp_path / "videos.npz", **videos)  # type: ignore[arg-type]
     (tmp_path / "main.py").write_text(SCRIPT)
