@@ -6,6 +6,7 @@ serving densely.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ class SupportedModel:
     metok: str
     module: str  # "module:Class", imported only when the model is built
     model_types: tuple[str, ...]  # what `model_type` in the config may be
+    levels: Callable[[Any], int] = lambda hf_config: 0  # first layers behind which extra channels are added
 
 
 SUPPORTED = (

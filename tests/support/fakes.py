@@ -36,8 +36,11 @@ RETAINING = DeepAttentionSpec(**SHAPE, retains=True)
 TEXT_ONLY = DeepAttentionSpec(**SHAPE, retains=False)
 
 
-def plan(tokens: int, most_after_l2: int = 0, retention: int = 0, pruned: bool = True) -> VideoPlan:
-    """A plan with the counts that the scheduler reads; the others are plausible."""
+def plan(tokens: int, most_after_l2: int = 0, retention: int = 0, pruned: bool = True, text: int = 0) -> VideoPlan:
+    """A plan with the counts that the scheduler reads; the others are plausible.
+
+    `text` of the `tokens` are text inside the span.
+    """
     return VideoPlan(
         pruned=pruned,
         frames=4,
@@ -47,6 +50,7 @@ def plan(tokens: int, most_after_l2: int = 0, retention: int = 0, pruned: bool =
         strides=(2, 4, 8),
         frames_per_tier=(1, 1, 2),
         tokens=tokens,
+        text_tokens=text,
         stock_tokens=tokens,
         keep_ratio_micro=760_000,
         retention_micro=retention,

@@ -43,7 +43,7 @@ def request(retention: int) -> PrunedRequest:
         req_id="r",
         prompt_len=at + GAPS[-1],
         spans=tuple(spans),
-        text=torch.tensor(text),
+        outside=torch.tensor(text),
         scoring=torch.from_numpy(behind),
         scoring_np=behind,
         scoring_before=(0, GAPS[1]),
@@ -71,7 +71,7 @@ def random_scores(positions: list[int], seed: int) -> dict[int, float]:
 def test_a_prompt_through_its_three_pruning_layers(seed: int, retention: int) -> None:
     asked = request(retention)
     chunk = PromptChunk(asked, 0, 0, asked.prompt_len, 0)
-    text = asked.text.tolist()
+    text = asked.text().tolist()
     visual = [p for span in asked.spans for p in range(span.start, span.end)]
 
     first = random_scores(visual, seed)
