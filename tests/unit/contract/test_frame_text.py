@@ -8,9 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.multimodal.inputs import MultiModalKwargsItem
 
+from metok_vllm.contract.beside import with_fields
+from metok_vllm.contract.fields import FRAME_TEXT_FIELD
 from metok_vllm.contract.frame_text import FrameText, fits, of_field, text_tokens, to_field
-from tests.support.fakes import plan
+from tests.support.fakes import feature, plan
 
 VOCABULARY = 100
 ids = st.lists(st.integers(0, VOCABULARY - 1), max_size=4).map(tuple)
@@ -33,6 +36,15 @@ def test_text_survives_its_field(frames: list[FrameText]) -> None:
     assert laid.tolist() == [token for one in frames for token in (*one.before, *one.behind)]
     assert fits(field, video, VOCABULARY)  # type: ignore[arg-type]
     assert fits(field[None], video, None), "an item of a batch may keep the batch's dimension"  # type: ignore[arg-type]
+
+
+def test_the_encoders_cache_tells_texts_apart() -> None:
+    """Two videos of one `uuid` may have as many frames and as much text, and yet other text."""
+    video = feature(3, plan(10, text=2))
+    other = MultiModalKwargsItem({**video.data, FRAME_TEXT_FIELD: replace(video.data[FRAME_TEXT_FIELD])})
+    other[FRAME_TEXT_FIELD].data = to_field([FrameText((5,), (5,)), *[FrameText()] * 3])
+    names = [one.identifier for one in with_fields([video, video, replace(video, data=other)], {})]
+    assert names[0] == names[1] != names[2]
 
 
 FIELD = [1, 0, 0, 2, 0, 0, 0, 0, 5, 6, 7]  # of four frames
