@@ -83,16 +83,22 @@ def choose_frames(vectors: Tensor, similarity: Tensor, recipe: Recipe, align: Al
 
 
 def compress_video(
-    features: Tensor, recipe: Recipe, align: Align, separator: Tensor | None, operations: Operations = TORCH
+    features: Tensor,
+    recipe: Recipe,
+    align: Align,
+    separator: Tensor | None,
+    operations: Operations = TORCH,
+    extra_channels: int = 0,
 ) -> CompressedVideo:
     """Cut into events, align, choose tiers, pool.
 
     Args:
-        features: [T, H, W, D], what the vision tower and projector give.
+        features: [T, H, W, D], what the vision tower and projector give. Extra channels stand behind its own.
         recipe: its quota is for T frames.
         align: the aligner.
         separator: [D], placed as the recipe's style says; None where that has none.
         operations: what reads the features, and how ranks agree.
+        extra_channels: how many of the D are extra. They are pooled with the others and decide nothing.
 
     Returns:
         Exactly `tiers.video_tokens(...)` tokens.
@@ -100,7 +106,8 @@ def compress_video(
     Raises:
         ValueError: the quota is for another number of frames.
     """
-    vectors, similarity = operations.similarity(features.flatten(1, 2))
+    own = features[..., : features.shape[-1] - extra_channels]
+    vectors, similarity = operations.similarity(own.flatten(1, 2))
     choice = operations.agree(choose_frames(vectors, similarity, recipe, align))
     pooled = operations.pool(features, choice.tier, recipe.strides, recipe.quota, recipe.style, separator, choice.event)
     return CompressedVideo(pooled.tokens, pooled.token_event, pooled.token_frame, choice)

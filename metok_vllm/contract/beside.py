@@ -25,7 +25,7 @@ from vllm.multimodal.inputs import (
     MultiModalKwargsItem,
 )
 
-from metok_vllm.contract.fields import PLAN_FIELD, QUESTION_FIELD, WINDOWS_FIELD
+from metok_vllm.contract.fields import FRAME_TEXT_FIELD, PLAN_FIELD, QUESTION_FIELD, WINDOWS_FIELD
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -125,9 +125,9 @@ def with_fields(
 ) -> list[MultiModalFeatureSpec]:
     """Features whose videos have these fields, under names of their own in the encoder's cache.
 
-    A video compresses differently by another question, so the name tells them apart. It tells plans apart as
-    well: two files that a client calls by one `uuid` may be of different lengths. The items themselves stay
-    as they are: a cache holds them.
+    A video compresses differently by another question, so the name tells them apart. It tells plans and
+    the text of frames apart as well: two files that a client calls by one `uuid` may be of different lengths.
+    The items themselves stay as they are: a cache holds them.
     """
     plain = {name: _elem(name, data) for name, data in fields.items()}
     question = hashlib.sha256()
@@ -142,6 +142,9 @@ def with_fields(
             continue
         name = question.copy()
         name.update(plan.data.numpy().tobytes())
+        text = item.get(FRAME_TEXT_FIELD)
+        if text is not None and isinstance(text.data, torch.Tensor) and text.data.dtype == torch.int64:
+            name.update(text.data.numpy().tobytes())
         found.append(
             replace(
                 feature,

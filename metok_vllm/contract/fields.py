@@ -5,6 +5,12 @@ front end to the scheduler and the worker.
 PLAN_FIELD = "metok_plan"
 """int64, a `VideoPlan`. Every video has one, METok on or off; read by the scheduler and by the worker."""
 
+FRAME_TEXT_FIELD = "metok_frame_text"
+"""int64 [2 T + ids], the text inside a video's placeholders; see `frame_text.py`.
+
+Every video has one, METok on or off, where the model labels its frames; read by the worker.
+"""
+
 QUESTION_FIELD = "metok_question"
 """int64 [1 + tokens]: how many tokens, then the question's ids for
 the LLM. Read by the aligner `embedding`.

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metok_vllm.compression.retention import retained_count
-from metok_vllm.contract.fields import PIXELS_FIELD, PLAN_FIELD, QUESTION_FIELD, WINDOWS_FIELD
+from metok_vllm.contract.fields import FRAME_TEXT_FIELD, PIXELS_FIELD, PLAN_FIELD, QUESTION_FIELD, WINDOWS_FIELD
+from metok_vllm.contract.frame_text import fits
 from metok_vllm.contract.video_plan import VideoPlan
 
 if TYPE_CHECKING:
@@ -18,10 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VideoSpan:
-    """Where a pruned video's placeholders stand in the prompt, and its plan."""
+    """Where a pruned video's placeholders stand in the prompt, and its plan.
+
+    Some of them may be text that labels the frames (`plan.text_tokens`). Where those stand follows from the
+    tiers, and so is known on the device alone.
+    """
 
     start: int
-    length: int
+    length: int  # text inside it included
     plan: VideoPlan
 
     @property
@@ -44,7 +49,10 @@ class UnusableItem(ValueError):
 
 
 def pruned_spans(
-    features: Sequence[MultiModalFeatureSpec] | None, prompt_len: int, computed: int = 0
+    features: Sequence[MultiModalFeatureSpec] | None,
+    prompt_len: int,
+    computed: int = 0,
+    vocabulary: int | None = None,
 ) -> tuple[VideoSpan, ...]:
     """The videos of a request that METok prunes, in prompt order; empty where it prunes none.
 
@@ -57,6 +65,7 @@ def pruned_spans(
         computed: tokens that the request took from the prefix cache. vLLM drops the data of items that lie
             among them on their way to the worker. Those are never pruned ones, since pruned requests read
             nothing from that cache.
+        vocabulary: token ids of text inside a video are below it; None where they were looked at before.
 
     Raises:
         UnusableItem: a video without its plan, so that it would be served densely unnoticed, or with a plan
@@ -67,7 +76,7 @@ def pruned_spans(
         item, position = feature.data, feature.mm_position
         if feature.modality != "video" or (item is None and position.offset + position.length <= computed):
             continue
-        plan = _plan(item)
+        plan = _plan(item, vocabulary)
         if plan.tokens != position.get_num_embeds():
             raise UnusableItem(f"a video's plan has {plan.tokens} tokens and its place {position.get_num_embeds()}.")
         if not plan.pruned:
@@ -88,14 +97,19 @@ def _text_behind(features: Sequence[MultiModalFeatureSpec], end: int, prompt_len
     return prompt_len - end > items
 
 
-def _plan(item: Mapping[str, Any] | None) -> VideoPlan:
-    """The plan of a video's item, which must be there, hold together, and have the question it needs."""
+def _plan(item: Mapping[str, Any] | None, vocabulary: int | None) -> VideoPlan:
+    """The plan of a video's item, which must be there, hold together, and have what it needs beside it."""
     if item is None or PLAN_FIELD not in item:
         raise UnusableItem("a video item has come without its plan.")
     try:
         plan = VideoPlan.from_tensor(_integers(item[PLAN_FIELD].data))
     except ValueError as error:
         raise UnusableItem(f"a video's plan cannot be read: {error}.") from None
+    if plan.text_tokens:
+        if FRAME_TEXT_FIELD not in item:
+            raise UnusableItem("a video item has come without the text of its frames.")
+        if not fits(_integers(item[FRAME_TEXT_FIELD].data), plan, vocabulary):
+            raise UnusableItem("the text of a video's frames is not what its plan says.")
     if not plan.pruned:
         return plan
     needed = {"embedding": (QUESTION_FIELD,), "dual-tower": (WINDOWS_FIELD, PIXELS_FIELD), "none": ()}[plan.aligner]

@@ -44,8 +44,9 @@ class VideoPlan:
     key_frames: int
     strides: Strides  # of tiers 0, 1, 2
     frames_per_tier: tuple[int, int, int]
-    tokens: int  # placeholders, separators included
-    stock_tokens: int  # what the stock model would take
+    tokens: int  # placeholders, separators and the frames' text included
+    text_tokens: int  # of them text, which labels the frames; no other count knows of it
+    stock_tokens: int  # visual tokens that the stock model would take
     keep_ratio_micro: int
     retention_micro: int
     most_after_l1: int  # visual tokens that can survive L1, an upper bound
@@ -54,7 +55,7 @@ class VideoPlan:
     report: bool  # whether the client has asked for a report
 
     @classmethod
-    def unpruned(cls, frames: int, stock_tokens: int) -> VideoPlan:
+    def unpruned(cls, frames: int, stock_tokens: int, text_tokens: int = 0) -> VideoPlan:
         """The plan of a video with METok off."""
         return cls(
             pruned=False,
@@ -64,7 +65,8 @@ class VideoPlan:
             key_frames=0,
             strides=(1, 1, 1),  # not looked at
             frames_per_tier=(frames, 0, 0),
-            tokens=stock_tokens,
+            tokens=stock_tokens + text_tokens,
+            text_tokens=text_tokens,
             stock_tokens=stock_tokens,
             keep_ratio_micro=0,
             retention_micro=0,
@@ -73,6 +75,11 @@ class VideoPlan:
             aligner="none",
             report=False,
         )
+
+    @property
+    def visual_tokens(self) -> int:
+        """Placeholders that are not text: what is scored and pruned."""
+        return self.tokens - self.text_tokens
 
     @property
     def quota(self) -> TierQuota:
@@ -122,9 +129,9 @@ class VideoPlan:
             and all(stride >= 1 for stride in self.strides)
             and all(frames >= 0 for frames in self.frames_per_tier)
             and sum(self.frames_per_tier) == self.frames
-            and self.tokens >= 1
+            and 0 <= self.text_tokens < self.tokens
             and self.stock_tokens >= 1
-            and 0 <= self.most_after_l2 <= self.most_after_l1 <= self.tokens
+            and 0 <= self.most_after_l2 <= self.most_after_l1 <= self.visual_tokens
             and all(0 <= share <= 1_000_000 for share in millionths)
         )
         if not holds:
@@ -137,22 +144,24 @@ def plan_video(
     stock_tokens: int,
     settings: RequestSettings | None,
     aligner: str,
+    text_tokens: int = 0,
 ) -> VideoPlan:
     """Work out the plan of one video (docs/method.md section 4, exact counts).
 
     Args:
         grid: the video's; at least 1 frame.
         style: the model's pooling.
-        stock_tokens: tokens the stock model takes for this video.
+        stock_tokens: visual tokens that the stock model takes for this video.
         settings: the request's settings, or None where METok is off for it.
         aligner: resolved aligner, one of `ALIGNERS`.
+        text_tokens: text inside the video's placeholders, METok on or off. No budget counts it.
 
     Raises:
         ValueError: one sentence, where the settings cannot be met for this video.
     """
     frames, height, width = grid
     if settings is None:
-        return VideoPlan.unpruned(frames, stock_tokens)
+        return VideoPlan.unpruned(frames, stock_tokens, text_tokens)
     if aligner not in ALIGNERS:
         raise ValueError(f"METok: there is no aligner {aligner!r}; there are {', '.join(ALIGNERS)}.")
     per_frame, separators = tokens_per_frame(height, width, settings.strides, style), style.separators == "event"
@@ -171,7 +180,8 @@ def plan_video(
         key_frames=settings.key_frames,
         strides=settings.strides,
         frames_per_tier=counts.counts(),
-        tokens=video_tokens(counts, per_frame, separators),
+        tokens=video_tokens(counts, per_frame, separators) + text_tokens,
+        text_tokens=text_tokens,
         stock_tokens=stock_tokens,
         keep_ratio_micro=settings.keep_ratio_micro,
         retention_micro=settings.decode_retention_micro,

@@ -32,7 +32,8 @@ from metok_vllm.contract.admission import check_requests, forget_unsent, mark
 from metok_vllm.contract.advice import fewer_frames
 from metok_vllm.contract.beside import Beside
 from metok_vllm.contract.budgets import bytes_per_token, deferral_limit
-from metok_vllm.contract.fields import PIXELS_FIELD, PLAN_FIELD
+from metok_vllm.contract.fields import FRAME_TEXT_FIELD, PIXELS_FIELD, PLAN_FIELD
+from metok_vllm.contract.frame_text import FrameText, text_tokens, to_field
 from metok_vllm.contract.refusals import refusal, refusing
 from metok_vllm.contract.server_choices import ServerChoices, server_choices
 from metok_vllm.contract.settings import RequestSettings, resolve_request
@@ -75,7 +76,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         raise NotImplementedError
 
     def stock_video_tokens(self, grid: VideoGrid) -> int:
-        """Tokens that the stock model takes for a video."""
+        """Visual tokens that the stock model takes for a video."""
         raise NotImplementedError
 
     def text_behind(self, frames: int, metadata: Mapping[str, Any]) -> str:
@@ -89,6 +90,13 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
 
     reads_text_behind = False
     """Whether `text_behind` is to be asked."""
+
+    def frame_text(self, grid: VideoGrid, fields: Mapping[str, Any], item: int) -> Sequence[FrameText]:
+        """Text that labels the frames inside the video's placeholders, METok on or off: one entry a frame.
+
+        Empty where the model's videos have none. Arguments as of `video_grid`, and what that gave.
+        """
+        return ()
 
     # --- the server ---
 
@@ -362,11 +370,15 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         settings = None if stated.get("off") else RequestSettings.model_validate(stated)
         aligner = "none" if settings is None else settings.aligner
         grids = [self.video_grid(videos.get_num_frames(i), processed, i) for i in range(len(videos))]
+        texts = [self.frame_text(grid, processed, i) for i, grid in enumerate(grids)]
         with refusing("setting"):
             plans = [
-                plan_video(grid, self.pool_style, self.stock_video_tokens(grid), settings, aligner) for grid in grids
+                plan_video(grid, self.pool_style, self.stock_video_tokens(grid), settings, aligner, text_tokens(text))
+                for grid, text in zip(grids, texts, strict=True)
             ]
         fields: dict[str, Any] = {PLAN_FIELD: torch.stack([plan.to_tensor() for plan in plans])}
+        if any(texts):
+            fields[FRAME_TEXT_FIELD] = [to_field(text) for text in texts]
         if aligner == "dual-tower":
             dtype: Any = self.info.ctx.model_config.dtype
             pixels = (self._aligner_processor.pixels(videos.get(i), dtype) for i in range(len(videos)))
@@ -380,6 +392,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         return {
             **stock,
             PLAN_FIELD: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
+            FRAME_TEXT_FIELD: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             PIXELS_FIELD: MultiModalFieldConfig.batched("video"),
         }
 

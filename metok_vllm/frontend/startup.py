@@ -13,6 +13,7 @@ from vllm import envs
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
+from metok_vllm.compression.selection import PruneLayers
 from metok_vllm.contract.attention_backends import refused_backend
 from metok_vllm.contract.budgets import step_tokens
 from metok_vllm.contract.kv_layout import chosen_layers
@@ -115,9 +116,26 @@ def choose(vllm_config: VllmConfig) -> ServerChoices:
         layers = chosen_layers(model_config.hf_text_config.num_hidden_layers, settings.prune_layers)
     except ValueError as error:
         raise ValueError(f"METok (additional_config): {error}.") from None
+    _refuse_layers(model_config, layers)
     aligner, tower = resolve_aligner(model_config.model, settings.aligner, settings.aligner_model)
     scheduler = vllm_config.scheduler_config
     return ServerChoices(settings, layers, aligner, tower, step_tokens(scheduler), scheduler.encoder_cache_size)
+
+
+def _refuse_layers(model_config: ModelConfig, layers: PruneLayers) -> None:
+    """The tower's extra channels are added behind the first layers, to tokens that must all be there still.
+
+    Raises:
+        ValueError: the first pruning layer comes too early.
+    """
+    levels = max(
+        (one.levels(model_config.hf_config) for one in SUPPORTED if one.metok in model_config.architectures), default=0
+    )
+    if layers[0] < levels:
+        raise ValueError(
+            f"METok (additional_config): this model adds to its visual tokens behind its first {levels} layers, so "
+            f"the first of prune_layers must be {levels} or more, not {layers[0]}."
+        )
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:

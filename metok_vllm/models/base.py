@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import async_tensor_h2d
 
@@ -13,7 +15,9 @@ from metok_vllm.compression import alignment
 from metok_vllm.compression.alignment import Alignment
 from metok_vllm.compression.pooling import PoolStyle
 from metok_vllm.compression.stage1 import Recipe, compress_video
-from metok_vllm.contract.fields import PIXELS_FIELD, PLAN_FIELD, QUESTION_FIELD, WINDOWS_FIELD
+from metok_vllm.compression.text_layout import TextLayout, last_of_events, lay_text
+from metok_vllm.contract.fields import FRAME_TEXT_FIELD, PIXELS_FIELD, PLAN_FIELD, QUESTION_FIELD, WINDOWS_FIELD
+from metok_vllm.contract.frame_text import of_field
 from metok_vllm.contract.server_choices import server_choices
 from metok_vllm.contract.video_plan import VideoPlan
 from metok_vllm.worker import ops
@@ -46,7 +50,7 @@ class MetokModel:
         return Decoder(self.language_model.model)  # type: ignore[attr-defined]
 
     def video_features(self, fields: Mapping[str, Any], item: int) -> torch.Tensor:
-        """Tower and projector, for every frame of a video: [T, H, W, D].
+        """Tower and projector, for every frame of a video: [T, H, W, D + extra_channels].
 
         Args:
             fields: all multimodal fields of the batch, one entry an item each.
@@ -55,12 +59,42 @@ class MetokModel:
         raise NotImplementedError
 
     def stock_video(self, features: torch.Tensor) -> torch.Tensor:
-        """A video's tokens with METok off, [tokens, D], from features [T, H, W, D]."""
+        """A video's visual tokens with METok off, [tokens, D + extra_channels].
+
+        Args:
+            features: what `video_features` gives.
+        """
         raise NotImplementedError
+
+    def stock_frame_tokens(self, features: torch.Tensor) -> int:
+        """Visual tokens of one frame in `stock_video`; needed where frames have text.
+
+        Tokens behind the last frame's are separators, and stand behind its text too. By default the stock
+        model keeps the tower's grid.
+        """
+        return features.shape[1] * features.shape[2]
+
+    @property
+    def extra_channels(self) -> int:
+        """Channels of the tower behind the D that the hidden state has: D for each level of `deepstack`."""
+        return 0
 
     def separator(self) -> torch.Tensor | None:
         """Embedding [D] that follows what `pool_style` says, or None where the model has none."""
         raise NotImplementedError
+
+    @contextmanager
+    def deepstack(self, num_tokens: int) -> Iterator[Sequence[torch.Tensor]]:
+        """What a pruned step adds to its rows behind layer 0, 1, ...: [num_tokens, D] for each level.
+
+        Needed where the tower has extra channels. The stock model's `embed_input_ids` gets them with the
+        embeddings of the step and keeps what they come to for its own forward pass, which does not run then:
+        here it is handed over, and behind the step forgotten. Zero for rows without extra channels.
+
+        Args:
+            num_tokens: rows of the step, padded.
+        """
+        yield ()
 
     # --- start ---
 
@@ -121,7 +155,8 @@ class MetokModel:
     ) -> torch.Tensor | IntermediateTensors:
         if metok_step is not None:
             assert inputs_embeds is not None
-            output: torch.Tensor = metok_step.run(positions, inputs_embeds)
+            with self.deepstack(inputs_embeds.shape[0]) as levels:
+                output: torch.Tensor = metok_step.run(positions, inputs_embeds, levels)
             return output
         stock: Any = super()
         hidden: torch.Tensor = stock.forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
@@ -138,20 +173,55 @@ class MetokModel:
             item: which of them is this video's.
 
         Returns:
-            [plan.tokens, D] with METok off, [plan.tokens, D + TAG_CHANNELS] with it on.
+            [plan.tokens, D + extra_channels] with METok off, and TAG_CHANNELS more with it on. Separators and
+            text have zeros in the extra channels.
         """
         times = self.decoder_stack.times
         if not plan.pruned:
-            return self.stock_video(self.video_features(kwargs, item))
+            return self._stock(plan, kwargs, item)
         with times.part("tower"):
             features = self.video_features(kwargs, item)
         with times.part("stage1"):
             return self._compressed(features, plan, kwargs, item)
 
+    def _stock(self, plan: VideoPlan, kwargs: Mapping[str, Any], item: int) -> torch.Tensor:
+        features = self.video_features(kwargs, item)
+        tokens = self.stock_video(features)
+        if not plan.text_tokens:
+            return tokens
+        place = torch.arange(tokens.shape[0], device=tokens.device)
+        frame = place // self.stock_frame_tokens(features)
+        closes = frame >= plan.frames
+        return self._with_text(tokens, frame.clamp(max=plan.frames - 1), closes, plan, kwargs, item)[0]
+
+    def _with_text(
+        self,
+        tokens: torch.Tensor,
+        frame: torch.Tensor,
+        closes: torch.Tensor,
+        plan: VideoPlan,
+        kwargs: Mapping[str, Any],
+        item: int,
+    ) -> tuple[torch.Tensor, TextLayout]:
+        """Visual tokens [n, C] with the frames' text around them, [plan.tokens, C].
+
+        Args:
+            tokens: the video's, METok on or off.
+            frame: as `lay_text` takes it.
+            closes: likewise.
+            plan: the video's.
+            kwargs: all multimodal fields of the batch.
+            item: which of them is this video's.
+        """
+        field = async_tensor_h2d(kwargs[FRAME_TEXT_FIELD][item].flatten(), tokens.device)
+        before, behind, ids = of_field(field, plan.frames)
+        layout = lay_text(frame, closes, before, behind, plan.text_tokens)
+        return layout.filled(tokens, self.decoder_stack.decoder.embed(ids)), layout
+
     def _compressed(
         self, features: torch.Tensor, plan: VideoPlan, kwargs: Mapping[str, Any], item: int
     ) -> torch.Tensor:
-        """Stage 1 on a video's features [T, H, W, D]; [plan.tokens, D + TAG_CHANNELS]."""
+        """Stage 1 on a video's features; [plan.tokens, channels + TAG_CHANNELS]."""
 
         def align(vectors: torch.Tensor, event: torch.Tensor, events: int) -> Alignment:
             if plan.aligner == "none":
@@ -159,10 +229,19 @@ class MetokModel:
             return alignment.by_question(self._fit(plan.aligner, vectors, kwargs, item), event, events)
 
         recipe = Recipe(plan.quota, plan.key_events, plan.key_frames, plan.strides, self.pool_style)
-        video = compress_video(features, recipe, align, self.separator(), ops.STAGE_1)
-        choice = video.choice
-        tags = pack_tags(video.event, choice.is_key[video.event], video.frame, choice.tier[video.frame])
-        return torch.cat([video.tokens, tags.to(video.tokens.dtype)], dim=1)
+        separator = self.separator()
+        if separator is not None and self.extra_channels:
+            separator = F.pad(separator, (0, self.extra_channels))
+        video = compress_video(features, recipe, align, separator, ops.STAGE_1, self.extra_channels)
+        choice, tokens, event, frame, is_text = video.choice, video.tokens, video.event, video.frame, None
+        if plan.text_tokens:
+            of_events = self.pool_style.separators == "event"
+            closes = last_of_events(event) if of_events else torch.zeros_like(event, dtype=torch.bool)
+            tokens, layout = self._with_text(tokens, frame, closes, plan, kwargs, item)
+            frame, is_text = layout.frame, layout.is_text
+            event = choice.event[frame]
+        tags = pack_tags(event, choice.is_key[event], frame, choice.tier[frame], is_text)
+        return torch.cat([tokens, tags.to(tokens.dtype)], dim=1)
 
     def _fit(self, aligner: str, vectors: torch.Tensor, kwargs: Mapping[str, Any], item: int) -> torch.Tensor:
         """How well each frame fits the question, float32 [T]."""

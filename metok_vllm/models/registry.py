@@ -6,7 +6,7 @@ serving densely.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -35,6 +35,7 @@ class SupportedModel:
     model_types: tuple[str, ...]  # what `model_type` in the config may be
     about: str  # the checkpoints, for a list of what is served
     own_format: OwnFormat | None = None  # None: as transformers reads it
+    levels: Callable[[Any], int] = lambda hf_config: 0  # first layers behind which extra channels are added
 
 
 SUPPORTED = (

@@ -46,6 +46,7 @@ class MetokScheduler(QueueOrderScheduler):
             if isinstance(manager, DeepKVManager):
                 manager.slot_counts = self.slot_counts
         model_config = self.vllm_config.model_config
+        self._vocabulary = int(model_config.get_vocab_size())
         self.deferral = DeferralBudget(bytes_per_token(model_config), deferral_limit(model_config))
         self.ending = EndingLimit(ending_limit(self.vllm_config))
         self._counters = SchedulerCounters()
@@ -65,7 +66,7 @@ class MetokScheduler(QueueOrderScheduler):
         """
         put_together(request)
         try:
-            spans = pruned_spans(request.mm_features, request.num_prompt_tokens)
+            spans = pruned_spans(request.mm_features, request.num_prompt_tokens, vocabulary=self._vocabulary)
         except UnusableItem as error:
             self._refusals[request.request_id] = ("features", str(error))
             spans = ()

@@ -22,15 +22,23 @@ class SlotCounts:
     @property
     def visual_tokens(self) -> int:
         """Visual tokens of the pruned videos in the prompt."""
-        return sum(span.length for span in self.spans)
+        return sum(span.plan.visual_tokens for span in self.spans)
 
     def slots(self, num_tokens: int, retains: bool) -> int:
-        """Slots that the first `num_tokens` tokens need: exact without retention, an upper bound with it.
+        """Slots that the first `num_tokens` tokens need: an upper bound, which never shrinks as they grow.
+
+        Without retention it is exact wherever no video with text inside is cut in two, so once the prompt is
+        complete. Which tokens of half such a video are text is known on the device alone, so as many of them
+        as can be are taken for it. Nothing is lost by that: the deep layers write nothing before the prompt
+        is complete, and by then all of that text owns a slot, so no block is ever given back.
 
         Args:
             num_tokens: tokens from the start of the prompt, generated ones included.
             retains: whether the group's layers keep retained visual tokens (`L1 .. L3-1`).
         """
-        before = sum(min(max(num_tokens - span.start, 0), span.length) for span in self.spans)
+        before = 0  # visual tokens among them, at least
+        for span in self.spans:
+            reached = min(max(num_tokens - span.start, 0), span.length)
+            before += max(reached - span.plan.text_tokens, 0)
         retained = retained_bound(self.spans) if retains and num_tokens >= self.prompt_len else 0
         return num_tokens - before + retained

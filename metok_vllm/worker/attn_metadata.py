@@ -128,7 +128,7 @@ def _prompt_slots(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """`text_slots` and `retained_slots` of a `PrunedBatch`."""
     complete = [chunk for chunk in chunks if chunk.completes]
-    texts = [chunk.request.text.shape[0] for chunk in complete]
+    texts = [chunk.request.text_tokens for chunk in complete]
     bounds = [retained_bound(chunk.request.spans) for chunk in complete]
 
     def runs(values: Sequence[tuple[int, int]]) -> list[NDArray[np.int32]]:

@@ -70,6 +70,9 @@ class MetokModelState(DefaultModelState):
         self.deep_slots = DeepSlots(self.max_num_reqs, device)
         self._step: PrunedStep | None = None
         self._reserve = MemoryReserve(vllm_config, device)
+        # Of what the encoder gives; behind these channels are a pruned video's tags. The extra ones are the
+        # stock model's to read.
+        self._encoded_width = self.inputs_embeds_size + int(model.extra_channels)  # type: ignore[arg-type]
         self.warm_up: WarmUp | None = None
 
     # --- start ---
@@ -124,7 +127,7 @@ class MetokModelState(DefaultModelState):
         self, input_batch: InputBatch, draft_lookahead: int = 0
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         embeds, is_mm_embed = ModelState.gather_mm_embeddings(self, input_batch, draft_lookahead)
-        return [embed[:, : self.inputs_embeds_size] for embed in embeds], is_mm_embed
+        return [embed[:, : self._encoded_width] for embed in embeds], is_mm_embed
 
     def _read_tags(self, input_batch: InputBatch) -> None:
         """Keep the tags of every pruned video that this step reaches for the first time."""
@@ -137,7 +140,7 @@ class MetokModelState(DefaultModelState):
             for video, span in enumerate(request.spans):
                 if request.tags[video] is None and span.start < end:
                     output = self.encoder_cache.encoder_outputs[features[span.start].identifier]
-                    request.tags[video] = VideoTags.unpack(output[:, self.inputs_embeds_size :])
+                    request.tags[video] = VideoTags.unpack(output[:, self._encoded_width :], span.plan.text_tokens)
 
     # --- attention metadata ---
 

@@ -12,11 +12,11 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 
 from metok_vllm.worker import ops
 from metok_vllm.worker.batch import PromptChunk
-from metok_vllm.worker.requests import ChunkState
+from metok_vllm.worker.requests import ChunkState, visual_positions
 from metok_vllm.worker.survivors import Survivors
 
 Scores = list[list[torch.Tensor]]
-"""For every prompt, for every pruned video of it: float32 [its tokens alive]."""
+"""For every prompt, for every pruned video of it: float32 [its visual tokens alive]."""
 
 
 def prompt_scores(attention: Any, chunks: Sequence[PromptChunk], states: Sequence[ChunkState]) -> Scores:
@@ -38,12 +38,12 @@ def prompt_scores(attention: Any, chunks: Sequence[PromptChunk], states: Sequenc
                 ops.scores(
                     query[before:],
                     key,
-                    positions[span.start : span.end],
+                    visual_positions(span, tags, positions),
                     request.scoring[before:],
                     positions,
                     attention.impl.scale,
                 )
-                for span, before in zip(request.spans, request.scoring_before, strict=True)
+                for span, tags, before in zip(request.spans, request.tags, request.scoring_before, strict=True)
             ]
         )
     return _reduced(scores)
@@ -74,12 +74,12 @@ def survivor_scores(
                 ops.scores(
                     query[own][rows[before:]],
                     key[own],
-                    torch.arange(run.start, run.start + run.length, device=key.device),
+                    visual.every(key.device),
                     request.scoring[before:],
                     of_prompt.positions,
                     attention.impl.scale,
                 )
-                for run, before in zip(of_prompt.runs, request.scoring_before, strict=True)
+                for visual, before in zip(of_prompt.visual, request.scoring_before, strict=True)
             ]
         )
         offset += of_prompt.size

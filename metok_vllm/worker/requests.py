@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from metok_vllm.compression.ordering import true_indices
 from metok_vllm.contract.fields import QUESTION_FIELD
 from metok_vllm.contract.spans import VideoSpan, pruned_spans
 
@@ -18,25 +19,33 @@ if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
     from vllm.v1.core.sched.output import NewRequestData
 
-TAG_CHANNELS = 6
-"""Channels behind an encoded token: event (low, high byte), key event, frame (low, high byte), tier.
+TAG_CHANNELS = 7
+"""Channels behind an encoded token: event (low, high byte), key event, frame (low, high byte), tier, text.
 
 They travel through the encoder cache as part of the embedding; a byte is exact in bfloat16.
 """
 
 
-def pack_tags(event: torch.Tensor, is_key: torch.Tensor, frame: torch.Tensor, tier: torch.Tensor) -> torch.Tensor:
+def pack_tags(
+    event: torch.Tensor,
+    is_key: torch.Tensor,
+    frame: torch.Tensor,
+    tier: torch.Tensor,
+    is_text: torch.Tensor | None = None,
+) -> torch.Tensor:
     """What is known of each token, each int64 (or bool) [n],
-    to int64 [n, TAG_CHANNELS] with entries below 256.
+    to int64 [n, TAG_CHANNELS] with entries below 256. Text has what its frame has; by default there is none.
     """
+    text = torch.zeros_like(event) if is_text is None else is_text.to(torch.int64)
     return torch.stack(
-        [event % 256, event // 256, is_key.to(torch.int64), frame % 256, frame // 256, tier.to(torch.int64)], dim=1
+        [event % 256, event // 256, is_key.to(torch.int64), frame % 256, frame // 256, tier.to(torch.int64), text],
+        dim=1,
     )
 
 
 @dataclass
 class VideoTags:
-    """What stage 2 and the report need to know of every token of one video;
+    """What stage 2 and the report need to know of every visual token of one video;
     tensors on the device, each [n].
     """
 
@@ -44,12 +53,42 @@ class VideoTags:
     is_key: torch.Tensor  # bool, whether the token's event is a key event
     frame: torch.Tensor  # int64
     tier: torch.Tensor  # int64
+    place: torch.Tensor | None = None  # int64, ascending: where it stands in the span; None where no text is there
 
     @classmethod
-    def unpack(cls, channels: torch.Tensor) -> VideoTags:
-        """From the trailing channels of the encoder's output, [n, TAG_CHANNELS] of any dtype."""
-        tags = channels.to(torch.int64)
-        return cls(tags[:, 0] + 256 * tags[:, 1], tags[:, 2] > 0, tags[:, 3] + 256 * tags[:, 4], tags[:, 5])
+    def unpack(cls, channels: torch.Tensor, text_tokens: int = 0) -> VideoTags:
+        """From the trailing channels of the encoder's output.
+
+        Args:
+            channels: [tokens of the span, TAG_CHANNELS] of any dtype.
+            text_tokens: how many of the tokens are text, by the plan; they are left out.
+        """
+        tags, place = channels.to(torch.int64), None
+        if text_tokens:
+            place = true_indices(tags[:, 6] == 0, tags.shape[0] - text_tokens)
+            tags = tags[place]
+        return cls(tags[:, 0] + 256 * tags[:, 1], tags[:, 2] > 0, tags[:, 3] + 256 * tags[:, 4], tags[:, 5], place)
+
+    def positions(self, start: int, index: torch.Tensor) -> torch.Tensor:
+        """Where visual tokens stand in the prompt, int64 [m].
+
+        Args:
+            start: of the video's span.
+            index: int64 [m], which of the video's visual tokens.
+        """
+        return (index if self.place is None else self.place[index]) + start
+
+
+def visual_positions(span: VideoSpan, tags: VideoTags | None, every: torch.Tensor) -> torch.Tensor:
+    """Where a video's visual tokens stand in the prompt, int64 [visual tokens], ascending.
+
+    Args:
+        span: the video's.
+        tags: the video's; it has been encoded.
+        every: the positions of the whole prompt, int64, so that a span without text is a slice of them.
+    """
+    assert tags is not None, "a prompt's videos are encoded before its last chunk"
+    return every[span.start : span.end] if tags.place is None else tags.place + span.start
 
 
 @dataclass
@@ -92,15 +131,16 @@ def question_ids(features: Sequence[MultiModalFeatureSpec]) -> tuple[int, ...]:
 class PrunedRequest:
     """One request with at least one pruned video.
 
-    Its **text** is every token outside the pruned videos: images count as text, and so does a video with
-    METok off. Its **scoring tokens** are those whose attention scores the visual tokens: real text behind the
-    first pruned video.
+    Its **text** is every token that is no visual token of a pruned video: images count as text, and so does a
+    video with METok off, and so does what labels the frames inside a pruned one. How much there is of it is
+    known on the host. Its **scoring tokens** are those whose attention scores the visual tokens: real text
+    behind the first pruned video, and never inside one.
     """
 
     req_id: str
     prompt_len: int
     spans: tuple[VideoSpan, ...]
-    text: torch.Tensor  # int64 on the device: positions of the text, ascending
+    outside: torch.Tensor  # int64 on the device: positions of the text outside the pruned videos, ascending
     scoring: torch.Tensor  # int64 on the device: positions of the scoring tokens, ascending
     scoring_np: NDArray[np.int64]  # the same on the host
     scoring_before: tuple[int, ...]  # for each video, how many scoring tokens stand before its end
@@ -112,7 +152,22 @@ class PrunedRequest:
     @property
     def visual_tokens(self) -> int:
         """Visual tokens of the pruned videos."""
-        return sum(span.length for span in self.spans)
+        return sum(span.plan.visual_tokens for span in self.spans)
+
+    @property
+    def text_tokens(self) -> int:
+        """How much text there is, inside the pruned videos too."""
+        return self.prompt_len - self.visual_tokens
+
+    def text(self) -> torch.Tensor:
+        """Positions of the text, int64 [text_tokens] on the device, ascending; known with all tags read."""
+        if self.outside.shape[0] == self.text_tokens:
+            return self.outside
+        every = torch.arange(self.prompt_len, device=self.outside.device)
+        is_text = torch.ones_like(every, dtype=torch.bool)
+        for span, tags in zip(self.spans, self.tags, strict=True):
+            is_text.index_fill_(0, visual_positions(span, tags, every), False)
+        return true_indices(is_text, self.text_tokens)
 
     @property
     def retention_micro(self) -> int:
@@ -148,7 +203,7 @@ class PrunedRequest:
             req_id=data.req_id,
             prompt_len=prompt_len,
             spans=spans,
-            text=async_tensor_h2d(np.flatnonzero(is_text), device),
+            outside=async_tensor_h2d(np.flatnonzero(is_text), device),
             scoring=async_tensor_h2d(scoring, device),
             scoring_np=scoring,
             scoring_before=tuple(int(np.searchsorted(scoring, span.end)) for span in spans),

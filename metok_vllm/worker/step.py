@@ -53,12 +53,16 @@ class PrunedStep:
 
     # --- the forward pass ---
 
-    def run(self, positions: torch.Tensor, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, positions: torch.Tensor, inputs_embeds: torch.Tensor, deepstack: Sequence[torch.Tensor] = ()
+    ) -> torch.Tensor:
         """Run the decoder layers.
 
         Args:
             positions: rotary positions, int64 [tokens, possibly padded], or [axes, tokens].
             inputs_embeds: [tokens, possibly padded, hidden].
+            deepstack: what is added behind each of the first layers, all of them below L1: [tokens, possibly
+                padded, hidden] each, zero for rows without any.
 
         Returns:
             [tokens, hidden], normed. Rows of other requests and the last row of each complete prompt hold
@@ -70,7 +74,7 @@ class PrunedStep:
         context.is_padding = None
         with self.stack.running.set_to(self), self.stack.eager.running():
             positions, hidden = positions[..., : self.batch.num_tokens], inputs_embeds[: self.batch.num_tokens]
-            hidden, residual = self._shallow(positions, hidden)
+            hidden, residual = self._shallow(positions, hidden, deepstack)
             self._defer(positions, hidden, residual)
             complete = [chunk for chunk in self.batch.chunks if chunk.completes]
             if not complete and not self.batch.num_others:
@@ -80,11 +84,17 @@ class PrunedStep:
             del hidden, residual
             return self._scatter(self._deep())
 
-    def _shallow(self, positions: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _shallow(
+        self, positions: torch.Tensor, hidden: torch.Tensor, deepstack: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         residual: Any = None
+        assert len(deepstack) <= self.stack.prune_layers[0], "the start refuses such pruning layers"
         with self.stack.times.part("shallow"):
             for index in range(self.stack.prune_layers[0]):
                 hidden, residual = self.stack.decoder.call(index, positions, hidden, residual)
+                if index < len(deepstack):
+                    # Chunk by chunk, as the tokens are; what a deferred prompt keeps at L1 has it already.
+                    hidden = hidden + deepstack[index][: self.batch.num_tokens]
         return hidden, residual
 
     def _deep(self) -> torch.Tensor:

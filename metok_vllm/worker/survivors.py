@@ -29,11 +29,24 @@ class VideoCounts:
 
 
 @dataclass(frozen=True)
-class VideoRun:
-    """The tokens of one video that are alive: a run of rows among its prompt's survivors."""
+class VideoRows:
+    """The visual tokens of one video that are alive, among its prompt's survivors: a run of rows, unless text
+    stands between them.
+    """
 
-    start: int
+    start: int  # row of the first token of the video's span
     length: int
+    rows: torch.Tensor | None = None  # int64 [length], where text stands among them
+
+    def every(self, device: torch.device) -> torch.Tensor:
+        """Their rows, int64 [length]."""
+        if self.rows is None:
+            return torch.arange(self.start, self.start + self.length, device=device)
+        return self.rows
+
+    def at(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of some of them, by int64 indices among them."""
+        return index + self.start if self.rows is None else self.rows[index]
 
 
 @dataclass
@@ -43,7 +56,7 @@ class Survivors:
     chunk: PromptChunk  # the prompt's last one
     positions: torch.Tensor  # int64 [n]: where they stood in the prompt
     text: torch.Tensor  # int64 [text tokens], where the text stands among the n
-    runs: list[VideoRun]  # for each pruned video, until L2
+    visual: list[VideoRows]  # of each pruned video, until L2
     videos: list[VideoCounts]
     retained: int  # visual tokens that keep their KV in layers L1 .. L3-1
     retained_rows: torch.Tensor | None = None  # int64 [retained], where they stand among the n, once L2 has chosen
@@ -64,7 +77,7 @@ def survivors_of_l1(chunks: Sequence[PromptChunk], scores: Sequence[Sequence[tor
 
     Args:
         chunks: the last chunk of each.
-        scores: of every pruned video of each, float32 [its tokens].
+        scores: of every pruned video of each, float32 [its visual tokens].
     """
     counts = [
         event_counts(span, tags)
@@ -142,7 +155,7 @@ def _select(
 ) -> list[torch.Tensor]:
     """The choice in every event of all videos at once.
 
-    Returns for each video ascending indices among its own tokens.
+    Returns for each video ascending indices among its own visual tokens.
     """
     chosen = ops.select(torch.cat(list(scores)), torch.cat(list(lengths)), torch.cat(list(keep)), sum(totals))
     kept, start = [], 0
@@ -153,26 +166,31 @@ def _select(
 
 
 def _after_l1(chunk: PromptChunk, videos: Sequence[VideoCounts], kept: Sequence[torch.Tensor]) -> Survivors:
-    request = chunk.request
-    alive = torch.zeros(request.prompt_len, dtype=torch.bool, device=request.text.device)
-    alive.index_fill_(0, request.text, True)
-    runs, row, previous_end = [], 0, 0
-    for span, video, index in zip(request.spans, videos, kept, strict=True):
-        alive.index_fill_(0, index + span.start, True)
-        row += span.start - previous_end
-        runs.append(VideoRun(row, video.after_l1))
-        row += video.after_l1
-        previous_end = span.end
+    request, text = chunk.request, chunk.request.text()
+    alive = torch.zeros(request.prompt_len, dtype=torch.bool, device=text.device)
+    alive.index_fill_(0, text, True)
+    chosen = []  # positions of each video's survivors
+    for span, tags, index in zip(request.spans, request.tags, kept, strict=True):
+        assert tags is not None
+        chosen.append(tags.positions(span.start, index))
+        alive.index_fill_(0, chosen[-1], True)
     after_l1 = sum(video.after_l1 for video in videos)
     after_l2 = sum(video.after_l2 for video in videos)
     retained = retained_count(after_l2, request.retention_micro)
     request.result = PruningResult(request.visual_tokens, after_l1, after_l2, retained)
-    positions = true_indices(alive, request.text.shape[0] + after_l1)
+    positions = true_indices(alive, request.text_tokens + after_l1)
+    visual, row, previous_end = [], 0, 0
+    for span, video, places in zip(request.spans, videos, chosen, strict=True):
+        row += span.start - previous_end
+        rows = torch.searchsorted(positions, places) if span.plan.text_tokens else None
+        visual.append(VideoRows(row, video.after_l1, rows))
+        row += span.plan.text_tokens + video.after_l1
+        previous_end = span.end
     return Survivors(
         chunk=chunk,
         positions=positions,
-        text=torch.searchsorted(positions, request.text),
-        runs=runs,
+        text=torch.searchsorted(positions, text),
+        visual=visual,
         videos=list(videos),
         retained=retained,
     )
@@ -181,7 +199,7 @@ def _after_l1(chunk: PromptChunk, videos: Sequence[VideoCounts], kept: Sequence[
 def _after_l2(survivors: Survivors, kept: Sequence[torch.Tensor], scores: Sequence[torch.Tensor]) -> torch.Tensor:
     alive = torch.zeros(survivors.size, dtype=torch.bool, device=survivors.positions.device)
     alive.index_fill_(0, survivors.text, True)
-    visual = torch.cat([index + run.start for run, index in zip(survivors.runs, kept, strict=True)])
+    visual = torch.cat([of_video.at(index) for of_video, index in zip(survivors.visual, kept, strict=True)])
     alive.index_fill_(0, visual, True)
     rows = true_indices(alive, survivors.text.shape[0] + survivors.after_l2)
     if survivors.retained:

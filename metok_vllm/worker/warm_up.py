@@ -33,12 +33,13 @@ ROWS = 4
 class ModelShapes:
     """What the operations see of a model on this rank."""
 
-    hidden: int  # width of the hidden state and of the vision features
+    hidden: int  # width of the hidden state
     heads: int
     kv_heads: int
     head_dim: int
     dtype: torch.dtype  # of the hidden state, the features, queries and keys
     style: PoolStyle
+    extra_channels: int = 0  # of the vision features, behind as many as the hidden state has
     deep_layers: tuple[Any, ...] = ()  # attention layers from L1 up, their KV caches bound
 
     @classmethod
@@ -54,6 +55,7 @@ class ModelShapes:
             head_dim=attention.head_size,
             dtype=stack.decoder.norm.weight.dtype,
             style=model.pool_style,
+            extra_channels=model.extra_channels,
             deep_layers=tuple(stack.attention(index) for index in deep),
         )
 
@@ -105,11 +107,12 @@ def _check_alignment(shapes: ModelShapes) -> None:
 
 def _stage_1(shapes: ModelShapes, device: torch.device) -> None:
     """Similarities and pooling of a video. The grid and the strides are values, not constants."""
-    features = torch.zeros(ROWS, 2, 2, shapes.hidden, dtype=shapes.dtype, device=device)
-    ops.event_similarity(features.flatten(1, 2))
+    width = shapes.hidden + shapes.extra_channels
+    features = torch.zeros(ROWS, 2, 2, width, dtype=shapes.dtype, device=device)
+    ops.event_similarity(features[..., : shapes.hidden].flatten(1, 2))
     zeros = torch.zeros(ROWS, dtype=torch.int64, device=device)
     has_separator = shapes.style.separators != "none"
-    separator = torch.zeros(shapes.hidden, dtype=shapes.dtype, device=device) if has_separator else None
+    separator = torch.zeros(width, dtype=shapes.dtype, device=device) if has_separator else None
     ops.pool_video(features, zeros, (2, 4, 8), TierQuota(1, ROWS, 0, 0), shapes.style, separator, zeros)
 
 

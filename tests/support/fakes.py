@@ -24,7 +24,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from metok_vllm.contract.fields import PLAN_FIELD, QUESTION_FIELD
+from metok_vllm.contract.fields import FRAME_TEXT_FIELD, PLAN_FIELD, QUESTION_FIELD
+from metok_vllm.contract.frame_text import FrameText, to_field
 from metok_vllm.contract.kv_spec import DeepAttentionSpec
 from metok_vllm.contract.video_plan import VideoPlan
 from metok_vllm.scheduler.scheduler import MetokScheduler
@@ -36,8 +37,11 @@ RETAINING = DeepAttentionSpec(**SHAPE, retains=True)
 TEXT_ONLY = DeepAttentionSpec(**SHAPE, retains=False)
 
 
-def plan(tokens: int, most_after_l2: int = 0, retention: int = 0, pruned: bool = True) -> VideoPlan:
-    """A plan with the counts that the scheduler reads; the others are plausible."""
+def plan(tokens: int, most_after_l2: int = 0, retention: int = 0, pruned: bool = True, text: int = 0) -> VideoPlan:
+    """A plan with the counts that the scheduler reads; the others are plausible.
+
+    `text` of the `tokens` are text inside the span.
+    """
     return VideoPlan(
         pruned=pruned,
         frames=4,
@@ -47,6 +51,7 @@ def plan(tokens: int, most_after_l2: int = 0, retention: int = 0, pruned: bool =
         strides=(2, 4, 8),
         frames_per_tier=(1, 1, 2),
         tokens=tokens,
+        text_tokens=text,
         stock_tokens=tokens,
         keep_ratio_micro=760_000,
         retention_micro=retention,
@@ -66,6 +71,9 @@ def item(fields: dict[str, Any]) -> MultiModalKwargsItem:
 def feature(offset: int, video: VideoPlan, name: str = "", modality: str = "video") -> MultiModalFeatureSpec:
     """A multimodal item at `offset` of the prompt, as it reaches the engine."""
     fields = {PLAN_FIELD: video.to_tensor(), QUESTION_FIELD: torch.tensor([1, 7])}
+    if video.text_tokens:
+        labels = [FrameText(before=(5,) * video.text_tokens), *[FrameText()] * (video.frames - 1)]
+        fields[FRAME_TEXT_FIELD] = to_field(labels)
     identifier = name or f"{modality}-{offset}-{video.tokens}"
     data = item(fields if modality == "video" else {})
     return MultiModalFeatureSpec(data, modality, identifier, PlaceholderRange(offset, video.tokens))

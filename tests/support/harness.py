@@ -14,7 +14,7 @@ from PIL import Image
 
 import metok_vllm
 from metok_vllm.scheduler.kv_manager import DeepKVManager
-from tests.support.oracle import OracleResult, OracleSettings
+from tests.support.oracle import Labels, OracleResult, OracleSettings
 from tests.support.oracle import run as run_oracle
 from tests.support.oracle.samples import QUESTION, Sample
 
@@ -50,6 +50,7 @@ class Engine:
     llm: Any
     sample: Sample
     server: OracleSettings
+    labels: Labels = field(default_factory=Labels)  # what the model has around and beside its frames
     groups_seen: dict[str, list[list[int]]] = field(default_factory=dict)  # request -> blocks of each group, each step
     internal: dict[str, str] = field(default_factory=dict)
     _next: int = 0
@@ -168,6 +169,7 @@ class Engine:
             settings,
             case.max_tokens,
             force_tokens=force_tokens,
+            labels=self.labels,
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests.support.oracle import decoder, stage1, stage2
 from tests.support.oracle import settings as rules
+from tests.support.oracle.labelled import PLAIN, Labels, levels
 from tests.support.oracle.result import OracleResult, VideoTrace
 from tests.support.oracle.settings import OracleSettings
 from tests.support.oracle.stage1 import Stage1
@@ -35,13 +36,15 @@ def run(
     max_new_tokens: int,
     aligner: Towers | None = None,
     force_tokens: list[int] | None = None,
+    labels: Labels = PLAIN,
 ) -> OracleResult:
     """Answer one request greedily.
 
     `prompt_ids` holds one placeholder an item. `videos`: pixel values [T, 3, height, width] each. `images`:
     the HF processor's (pixel_values, image_sizes); every image is tiled as if it were the only one, as vLLM
     does. `question_ids`: the question in the language model's own tokens, no special ones. `force_tokens`:
-    fed instead of the tokens chosen, at least `max_new_tokens - 1`. The end token does not end the run.
+    fed instead of the tokens chosen, at least `max_new_tokens - 1`. `labels`: what the model has around and
+    beside its frames. The end token does not end the run.
 
     Raises ValueError if METok is on and the prompt does not end with text.
     """
@@ -49,21 +52,24 @@ def run(
     encoded = []
     for number, pixels in enumerate(videos):
         if settings.off:
-            encoded.append(stage1.encode_plain(model, pixels))
+            encoded.append(stage1.encode_plain(model, pixels, labels))
         else:
             towers = None if aligner is None else (aligner[0], aligner[1][number], aligner[2])
-            encoded.append(stage1.encode(model, pixels, question_ids, settings, towers))
+            encoded.append(stage1.encode(model, pixels, question_ids, settings, towers, labels))
     pictures = []
     if images is not None:
         pictures = stage1.encode_pictures(model, *images)
 
-    ids, hidden, spans = lay_out(model, prompt_ids, [e.embeddings for e in encoded], pictures)
+    depth = model.get_input_embeddings().weight.shape[1]
+    ids, hidden, spans = lay_out(model, prompt_ids, [e.embeddings[:, :depth] for e in encoded], pictures)
     visual = {config.image_token_id, config.video_token_id}
     state = Prefill(model, hidden, [token not in visual for token in ids], settings)
     state.videos = [
-        Video(start, e.event_of_token, e.key_events, list(range(start, stop)))
-        for (start, stop), e in zip(spans, encoded, strict=True)
+        Video(start, e.event_of_token, e.key_events, []) for (start, _), e in zip(spans, encoded, strict=True)
     ]
+    for video in state.videos:
+        video.alive = video.visual
+    state.extra = levels(hidden, spans, [e.embeddings for e in encoded])
     state.run()
     tokens, logprobs = decode(model, state, max_new_tokens, force_tokens)
     return report(ids, tokens, logprobs, state, encoded, spans)
@@ -101,6 +107,7 @@ class Prefill:
         self.is_text = is_text
         self.settings = settings
         self.videos: list[Video] = []
+        self.extra: list[Tensor] = []  # what is added behind the first layers, each [tokens, D]
         self.layers = list(model.model.language_model.layers)
         self.limits: tuple[int, int, int] | None = None
         self.retained: list[int] = []
@@ -125,6 +132,8 @@ class Prefill:
             order = torch.tensor(self.alive)
             attended, probabilities = decoder.attend(layer, query, key, value, order, order)
             self.hidden = decoder.finish(layer, self.hidden, attended)
+            if number < len(self.extra):
+                self.hidden = self.hidden + self.extra[number]
             self.kv_positions.append(list(self.alive))
             self.keys.append(key)
             self.values.append(value)
@@ -147,7 +156,7 @@ class Prefill:
             column = stage2.score(probabilities, rows).tolist()
             scores = {p: column[index_of[p]] for p in video.alive}
             kept = stage2.keep(video, scores, self.settings, stage)
-            for event in set(video.event_of_token):
+            for event in set(video.event_of_token) - {-1}:
                 own = {p: a for p, a in scores.items() if video.event_of_token[p - video.start] == event}
                 self.margin = min(self.margin, stage2.margin(own, [p for p in kept if p in own]))
             video.alive = kept
@@ -156,7 +165,7 @@ class Prefill:
         if stage == 2:
             self.retained = stage2.retain(survivors, self.settings)
             self.margin = min(self.margin, stage2.margin(survivors, self.retained))
-        gone = {p for video in self.videos for p in range(video.start, video.stop)}
+        gone = {p for video in self.videos for p in video.visual}
         gone -= {p for video in self.videos for p in video.alive}
         index = [i for i, p in enumerate(self.alive) if p not in gone]
         self.hidden = self.hidden[index]
@@ -166,7 +175,7 @@ class Prefill:
         """3 and 4: forget the KV that decoding may not use."""
         if self.limits is None:
             return
-        visual = {p for video in self.videos for p in range(video.start, video.stop)}
+        visual = {p for video in self.videos for p in video.visual}
         for number in range(self.limits[0], len(self.layers)):
             spared = set(self.retained) if number < self.limits[2] else set()
             held = self.kv_positions[number]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.support.oracle import settings as rules
+from tests.support.oracle.labelled import PLAIN, Labels, around, widen
 from tests.support.oracle.settings import OracleSettings
 
 
@@ -23,7 +24,7 @@ class Stage1:
     key_events: list[int]  # ascending
     strides: list[int]  # one a frame
     embeddings: Tensor  # [tokens, D]
-    event_of_token: list[int]  # a separator belongs to the event it follows; empty when METok is off
+    event_of_token: list[int]  # a separator belongs to the event it follows, text to none (-1); empty when METok is off
     margin: float = math.inf  # smallest difference of two cosines that a decision rested on
 
 
@@ -140,7 +141,7 @@ def pool(model: Any, frame: Tensor, stride: int) -> Tensor:
         grid = frame.permute(2, 0, 1).unsqueeze(0)
         frame = torch.nn.functional.interpolate(grid, size=size, mode="bilinear")[0].permute(1, 2, 0)
     if layout.newline == "row":
-        newline = model.model.image_newline.unsqueeze(0)
+        newline = widen(model.model.image_newline.unsqueeze(0), depth)
         return torch.cat([torch.cat([row, newline]) for row in frame])
     return frame.reshape(-1, depth)
 
@@ -182,10 +183,16 @@ def gap(values: list[float], count: int) -> float:
     return best[count - 1] - best[count] if 0 < count < len(best) else math.inf
 
 
-def encode_plain(model: Any, pixels: Tensor) -> Stage1:
+def encode_plain(model: Any, pixels: Tensor, labels: Labels = PLAIN) -> Stage1:
     """The model without METok: every frame pooled with stride 2, what follows an event after the video."""
     grid = features(model, pixels)
-    rows = [pool(model, frame, 2) for frame in grid] + separators(model)
+    wide = torch.cat([grid, labels.extra(grid)], dim=-1)
+    rows = [
+        part
+        for i, frame in enumerate(wide)
+        for part, _ in around(model, labels.text(i, len(grid)), pool(model, frame, 2))
+    ]
+    rows += [widen(row, wide.shape[-1]) for row in separators(model)]
     return Stage1([], [], [], [], [2] * len(grid), torch.cat(rows), [])
 
 
@@ -195,6 +202,7 @@ def encode(
     question_ids: list[int],
     settings: OracleSettings,
     towers: tuple[Any, Tensor, Tensor] | None,
+    labels: Labels = PLAIN,
 ) -> Stage1:
     """Stage 1 of one video, pixel values [T, 3, height, width]."""
     grid = features(model, pixels)
@@ -211,11 +219,15 @@ def encode(
     ranked = rank_frames(relevance, events, key_events, settings.key_frames)
     strides = assign_strides(ranked, counts, settings.strides)
 
+    wide = torch.cat([grid, labels.extra(grid)], dim=-1)
     rows, owners = [], []
     for number, (start, stop) in enumerate(events):
-        block = [pool(model, grid[i], strides[i]) for i in range(start, stop)] + separators(model)
-        rows += block
-        owners += [number] * sum(len(part) for part in block)
+        block = []
+        for i in range(start, stop):
+            block += around(model, labels.text(i, len(grid)), pool(model, wide[i], strides[i]))
+        block += [(widen(row, wide.shape[-1]), False) for row in separators(model)]
+        rows += [part for part, _ in block]
+        owners += [-1 if is_text else number for part, is_text in block for _ in part]
 
     margins = [gap([-s for s in similarities], len(events) - 1)]
     margins += [gap(relevance[a:b], settings.key_frames) for a, b in events]

@@ -17,15 +17,20 @@ class Video:
     """The visual tokens of one video in the prompt; token `i` of the video sits at position `start + i`."""
 
     start: int
-    event_of_token: list[int]
+    event_of_token: list[int]  # -1: text that labels a frame
     key_events: list[int]
-    alive: list[int]  # prompt positions still there, ascending
+    alive: list[int]  # prompt positions of visual tokens still there, ascending
     after: list[list[int]] = field(default_factory=list)  # prompt positions left after L1, after L2
 
     @property
     def stop(self) -> int:
         """One past the video's last prompt position."""
         return self.start + len(self.event_of_token)
+
+    @property
+    def visual(self) -> list[int]:
+        """Prompt positions of its visual tokens."""
+        return [self.start + i for i, event in enumerate(self.event_of_token) if event >= 0]
 
 
 def text_rows(video: Video, is_text: list[bool]) -> list[int]:
@@ -49,7 +54,7 @@ def keep(video: Video, scores: dict[int, float], settings: OracleSettings, stage
     `scores`: a of each position alive. Higher score = kept; equal scores keep the lower position.
     """
     kept: list[int] = []
-    for event in sorted(set(video.event_of_token)):
+    for event in sorted(set(video.event_of_token) - {-1}):
         tokens = [p for p in video.alive if video.event_of_token[p - video.start] == event]
         count = rules.keep_count(settings, len(tokens), event in video.key_events, stage)
         kept += sorted(tokens, key=lambda p: (-scores[p], p))[:count]

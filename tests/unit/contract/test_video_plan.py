@@ -127,6 +127,24 @@ def test_by_hand() -> None:
     assert plan.aligner == "none"
 
 
+@given(st.integers(1, 200), st.integers(0, 500), st.booleans(), st.integers(0, 3000))
+def test_text_of_the_frames_changes_no_other_count(frames: int, text: int, on: bool, spare: int) -> None:
+    """No budget knows of it, no survivor and no event."""
+    settings = RequestSettings(token_budget=smallest(frames) + spare) if on else None
+    without = plan_video(VideoGrid(frames, *GRID), STYLE, 196 * frames + 1, settings, "none")
+    plan = plan_video(VideoGrid(frames, *GRID), STYLE, 196 * frames + 1, settings, "none", text)
+    assert plan == replace(without, tokens=without.tokens + text, text_tokens=text)
+    assert plan.visual_tokens == without.tokens == without.visual_tokens
+    assert VideoPlan.from_tensor(plan.to_tensor()) == plan
+
+
+@pytest.mark.parametrize("text", [-1, 64, 65])
+def test_text_leaves_a_visual_token(text: int) -> None:
+    plan = replace(make(10, strides=(8, 9, 27)), tokens=64, text_tokens=text, most_after_l1=0, most_after_l2=0)
+    with pytest.raises(ValueError, match="its counts contradict one another"):
+        VideoPlan.from_tensor(plan.to_tensor())
+
+
 @pytest.mark.parametrize("aligner", ALIGNERS)
 @pytest.mark.parametrize("report", [False, True])
 def test_aligner_and_report(aligner: str, report: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 import metok_vllm
 from metok_vllm.contract.budgets import step_tokens
 from metok_vllm.contract.server_choices import server_choices
+from metok_vllm.frontend import startup
+from metok_vllm.models.registry import SUPPORTED
 from metok_vllm.scheduler.scheduler import MetokScheduler
 from metok_vllm.worker.rpc import MetokWorkerExtension
 from tests.unit.conftest import METOK
@@ -314,6 +317,24 @@ def test_a_mixture_of_experts(make_config: Make, mixture: Path, arguments: dict[
 )
 def test_wrong_settings(make_config: Make, settings: Any, sentence: str) -> None:
     assert refusal(make_config, additional_config={"metok": settings}).startswith(sentence)
+
+
+@pytest.mark.parametrize(("levels", "fits"), [(0, True), (1, True), (2, False)])
+def test_extra_channels_are_added_below_l1(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, levels: int, fits: bool
+) -> None:
+    """Behind it some of their tokens are gone."""
+    (model,) = [supported for supported in SUPPORTED if supported.metok == METOK]
+    monkeypatch.setattr(startup, "SUPPORTED", (replace(model, levels=lambda config: levels),))
+    settings = {"metok": {"prune_layers": [1, 2, 4]}}
+    if fits:
+        make_config(additional_config=settings)
+        return
+    assert refusal(make_config, additional_config=settings) == (
+        "METok (additional_config): this model adds to its visual tokens behind its first 2 layers, so the first of "
+        "prune_layers must be 2 or more, not 1."
+    )
+    make_config(additional_config={"metok": {"prune_layers": [2, 3, 4]}})
 
 
 def test_a_tower_that_is_none(make_config: Make, text_checkpoint: Path) -> None:

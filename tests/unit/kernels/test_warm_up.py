@@ -59,6 +59,20 @@ def test_it_covers_every_kernel_and_says_so(device: torch.device, monkeypatch: p
     assert lines == [f"METok: {len(done.variants)} kernel variants are ready, after {done.seconds:.1f} seconds"]
 
 
+def test_stage_1_with_extra_channels_compiles_nothing_later(device: torch.device) -> None:
+    """Similarities read part of wider rows then, and pooling reads all of them."""
+    wide = replace(SMALL, extra_channels=2 * SMALL.hidden)
+    done = warm_up(wide, device)
+    features = torch.zeros(6, 3, 5, 3 * SMALL.hidden, device=device)
+    tiers = torch.tensor([0, 1, 2, 2, 2, 2], device=device)
+    with recorded_launches() as seen:
+        ops.event_similarity(features[..., : SMALL.hidden].flatten(1, 2))
+        event, separator = torch.zeros_like(tiers), torch.zeros(3 * SMALL.hidden, device=device)
+        ops.pool_video(features, tiers, (1, 2, 3), TierQuota(1, 1, 1, 4), SMALL.style, separator, event)
+    assert seen
+    assert set(seen) <= done.variants
+
+
 def test_the_cache_update_of_each_deep_layer_sees_all_layouts_and_writes_nothing(device: torch.device) -> None:
     """vLLM's own kernel may be compiled for each: strides and slots at multiples of 16 bytes, or not."""
     seen: list[tuple[Any, ...]] = []

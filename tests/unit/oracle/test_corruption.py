@@ -167,7 +167,7 @@ def cut_one_frame_late(patch: Patch) -> None:
 
 
 def pooled_by_averaging(patch: Patch) -> None:
-    def pool(frame: torch.Tensor, stride: int) -> torch.Tensor:
+    def pool(model: Any, frame: torch.Tensor, stride: int) -> torch.Tensor:
         grid = frame.permute(2, 0, 1)[None]
         mean = torch.nn.functional.avg_pool2d(grid, stride, ceil_mode=True)
         return mean[0].permute(1, 2, 0).reshape(-1, frame.shape[-1])

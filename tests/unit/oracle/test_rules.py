@@ -130,9 +130,9 @@ def test_key_events_prefer_the_lower_index_among_equals():
 
 def test_pooling_reads_between_the_patches_as_the_model_does():
     ramp = torch.arange(3.0).repeat(3, 1).unsqueeze(-1)  # [3, 3, 1], value = column
-    assert stage1.pool(ramp, 1).flatten().tolist() == [0, 1, 2] * 3
-    assert stage1.pool(ramp, 2).flatten().tolist() == [0.25, 1.75] * 2  # samples at (i + 0.5) * 1.5 - 0.5
-    assert stage1.pool(ramp, 8).flatten().tolist() == [1.0]
+    assert stage1.pool(None, ramp, 1).flatten().tolist() == [0, 1, 2] * 3
+    assert stage1.pool(None, ramp, 2).flatten().tolist() == [0.25, 1.75] * 2  # samples at (i + 0.5) * 1.5 - 0.5
+    assert stage1.pool(None, ramp, 8).flatten().tolist() == [1.0]
 
 
 def test_alignment_none_compares_a_frame_with_its_own_event():

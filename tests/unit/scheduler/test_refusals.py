@@ -13,7 +13,7 @@ from vllm.multimodal.inputs import PlaceholderRange
 from vllm.outputs import RequestError
 from vllm.v1.request import RequestStatus
 
-from metok_vllm.contract.fields import PLAN_FIELD, QUESTION_FIELD
+from metok_vllm.contract.fields import FRAME_TEXT_FIELD, PLAN_FIELD, QUESTION_FIELD
 from metok_vllm.contract.refusals import NO_SESSIONS, no_prompt_logprobs
 from metok_vllm.contract.spans import UnusableItem, pruned_spans
 from tests.support.fakes import Limits, Prompt, item, plan
@@ -22,6 +22,8 @@ from tests.unit.scheduler.test_scheduler import Run
 PLAN = plan(10, 4, 500_000)
 GOOD = Prompt((3, 2, 5), (PLAN, plan(8, 3, 500_000)))
 NUMBERS = PLAN.to_tensor()
+LABELLED = plan(10, 4, 500_000, text=3).to_tensor()
+TEXT = torch.tensor([1, 2, 0, 0, 0, 0, 0, 0, 5, 6, 7])
 
 
 def with_number(position: int, value: int) -> torch.Tensor:
@@ -65,6 +67,15 @@ BAD_ITEMS: dict[str, Any] = {
     "a question of a negative token": video(question=torch.tensor([1, -7])),
     "a question without a length": video(question=torch.zeros(0, dtype=torch.int64)),
     "a question of floats": video(question=torch.tensor([1.0])),
+    "no text of its frames": video(LABELLED),
+    "no text of its frames, without METok": video(plan(10, text=3, pruned=False).to_tensor()),
+    "text of other frames": video(LABELLED) | {FRAME_TEXT_FIELD: torch.tensor([3, 5, 6, 7])},
+    "less text than the plan says": video(LABELLED) | {FRAME_TEXT_FIELD: TEXT[:-1]},
+    "text of floats": video(LABELLED) | {FRAME_TEXT_FIELD: TEXT.float()},
+    "text of a negative token": video(LABELLED) | {FRAME_TEXT_FIELD: -TEXT},
+    "as much text as tokens": video(replace(PLAN, text_tokens=10).to_tensor()),
+    "negative text": video(replace(PLAN, text_tokens=-1).to_tensor()),
+    "more survivors than visual tokens": video(replace(plan(10, 4, 500_000, text=3), most_after_l1=8).to_tensor()),
 }
 
 
@@ -186,8 +197,17 @@ ANYTHING = st.one_of(
 )
 
 
+def test_ids_beyond_the_vocabulary(busy: Run) -> None:
+    """The scheduler knows the vocabulary, and the worker would look the ids up in it."""
+    request = GOOD.request("bad")
+    request.mm_features[0].data = item(video(LABELLED) | {FRAME_TEXT_FIELD: TEXT + 1_000 * (TEXT > 2)})
+    ends_alone(busy, add(busy, request))
+
+
 @given(
-    fields=st.dictionaries(st.sampled_from([PLAN_FIELD, QUESTION_FIELD, "pixel_values_videos"]), ANYTHING),
+    fields=st.dictionaries(
+        st.sampled_from([PLAN_FIELD, QUESTION_FIELD, FRAME_TEXT_FIELD, "pixel_values_videos"]), ANYTHING
+    ),
     place=st.tuples(st.integers(-3, 40), st.integers(0, 40)),
     moved=st.booleans(),
 )

@@ -285,7 +285,9 @@ def workloads(draw: st.DrawFn) -> tuple[Limits, list[Prompt]]:
 
     def video(retention: int) -> Any:
         tokens = draw(st.integers(2, 40))  # a frame and its separator
-        return plan(tokens, draw(st.integers(0, tokens)), retention, pruned=int(draw(st.integers(0, 7)) > 0))
+        inside = draw(st.sampled_from([0, 0, 1, tokens // 2]))
+        most = draw(st.integers(0, tokens - inside))
+        return plan(tokens, most, retention, pruned=int(draw(st.integers(0, 7)) > 0), text=inside)
 
     def prompt() -> Prompt:
         count, retention = draw(st.integers(0, 2)), draw(st.sampled_from([0, 500_000, 1_000_000]))

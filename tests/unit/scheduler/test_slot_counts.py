@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metok_vllm.contract.fields import FRAME_TEXT_FIELD
 from metok_vllm.contract.spans import UnusableItem, VideoSpan, pruned_spans, retained_bound
 from metok_vllm.scheduler.slot_counts import SlotCounts
-from tests.support.fakes import Prompt, feature, plan
+from tests.support.fakes import Prompt, feature, item, plan
 
 
 @st.composite
 def prompts(draw: st.DrawFn, fewest: int = 1, most: int = 4) -> Prompt:
-    """Prompts with pruned videos, possibly side by side, at the start,
+    """Prompts with pruned videos, possibly side by side, at the start, some with text inside them,
     and with one token of text at the end.
     """
     count = draw(st.integers(fewest, most))
     retention = draw(st.sampled_from([0, 1, 333_333, 500_000, 1_000_000]))
     plans = []
     for _ in range(count):
-        tokens = draw(st.integers(1, 30))
-        plans.append(plan(tokens, draw(st.integers(0, tokens)), retention))
+        visual, inside = draw(st.integers(1, 30)), draw(st.sampled_from([0, 0, 1, 2, 9]))
+        plans.append(plan(visual + inside, draw(st.integers(0, visual)), retention, text=inside))
     text = [draw(st.integers(0, 12)) for _ in range(count)] + [draw(st.integers(1, 12))]
     return Prompt(tuple(text), tuple(plans))
 
@@ -32,28 +35,39 @@ def counts_of(prompt: Prompt) -> SlotCounts:
     return SlotCounts(prompt.length, pruned_spans(prompt.features("r"), prompt.length))
 
 
-def owners(prompt: Prompt, generated: int) -> list[bool]:
-    """For each token of the prompt and of `generated` further ones, whether it owns a slot above L3."""
+def owners(prompt: Prompt, generated: int, seed: int) -> list[bool]:
+    """For each token of the prompt and of `generated` further ones, whether it owns a slot above L3.
+
+    `seed` says where the text inside each video stands.
+    """
+    rng = random.Random(seed)
     owns: list[bool] = []
     for i, text in enumerate(prompt.text):
         owns += [True] * text
         if i < len(prompt.videos):
-            owns += [not prompt.videos[i].pruned] * prompt.videos[i].tokens
+            video = prompt.videos[i]
+            inside = [True] * video.text_tokens + [not video.pruned] * video.visual_tokens
+            rng.shuffle(inside)
+            owns += inside
     return owns + [True] * generated
 
 
-@given(prompts())
-def test_slots_are_counted_token_by_token(prompt: Prompt) -> None:
-    counts, owns = counts_of(prompt), owners(prompt, 5)
+@given(prompts(), st.integers(0, 99))
+def test_slots_are_counted_token_by_token(prompt: Prompt, seed: int) -> None:
+    """A bound only where a video with text inside is cut in two, wherever that text stands."""
+    counts, owns = counts_of(prompt), owners(prompt, 5, seed)
+    cut = {p for s in counts.spans if s.plan.text_tokens for p in range(s.start + 1, s.end)}
     survivors = sum(video.most_after_l2 for video in prompt.videos)
     retained = -(-survivors * prompt.videos[0].retention_micro // 1_000_000)
     assert retained_bound(counts.spans) == retained
-    assert counts.visual_tokens == sum(video.tokens for video in prompt.videos)
+    assert counts.visual_tokens == sum(video.visual_tokens for video in prompt.videos)
     for length in range(prompt.length + 6):
         text = sum(owns[:length])
-        assert counts.slots(length, retains=False) == text
+        found = counts.slots(length, retains=False)
+        assert found >= text
+        assert found == text or length in cut
         complete = length >= prompt.length
-        assert counts.slots(length, retains=True) == text + (retained if complete else 0)
+        assert counts.slots(length, retains=True) == found + (retained if complete else 0)
 
 
 @given(prompts(), st.booleans())
@@ -79,6 +93,27 @@ def test_by_hand() -> None:
         *(0, 3, 3, 3, 4, 5, 5, 5, 6, 10, 16)
     ]
     assert [counts.slots(n, True) for n in (13, 23, 24, 30)] == [3, 9, 14, 20]
+
+
+def test_text_inside_a_video_by_hand() -> None:
+    # 3 text, 10 tokens of a video with 4 of text, 2 text: of half a video the first 4 are taken for text.
+    prompt = Prompt((3, 2), (plan(10, 6, 500_000, text=4),))
+    counts = counts_of(prompt)
+    assert counts.visual_tokens == 6
+    assert [counts.slots(n, False) for n in (0, 3, 5, 7, 9, 13, 14, 15, 20)] == [0, 3, 5, 7, 7, 7, 8, 9, 14]
+    assert [counts.slots(n, True) for n in (13, 14, 15, 20)] == [7, 8, 12, 17]
+
+
+@pytest.mark.parametrize("field", [None, [1, 0, 0, 0, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0, 0, 0, 5, 99]])
+def test_the_text_of_frames_must_be_what_the_plan_says(field: list[int] | None) -> None:
+    for pruned in (True, False):  # the worker lays it with METok off too
+        good = feature(3, plan(10, 0, text=2, pruned=pruned))
+        assert len(pruned_spans([good], 20, vocabulary=99)) == pruned
+        bad = feature(3, plan(10, 0, text=2, pruned=pruned))
+        fields = {name: elem.data for name, elem in bad.data.items() if name != FRAME_TEXT_FIELD}
+        bad.data = item(fields if field is None else {**fields, FRAME_TEXT_FIELD: torch.tensor(field)})
+        with pytest.raises(UnusableItem, match="the text of"):
+            pruned_spans([bad], 20, vocabulary=99)
 
 
 def test_only_pruned_videos_are_spans() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from metok_vllm.worker.attention import RunningStep
 from metok_vllm.worker.batch import DecoderStack, PromptChunk
 from metok_vllm.worker.decoder import Decoder
 from metok_vllm.worker.eager_layers import EagerLayers
-from metok_vllm.worker.requests import PrunedRequest, VideoTags
+from metok_vllm.worker.requests import PrunedRequest, VideoTags, pack_tags
 from metok_vllm.worker.survivors import Survivors, prune_l2, prune_l3, survivors_of_l1
 from metok_vllm.worker.timing import PartTimes
 from tests.support.fakes import plan
@@ -27,23 +28,28 @@ LENGTHS = ([5, 3], [4, 6])  # tokens of each event of two videos; the first even
 GAPS = (3, 2, 4)  # text before, between and behind them
 
 
-def request(retention: int) -> PrunedRequest:
-    spans, tags, text, at = [], [], [], 0
-    for gap, lengths in zip(GAPS, LENGTHS, strict=False):
-        text += range(at, at + gap)
+def request(retention: int, inside: Sequence[Sequence[int]] = ((), ())) -> PrunedRequest:
+    """`inside`: of each video, where text stands in its span."""
+    spans, tags, outside, at = [], [], [], 0
+    for gap, lengths, labels in zip(GAPS, LENGTHS, inside, strict=False):
+        outside += range(at, at + gap)
         at += gap
-        video = replace(plan(sum(lengths), retention=retention), events=len(lengths), keep_ratio_micro=RATIO)
-        spans.append(VideoSpan(at, sum(lengths), video))
-        event = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        tags.append(VideoTags(event, event == 0, torch.zeros_like(event), torch.zeros_like(event)))
-        at += sum(lengths)
-    text += range(at, at + GAPS[-1])
-    behind = np.array([p for p in text if p > spans[0].start])
+        tokens = sum(lengths) + len(labels)
+        video = replace(plan(tokens, 0, retention, text=len(labels)), events=len(lengths), keep_ratio_micro=RATIO)
+        spans.append(VideoSpan(at, tokens, video))
+        event = torch.zeros(tokens, dtype=torch.int64)
+        is_text = event.index_fill(0, torch.tensor(labels, dtype=torch.int64), 1)
+        event[is_text == 0] = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        channels = pack_tags(event, event == 0, torch.zeros_like(event), torch.zeros_like(event), is_text)
+        tags.append(VideoTags.unpack(channels.bfloat16(), len(labels)))
+        at += tokens
+    outside += range(at, at + GAPS[-1])
+    behind = np.array([p for p in outside if p > spans[0].start])
     return PrunedRequest(
         req_id="r",
         prompt_len=at + GAPS[-1],
         spans=tuple(spans),
-        text=torch.tensor(text),
+        outside=torch.tensor(outside),
         scoring=torch.from_numpy(behind),
         scoring_np=behind,
         scoring_before=(0, GAPS[1]),
@@ -55,10 +61,15 @@ def chosen(alive: list[int], scores: dict[int, float], span: VideoSpan, tags: An
     """Positions of one video that pass a pruning layer, in plain loops."""
     kept = []
     for event in range(span.plan.events):
-        own = [p for p in alive if span.start <= p < span.end and tags.event[p - span.start] == event]
+        own = [p for p, of in zip(places(span, tags), tags.event.tolist(), strict=True) if of == event and p in alive]
         count = keep_count(len(own), RATIO, event == 0, layer)
         kept += sorted(sorted(own, key=lambda p: (-scores[p], p))[:count])
     return kept
+
+
+def places(span: VideoSpan, tags: Any) -> list[int]:
+    """Positions of a video's visual tokens."""
+    return [span.start + p for p in (range(span.length) if tags.place is None else tags.place.tolist())]
 
 
 def random_scores(positions: list[int], seed: int) -> dict[int, float]:
@@ -66,18 +77,28 @@ def random_scores(positions: list[int], seed: int) -> dict[int, float]:
     return dict(zip(positions, values.tolist(), strict=True))
 
 
+INSIDE = {"none": ((), ()), "in both": ((0, 3, 4, 10), (1, 11, 12)), "in one": ((), (0, 5))}
+
+
+@pytest.mark.parametrize("inside", INSIDE.values(), ids=INSIDE)
 @pytest.mark.parametrize("retention", [0, MICRO // 2, MICRO])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_prompt_through_its_three_pruning_layers(seed: int, retention: int) -> None:
-    asked = request(retention)
+def test_a_prompt_through_its_three_pruning_layers(seed: int, retention: int, inside: Any) -> None:
+    asked = request(retention, inside)
     chunk = PromptChunk(asked, 0, 0, asked.prompt_len, 0)
-    text = asked.text.tolist()
-    visual = [p for span in asked.spans for p in range(span.start, span.end)]
+    text = asked.text().tolist()
+    visual = [p for s, t in zip(asked.spans, asked.tags, strict=True) for p in places(s, t)]
+    assert text == sorted(set(range(asked.prompt_len)) - set(visual))
+    labels = [s.start + p for s, own in zip(asked.spans, inside, strict=True) for p in own]
+    assert set(labels) == set(text) - set(asked.outside.tolist())
+    assert (len(text), len(visual)) == (asked.text_tokens, asked.visual_tokens)
 
     first = random_scores(visual, seed)
     (survivors,) = survivors_of_l1([chunk], [[of_span(first, span, visual) for span in asked.spans]])
     alive = [p for s, t in zip(asked.spans, asked.tags, strict=True) for p in chosen(visual, first, s, t, 1)]
     check(survivors, text, alive)
+    rows = [row for of_video in survivors.visual for row in of_video.every(survivors.positions.device).tolist()]
+    assert survivors.positions[rows].tolist() == alive
 
     second = random_scores(alive, seed + 100)
     before = survivors.positions.tolist()
@@ -103,7 +124,7 @@ def test_a_prompt_through_its_three_pruning_layers(seed: int, retention: int) ->
 
 
 def of_span(scores: dict[int, float], span: VideoSpan, alive: list[int]) -> torch.Tensor:
-    return torch.tensor([scores[p] for p in alive if span.start <= p < span.end])
+    return torch.tensor([scores[p] for p in alive if span.start <= p < span.end and p in scores])
 
 
 def check(survivors: Survivors, text: list[int], alive: list[int]) -> None:
