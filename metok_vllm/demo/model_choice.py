@@ -21,7 +21,7 @@ QUESTION = "What happens in this video, and who is in it?"
 
 PROFILED_FRAMES = 32
 """The server has room for a video of this many frames by itself."""
-_TOKENS_PER_FRAME = 196  # of the published checkpoints without METok: 27 x 27 patches pooled by 2
+_TOKENS_PER_FRAME = 210  # at most, of the published checkpoints without METok: 27 x 27 patches pooled by 2, newlines
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 

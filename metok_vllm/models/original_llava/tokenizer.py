@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, Qwen2Config
 
+from metok_vllm.models.original_llava.weights import check_tower
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
@@ -43,7 +45,8 @@ def set_placeholders(model_config: ModelConfig, tokenizer: Any) -> None:
     """Tell the config the ids of the placeholders.
 
     Raises:
-        ValueError: the tokenizer is another model's, or the vocabulary has no rows to spare.
+        ValueError: the tokenizer is another model's, the vocabulary has no rows to spare, or there are no
+            weights for the vision tower.
     """
     config: Any = model_config.hf_config
     vocabulary = tokenizer.get_vocab()
@@ -59,3 +62,4 @@ def set_placeholders(model_config: ModelConfig, tokenizer: Any) -> None:
             f"METok cannot serve {model_config.model}: its vocabulary of {rows} rows has none to spare for {IMAGE} and "
             f"{VIDEO}."
         )
+    check_tower(model_config.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -13,7 +14,11 @@ from transformers import AutoConfig
 from vllm.tokenizers.registry import cached_get_tokenizer
 
 import metok_vllm
-from metok_vllm.compression.pooling import PoolStyle
+from metok_vllm.compression.accounting import account, expected_visual_tokens
+from metok_vllm.compression.pooling import PoolStyle, tokens_per_frame
+from metok_vllm.contract.kv_layout import chosen_layers
+from metok_vllm.contract.settings import MetokSettings, resolve_request
+from metok_vllm.contract.video_plan import VideoGrid, plan_video
 from metok_vllm.demo.checkpoint import make_tokenizer
 from metok_vllm.demo.original_checkpoint import SPECIALS, Kind, build_original_checkpoint
 from metok_vllm.frontend.checkpoint_format import register_formats
@@ -21,9 +26,11 @@ from metok_vllm.frontend.command_line import rewritten
 from metok_vllm.models.original_llava.config import Layout, layout_of, read_config
 from metok_vllm.models.original_llava.processor import build_processor
 from metok_vllm.models.registry import FORMAT
+from metok_vllm.worker.report import model_shape
 
 KINDS = get_args(Kind)
 METOK = "METokLlavaQwenForCausalLM"
+CLIP = "openai/clip-vit-large-patch14-336"
 
 
 @pytest.fixture(scope="module")
@@ -238,12 +245,44 @@ def test_another_tokenizer_mode_is_refused(configured: Callable[..., Any]) -> No
 
 
 def test_a_full_vocabulary_is_refused(configured: Callable[..., Any], folders: dict[str, Path], tmp_path: Path) -> None:
-    for file in folders["longva"].iterdir():
-        (tmp_path / file.name).symlink_to(file)
+    linked(folders["longva"], tmp_path)
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(stated(folders["longva"], vocab_size=511)))
     with pytest.raises(ValueError, match="its vocabulary of 511 rows has none to spare for <image> and <video>"):
         configured("longva", tmp_path)
+
+
+def linked(source: Path, folder: Path) -> Path:
+    """A folder with the same files, of which single ones may be replaced."""
+    for file in source.iterdir():
+        (folder / file.name).symlink_to(file)
+    return folder
+
+
+def test_a_checkpoint_without_its_tower_is_refused(
+    configured: Callable[..., Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = linked(folders["longva"], tmp_path)
+    tensors = {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
+    for file in folder.glob("model*"):
+        file.unlink()
+    save_file({k: v for k, v in tensors.items() if "vision_tower" not in k}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="the weights of its vision tower are not in it, and METok fetches no others"):
+        configured("longva", folder)
+
+
+def test_a_file_that_was_cut_off_is_refused(
+    configured: Callable[..., Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = linked(folders["longva"], tmp_path)
+    file = next(folder.glob("*.safetensors"))
+    whole = file.read_bytes()
+    file.unlink()
+    file.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match=f"METok cannot serve {folder}: {file.name} is no whole safetensors file"):
+        configured("longva", folder)
 
 
 def test_transformers_has_heard_of_the_type() -> None:
@@ -306,3 +345,24 @@ def test_frames_become_the_authors_pixels(configured: Callable[..., Any], kind: 
     byte = 1 / 255 / (0.26 if kind == "longva" else 0.5)
     assert (ours - theirs).abs().max() <= 2.5 * byte
     assert (ours - theirs).abs().mean() <= 0.2 * byte
+
+
+# --- the paper's figures ---
+
+
+def test_the_papers_figures_come_out_of_the_engines_accounting() -> None:
+    """LongVA-7B as published, 64 frames, 200 text tokens: FLOPs down by 80 %, KV while decoding by 93 %."""
+    config = read_config(
+        {**PUBLISHED, "model_type": "qwen2", "mm_patch_merge_type": "unires", "mm_vision_tower": CLIP}, "LongVA-7B"
+    )
+    grid, style = VideoGrid(64, 24, 24), layout_of(config).style
+    plan = plan_video(grid, style, 64 * 144, resolve_request(MetokSettings(), None), "embedding")
+    per_frame = tokens_per_frame(24, 24, plan.strides, style)
+    expected = expected_visual_tokens(64, 5, 3, 6, per_frame, False, plan.keep_ratio_micro, stock=plan.stock_tokens)
+    assert (plan.stock_tokens, plan.tokens) == (9216, expected.encoded)
+    shape = model_shape(SimpleNamespace(hf_text_config=config.text_config, get_head_size=lambda: 128))  # type: ignore
+    layers = chosen_layers(28, None)
+    costs = account(shape, layers, 200, expected)
+    assert layers == (3, 10, 19)
+    assert 100 * costs.prefill_flops.saved(costs.prefill_flops_stock) == pytest.approx(80, abs=1.5)
+    assert 100 * costs.kv_bytes.saved(costs.kv_bytes_stock) == pytest.approx(93, abs=1)
