@@ -111,7 +111,7 @@ def frames_table(view: ReportView) -> Table:
         title_justify="left",
         title_style="bold",
         caption="One number a frame. How many frames get which stride is fixed by their number; the key frames of key "
-        "events come first. An event's last frame counts its separator.",
+        "events come first. A separator behind an event or a row counts with the frame before it.",
         caption_justify="left",
     )
     table.add_column("event", justify="right")

@@ -129,7 +129,7 @@ class MetokLlavaQwenForCausalLM(MetokLlavaOnevisionForConditionalGeneration):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.layout = layout_of(self.config)
         self.pool_style = self.layout.style
-        if self.layout.images == "unires":  # such a checkpoint has no newline
+        if not self.layout.has_newline:  # vLLM would miss its weights
             self.image_newline = None  # type: ignore[assignment]
 
     def stock_video(self, features: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,7 @@ class Layout:
     separators: Separators
     images: Images
     tells_times: bool  # whether the model was trained to read when a video's frames are
+    has_newline: bool  # whether the checkpoint has an embedding for it
 
     @property
     def style(self) -> PoolStyle:
@@ -135,6 +136,7 @@ def read_config(stated: Mapping[str, Any], model: str) -> LlavaOnevisionConfig:
         separators=separators[position],
         images=images,
         tells_times=bool(stated.get("add_time_instruction")),
+        has_newline=not is_unires,
     )
     try:
         text = Qwen2Config(architectures=["Qwen2ForCausalLM"], **_of_text(stated))

@@ -74,7 +74,7 @@ def test_longva_as_published(name: str) -> None:
         "lmms-lab/LongVA-7B",
     )
     vision = config.vision_config
-    assert layout_of(config) == Layout("average", "none", "unires", tells_times=False)
+    assert layout_of(config) == Layout("average", "none", "unires", tells_times=False, has_newline=False)
     assert layout_of(config).style == PoolStyle("average", "none")
     assert (vision.model_type, vision.hidden_size, vision.num_hidden_layers) == ("clip_vision_model", 1024, 24)
     assert (vision.image_size // vision.patch_size, vision.num_attention_heads) == (24, 16)
@@ -108,7 +108,7 @@ def test_siglip_as_published(keys: dict[str, Any], separators: Any, tells_times:
         },
         "lmms-lab/LLaVA-Video-7B-Qwen2",
     )
-    assert layout_of(config) == Layout("bilinear", separators, "anyres_max_9", tells_times)
+    assert layout_of(config) == Layout("bilinear", separators, "anyres_max_9", tells_times, has_newline=True)
     vision = config.vision_config
     assert (vision.num_hidden_layers, config.vision_feature_layer) == (26, -1), "the last of 27 is never trained"
     assert vision.image_size // vision.patch_size == 27
