@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import LlavaOnevisionProcessor
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from vllm.model_executor.models.llava_onevision import LlavaOnevisionDummyInputsBuilder
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize
@@ -29,24 +28,13 @@ from metok_vllm.models.llava_onevision import (
 )
 from metok_vllm.models.original_llava.config import Layout, layout_of
 from metok_vllm.models.original_llava.processor import build_processor
+from metok_vllm.models.original_llava.tiles import patches_a_side, tiles_of
 from metok_vllm.models.original_llava.weights import WEIGHTS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = metok_logger(__name__)
-
-
-def _side(config: Any) -> int:
-    """Patches a side of what the tower sees."""
-    return int(config.vision_config.image_size) // int(config.vision_config.patch_size)
-
-
-def tiles_of(config: Any, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of tiles that a picture of `height` x `width` pixels is cut into."""
-    shape: Any = get_anyres_image_grid_shape
-    rows, columns = shape((height, width), config.image_grid_pinpoints, config.vision_config.image_size)
-    return int(rows), int(columns)
 
 
 class MetokLlavaQwenProcessingInfo(MetokLlavaOnevisionProcessingInfo):
@@ -65,7 +53,7 @@ class MetokLlavaQwenProcessingInfo(MetokLlavaOnevisionProcessingInfo):
 
     @cached_property
     def _pooled_side(self) -> int:
-        return math.ceil(_side(self.get_hf_config()) / STOCK_STRIDE)
+        return math.ceil(patches_a_side(self.get_hf_config()) / STOCK_STRIDE)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"video": None} if self.layout.images == "none" else super().get_supported_mm_limits()
@@ -155,7 +143,7 @@ class MetokLlavaQwenForCausalLM(MetokLlavaOnevisionForConditionalGeneration):
         if self.layout.images != "unires":
             return super()._merge_image_patch_embeddings(image_size, patch_embeddings, **kwargs)
         rows, columns = tiles_of(self.config, *image_size.tolist())
-        side = _side(self.config)
+        side = patches_a_side(self.config)
         tiles = patch_embeddings[1 : 1 + rows * columns]  # padded beside larger pictures
         tiles = tiles.view(rows * columns, side, side, -1)
         return pool_frames(tiles, STOCK_STRIDE, "average").flatten(0, 1)
