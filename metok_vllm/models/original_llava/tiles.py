@@ -13,7 +13,7 @@ def patches_a_side(config: Any) -> int:
 
 
 def tiles_of(config: Any, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of tiles of a picture of `height` x `width` pixels: the tiling that keeps most of it."""
+    """Rows and columns of tiles of a picture of `height` x `width` pixels, so that most of it is kept."""
     shape: Any = get_anyres_image_grid_shape
     rows, columns = shape((height, width), config.image_grid_pinpoints, config.vision_config.image_size)
     return int(rows), int(columns)
