@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from metok_vllm.demo.checkpoint import make_tokenizer
 from metok_vllm.demo.original_checkpoint import SPECIALS, Kind, build_original_checkpoint
 from metok_vllm.frontend.checkpoint_format import register_formats
 from metok_vllm.frontend.command_line import rewritten
+from metok_vllm.frontend.processing import MetokProcessing
 from metok_vllm.models.original_llava.config import Layout, layout_of, read_config
 from metok_vllm.models.original_llava.processor import build_processor
 from metok_vllm.models.registry import FORMAT
@@ -366,3 +368,69 @@ def test_the_papers_figures_come_out_of_the_engines_accounting() -> None:
     assert layers == (3, 10, 19)
     assert 100 * costs.prefill_flops.saved(costs.prefill_flops_stock) == pytest.approx(80, abs=1.5)
     assert 100 * costs.kv_bytes.saved(costs.kv_bytes_stock) == pytest.approx(93, abs=1)
+
+
+# --- the times of frames ---
+
+
+class Words:
+    """A tokenizer in which a full stop and the line that it ends are one token, as in Qwen2's."""
+
+    all_special_ids = (90, 91)
+
+    def __init__(self) -> None:
+        self.known = ["<image>", "<video>", "<|im_end|>"]
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        found = []
+        for word in re.findall(r"\.\n|\n|\.|[^.\n]+", text):
+            if word not in self.known:
+                self.known.append(word)
+            found.append(100 + self.known.index(word))
+        return found
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "".join(self.known[number - 100] for number in ids)
+
+
+class Told(MetokProcessing):
+    """As little of a processor as the method needs."""
+
+    def __init__(self, told: list[str]) -> None:
+        self.words, self.told = Words(), iter(told)
+        processor = SimpleNamespace(image_token_id=90, video_token_id=91)
+        self.info = SimpleNamespace(get_tokenizer=lambda: self.words, get_hf_processor=lambda: processor)  # type: ignore
+
+    def text_behind(self, frames: int, metadata: Any) -> str:
+        return next(self.told)
+
+
+class Videos(list[Any]):
+    metadata: Any = None
+
+    def get(self, index: int) -> Any:
+        return self[index]
+
+    def get_num_frames(self, index: int) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("follows", ["\nWho?", "Who?", "\n", ""])
+def test_the_end_of_the_told_line_is_tokenized_with_what_follows(follows: str) -> None:
+    told = Told(["At 0.00s."])
+    words = told.words
+    prompt = [*words.encode("user\n", False), 91, *words.encode(follows, False), 90, *words.encode("x.", False)]
+    found = told._with_text_behind(prompt, Videos(["a video"]))
+    line = "" if follows.startswith("\n") else "\n"
+    expected = words.encode(f"\nAt 0.00s.{line}{follows}", False)
+    assert found == [*words.encode("user\n", False), 91, *expected, 90, *words.encode("x.", False)]
+    assert words.encode(".\n", False)[0] in expected, "one token, not two"
+
+
+def test_each_video_is_told_of_its_own_times_and_the_rest_is_left() -> None:
+    told = Told(["one", "", "three"])
+    words = told.words
+    a, b = words.encode("\nA", False), words.encode("\nB", False)
+    found = told._with_text_behind([91, *a, 91, *b, 91, 90, 91], Videos(["v"] * 3))
+    assert found == [91, *words.encode("\none\nA", False), 91, *b, 91, *words.encode("\nthree\n", False), 90, 91]
