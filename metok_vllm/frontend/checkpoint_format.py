@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from vllm.tokenizers.hf import get_cached_tokenizer
 from vllm.tokenizers.registry import TokenizerRegistry, cached_tokenizer_from_config, get_tokenizer
 from vllm.transformers_utils import config as vllm_configs
@@ -44,7 +44,9 @@ class MetokConfigParser(HFConfigParser):
             ValueError: METok cannot serve the checkpoint, in one sentence.
         """
         stated, _ = PreTrainedConfig.get_config_dict(model, revision=revision, token=kwargs.get("token"))
-        config = read_own_format(stated, str(model))
+        overrides = kwargs.get("hf_overrides")  # vLLM would put them where nobody looks
+        asked = {**stated, **overrides} if isinstance(overrides, dict) else stated
+        config = read_own_format(asked, str(model))
         if config is not None:
             return stated, config
         parsed: tuple[dict[str, Any], PreTrainedConfig] = super().parse(
@@ -80,8 +82,9 @@ def register_formats() -> None:
         with _quiet(vllm_configs.__name__):
             register_config_parser(FORMAT)(MetokConfigParser)
     unknown = {name for supported in SUPPORTED if supported.own_format for name in supported.own_format.unknown_types}
-    for name in unknown:  # vLLM looks at the config beside a tokenizer, and logs errors where it cannot
-        AutoConfig.register(name, type("OwnFormatConfig", (PreTrainedConfig,), {"model_type": name}), exist_ok=True)
+    for name in unknown - set(CONFIG_MAPPING.keys()):
+        # vLLM looks at the config beside a tokenizer, and logs errors where it cannot.
+        AutoConfig.register(name, type("OwnFormatConfig", (PreTrainedConfig,), {"model_type": name}))
     if FORMAT not in TokenizerRegistry.tokenizers:
         TokenizerRegistry.register(FORMAT, MetokTokenizer.__module__, MetokTokenizer.__name__)
         RENDERER_REGISTRY.register(FORMAT, "vllm.renderers.hf", "HfRenderer")

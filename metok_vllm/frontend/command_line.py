@@ -107,13 +107,14 @@ def _read(argv: Sequence[str]) -> tuple[list[str], Namespace | None]:
         raise ValueError(f"{OVERRIDES} takes a JSON object, not {overrides!r}.")
     model: str = getattr(options, "model_tag", None) or options.model
     check_settings_files(model)
-    config = _stated_config(options.hf_config_path or model, options.revision)
+    where = options.hf_config_path or model
+    config = _stated_config(where, options.revision)
     architecture = metok_architecture(config.get("architectures"), model)
     # One JSON object with all that the user gave, in whatever form: of several forms vLLM lets one replace
     # the others.
+    arguments = _with_config_format(arguments, options, {**config, **overrides}, where)
     overrides = {**overrides, "architectures": [architecture]}
     arguments = [*_without(arguments, OVERRIDES), OVERRIDES, json.dumps(overrides)]
-    arguments = _with_config_format(arguments, options, config, model)
     arguments = _with_chat_template(arguments, options)
     if program.serves:
         arguments += ["--middleware", MIDDLEWARE]
@@ -147,10 +148,14 @@ def _with_config_format(arguments: list[str], options: Namespace, config: Mappin
     """Let vLLM read a checkpoint that transformers cannot read (`frontend/checkpoint_format.py`).
 
     Raises:
-        ValueError: METok cannot read it either, or another format is asked for.
+        ValueError: METok cannot read it either, or another format is asked for, or an override that vLLM
+            would put where nobody looks.
     """
     if read_own_format(config, model) is None:
         return arguments
+    for key, value in options.hf_overrides.items():
+        if isinstance(value, dict) and key not in ("text_config", "vision_config"):
+            raise ValueError(f"{OVERRIDES}: {key!r} does nothing for {model}; state it inside 'text_config'.")
     for option, stated in ((CONFIG_FORMAT, options.config_format), (TOKENIZER_MODE, options.tokenizer_mode)):
         if stated not in ("auto", FORMAT):
             raise ValueError(f"METok reads the format of {model} by itself: leave {option} at auto.")

@@ -267,16 +267,15 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
     def _with_text_behind(self, prompt: Sequence[int], videos: Any) -> list[int]:
         """The prompt with `text_behind` after the place of each video, on a line of its own.
 
-        What stands behind the place, up to the next special token, is tokenized once more with it: a full
-        stop and the end of the line may be one token.
+        Line ends that follow are tokenized once more with it, since a full stop and the end of its line may
+        be one token. All other tokens stay what they were.
         """
         tokenizer: Any = self.info.get_tokenizer()
         processor: Any = self.info.get_hf_processor()
-        special = {*tokenizer.all_special_ids, processor.image_token_id, processor.video_token_id}
-        ids, video = [], 0
-        rest = list(prompt)
-        while rest:
-            ids.append(rest.pop(0))
+        ids, video, at = [], 0, 0
+        while at < len(prompt):
+            ids.append(prompt[at])
+            at += 1
             if ids[-1] != processor.video_token_id or video >= len(videos):
                 continue
             if videos.get(video) is None:
@@ -290,11 +289,11 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
             video += 1
             if not text:
                 continue
-            end = next((i for i, token in enumerate(rest) if token in special), len(rest))
-            follows = str(tokenizer.decode(rest[:end], skip_special_tokens=False))
-            line = "" if follows.startswith("\n") else "\n"
-            ids += tokenizer.encode(f"\n{text}{line}{follows}", add_special_tokens=False)
-            del rest[:end]
+            ends = ""
+            while at < len(prompt) and (piece := str(tokenizer.decode([prompt[at]]))) and not piece.strip("\r\n"):
+                ends += piece
+                at += 1
+            ids += tokenizer.encode(f"\n{text}{ends or chr(10)}", add_special_tokens=False)
         return ids
 
     def _is_in_vocabulary(self, ids: Sequence[int]) -> bool:

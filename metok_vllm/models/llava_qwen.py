@@ -37,6 +37,15 @@ if TYPE_CHECKING:
 logger = metok_logger(__name__)
 
 
+def _number(value: Any) -> float:
+    """A number above 0 that somebody states; 0 where it is none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return 0
+    return number if math.isfinite(number) and number > 0 else 0
+
+
 class MetokLlavaQwenProcessingInfo(MetokLlavaOnevisionProcessingInfo):
     """Counts tokens as the checkpoint's layout says, with a processor built in code."""
 
@@ -88,7 +97,7 @@ class MetokLlavaQwenMultiModalProcessor(MetokLlavaOnevisionMultiModalProcessor):
 
     def text_behind(self, frames: int, metadata: Mapping[str, Any]) -> str:
         """The authors' time instruction (LLaVA-NeXT `playground/demo/video_demo.py`), to the letter."""
-        rate, total = metadata.get("fps"), metadata.get("total_num_frames")
+        rate, total = _number(metadata.get("fps")), _number(metadata.get("total_num_frames"))
         indices = metadata.get("frames_indices")
         if not rate or not total or indices is None or len(indices) != frames:
             logger.warning_once(  # type: ignore[attr-defined]  # vLLM's loggers have it

@@ -120,6 +120,7 @@ def read_config(stated: Mapping[str, Any], model: str) -> LlavaOnevisionConfig:
     is_unires = stated.get("mm_patch_merge_type") == "unires"
     check("mm_patch_merge_type", "spatial_unpad", "unires")
     check("mm_spatial_pool_mode", "average", "bilinear", None)
+    check("add_time_instruction", False, True, None)
     if not is_unires:
         check("mm_newline_position", "one_token", "grid", "no_token")
     tower = _tower(stated, model)
@@ -131,8 +132,14 @@ def read_config(stated: Mapping[str, Any], model: str) -> LlavaOnevisionConfig:
         images = "unires"
     elif tiles and stated.get("image_aspect_ratio") == "anyres_max_9":
         images = "anyres_max_9"
+    pool: PoolMode = stated.get("mm_spatial_pool_mode") or ("average" if is_unires else "bilinear")
+    side = int(tower.config.image_size) // int(tower.config.patch_size)
+    if pool == "average" and side % 2:  # the authors leave the last row and column out, METok does not
+        raise ValueError(
+            f"METok cannot serve {model}: it averages a grid of {side} patches a side, and METok needs an even number."
+        )
     layout = Layout(
-        pool=stated.get("mm_spatial_pool_mode") or ("average" if is_unires else "bilinear"),
+        pool=pool,
         separators=separators[position],
         images=images,
         tells_times=bool(stated.get("add_time_instruction")),
@@ -158,8 +165,8 @@ def read_config(stated: Mapping[str, Any], model: str) -> LlavaOnevisionConfig:
 
 
 def _of_text(stated: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that are the language model's."""
-    known = {*Qwen2Config().to_dict(), "rope_theta", "rope_scaling"}
+    """The keys that are the language model's. The authors' class drops `rope_scaling`, whatever it says."""
+    known = {*Qwen2Config().to_dict(), "rope_theta"}
     known -= {"architectures", "model_type", "transformers_version", "_name_or_path"}
     text = {key: value for key, value in stated.items() if key in known and value is not None}
     return text | ({"dtype": stated["torch_dtype"]} if stated.get("torch_dtype") else {})

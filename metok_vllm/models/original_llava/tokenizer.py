@@ -52,8 +52,8 @@ def set_placeholders(model_config: ModelConfig, tokenizer: Any) -> None:
     vocabulary = tokenizer.get_vocab()
     if IMAGE not in vocabulary or VIDEO not in vocabulary:
         raise ValueError(
-            f"METok cannot serve {model_config.model} with the tokenizer of {model_config.tokenizer}: "
-            "remove --tokenizer."
+            f"METok cannot serve {model_config.model} with the tokenizer of {model_config.tokenizer}: it needs the "
+            "checkpoint's config.json beside it."
         )
     config.image_token_index, config.video_token_index = vocabulary[IMAGE], vocabulary[VIDEO]
     rows = int(config.text_config.vocab_size)

@@ -13,13 +13,16 @@ TOWER = "model.vision_tower.vision_tower."
 WEIGHTS = WeightsMapper(
     orig_to_new_substr={".embeddings.position_ids": None},  # a table of numbers, saved by older transformers
     # They apply one after the other, so the shortest comes last.
+    # Some without a dot at the end: a quantised copy names whole modules that it leaves alone.
     orig_to_new_prefix={
         TOWER: "vision_tower.",
-        "model.mm_projector.0.": "multi_modal_projector.linear_1.",
-        "model.mm_projector.2.": "multi_modal_projector.linear_2.",
-        "model.vision_resampler.": None,  # the identity
+        "model.vision_tower": "vision_tower",
+        "model.mm_projector.0": "multi_modal_projector.linear_1",
+        "model.mm_projector.2": "multi_modal_projector.linear_2",
+        "model.mm_projector": "multi_modal_projector",
+        "model.vision_resampler": None,  # the identity
         "model.image_newline": "image_newline",
-        "lm_head.": "language_model.lm_head.",
+        "lm_head": "language_model.lm_head",
         "model.": "language_model.model.",
     },
 )

@@ -25,8 +25,10 @@ from metok_vllm.demo.original_checkpoint import SPECIALS, Kind, build_original_c
 from metok_vllm.frontend.checkpoint_format import register_formats
 from metok_vllm.frontend.command_line import rewritten
 from metok_vllm.frontend.processing import MetokProcessing
+from metok_vllm.models.llava_qwen import MetokLlavaQwenMultiModalProcessor
 from metok_vllm.models.original_llava.config import Layout, layout_of, read_config
 from metok_vllm.models.original_llava.processor import build_processor
+from metok_vllm.models.original_llava.weights import WEIGHTS
 from metok_vllm.models.registry import FORMAT
 from metok_vllm.worker.report import model_shape
 
@@ -127,6 +129,7 @@ def test_siglip_as_published(keys: dict[str, Any], separators: Any, tells_times:
         ("mm_vision_select_feature", "cls_patch", '"patch"'),
         ("mm_use_im_start_end", True, "false or null"),
         ("add_faster_video", True, "false or null"),
+        ("add_time_instruction", "False", "false or true or null"),
         ("mm_spatial_pool_stride", 4, "2 or null"),
         ("mm_spatial_pool_mode", "max", '"average" or "bilinear" or null'),
         ("mm_patch_merge_type", "flat", '"spatial_unpad" or "unires"'),
@@ -139,6 +142,19 @@ def test_what_is_not_built_is_refused(folders: dict[str, Path], key: str, value:
     assert str(refused.value) == (
         f"METok cannot serve a/model: its {key} is {json.dumps(value)}, and METok needs {needs}."
     )
+
+
+def test_an_average_that_the_authors_cut_is_refused(folders: dict[str, Path]) -> None:
+    """`avg_pool2d` leaves the last row and column of an odd grid out; METok rounds up."""
+    folder = folders["llava-video"]
+    with pytest.raises(ValueError, match="it averages a grid of 7 patches a side, and METok needs an even number"):
+        read_config(stated(folder, mm_spatial_pool_mode="average"), str(folder))
+
+
+def test_rope_scaling_is_dropped_as_the_authors_drop_it(folders: dict[str, Path]) -> None:
+    folder = folders["longva"]
+    config = read_config(stated(folder, rope_scaling={"type": "linear", "factor": 4.0}), str(folder))
+    assert config.text_config.rope_parameters == {"rope_type": "default", "rope_theta": 1e9}
 
 
 @pytest.mark.parametrize("name", ["openai/clip-vit-base-patch32", "", None])
@@ -237,8 +253,27 @@ def test_another_format_is_left_to_vllm(checkpoint: Path) -> None:
 
 def test_a_tokenizer_of_another_folder_is_refused(configured: Callable[..., Any], tmp_path: Path) -> None:
     make_tokenizer(SPECIALS).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"with the tokenizer of {tmp_path}: remove --tokenizer."):
+    with pytest.raises(ValueError, match=f"with the tokenizer of {tmp_path}: it needs the checkpoint's config.json"):
         configured("longva", tokenizer=str(tmp_path))
+
+
+def test_overrides_are_read_like_the_config(configured: Callable[..., Any]) -> None:
+    overrides = {"architectures": [METOK], "max_position_embeddings": 2048, "mm_newline_position": "no_token"}
+    config = configured("llava-video", hf_overrides=overrides).model_config.hf_config
+    assert config.text_config.max_position_embeddings == 2048
+    assert layout_of(config).separators == "none"
+
+
+def test_modules_without_a_dot_are_renamed_too() -> None:
+    """As the lists of a quantised copy name them."""
+    modules = ["model.mm_projector", "model.mm_projector.2", "model.vision_tower", "lm_head", "model.layers.3.mlp"]
+    assert WEIGHTS.apply_list(modules) == [
+        "multi_modal_projector",
+        "multi_modal_projector.linear_2",
+        "vision_tower",
+        "language_model.lm_head",
+        "language_model.model.layers.3.mlp",
+    ]
 
 
 def test_another_tokenizer_mode_is_refused(configured: Callable[..., Any]) -> None:
@@ -307,6 +342,12 @@ def test_a_checkpoint_of_transformers_is_read_as_always(checkpoint: Path) -> Non
     argv = rewritten(["vllm", "serve", str(checkpoint), "--plugin", "metok"])
     assert "--config-format" not in argv
     assert "--tokenizer-mode" not in argv
+
+
+def test_an_override_that_would_do_nothing_is_refused(folders: dict[str, Path]) -> None:
+    model, given = str(folders["longva"]), json.dumps({"rope_scaling": {"type": "linear", "factor": 2.0}})
+    with pytest.raises(ValueError, match=f"'rope_scaling' does nothing for {model}; state it inside 'text_config'"):
+        rewritten(["vllm", "serve", model, "--plugin", "metok", "--hf-overrides", given])
 
 
 @pytest.mark.parametrize("option", ["--config-format", "--tokenizer-mode"])
@@ -390,8 +431,8 @@ class Words:
             found.append(100 + self.known.index(word))
         return found
 
-    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        return "".join(self.known[number - 100] for number in ids)
+    def decode(self, ids: list[int]) -> str:
+        return "<special>" if ids[0] < 100 else "".join(self.known[number - 100] for number in ids)
 
 
 class Told(MetokProcessing):
@@ -426,6 +467,23 @@ def test_the_end_of_the_told_line_is_tokenized_with_what_follows(follows: str) -
     expected = words.encode(f"\nAt 0.00s.{line}{follows}", False)
     assert found == [*words.encode("user\n", False), 91, *expected, 90, *words.encode("x.", False)]
     assert words.encode(".\n", False)[0] in expected, "one token, not two"
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {},
+        {"fps": 0, "total_num_frames": 4, "frames_indices": [0, 1]},
+        {"fps": float("nan"), "total_num_frames": 4, "frames_indices": [0, 1]},
+        {"fps": "fast", "total_num_frames": 4, "frames_indices": [0, 1]},
+        {"fps": 2.0, "total_num_frames": None, "frames_indices": [0, 1]},
+        {"fps": 2.0, "total_num_frames": 4, "frames_indices": [0]},
+        {"fps": 2.0, "total_num_frames": 4},
+    ],
+)
+def test_nothing_is_told_where_times_are_not_known(metadata: dict[str, Any]) -> None:
+    told = MetokLlavaQwenMultiModalProcessor.text_behind(SimpleNamespace(), 2, metadata)  # type: ignore[arg-type]
+    assert told == ""
 
 
 def test_each_video_is_told_of_its_own_times_and_the_rest_is_left() -> None:
