@@ -123,6 +123,8 @@ class Stages23:
         if self.random_scores:
             scores = torch.rand(len(alive), generator=torch.Generator().manual_seed(asked.seed + cut))
         counts = EventCounts.of(entering.events, entering.is_key, self.settings.keep_ratio_micro)
+        if self.settings.quota == "video":
+            counts = counts.over_the_video()
         return survivor_mask(scores, counts, 1 if cut == 1 else 2 if cut == 2 else 3)
 
     def held(self, layer: int, trace: Trace, layers: int) -> Tensor:

@@ -227,6 +227,7 @@ def cases(small: bool, device: torch.device) -> Iterator[Case]:
         yield scores((28, 4, 128), rows, 2800, 15, device)
     yield scores((14, 2, 64), 32, 5000, 15, device)
     yield select([1500, 1500, 1500, 700, 700], [1140, 1140, 1140, 266, 266], device)
+    yield select([5100], [3952], device)  # a whole video
     yield select([100] * 2000, [76] * 2000, device)
     yield gather(16384, 12000, 3584, device)
     yield gather(65536, 50000, 896, device)

@@ -79,6 +79,10 @@ class MetokSettings(BaseModel):
         description="Share of the visual tokens alive after L2 whose KV decoding keeps in the layers L1 .. L3-1; at most "
         "six decimals.",
     )
+    quota: Literal["event", "video"] = Field(
+        default="event",
+        description="Among which tokens the best survive L1 and L2: each event's, or the whole video's. As many survive.",
+    )
     token_budget: Annotated[StrictInt, Field(ge=1)] | None = Field(
         default=None, description="Most visual tokens of one video; frames are pooled more coarsely until it fits."
     )

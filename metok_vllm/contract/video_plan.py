@@ -23,6 +23,7 @@ ALIGNERS = ("dual-tower", "embedding", "none")
 """Aligners that a plan can name; "auto" has been resolved by then."""
 
 _TRIPLES = ("strides", "frames_per_tier")
+_BOOLEANS = ("pruned", "whole_video", "report")
 
 
 class VideoGrid(NamedTuple):
@@ -48,6 +49,7 @@ class VideoPlan:
     text_tokens: int  # of them text, which labels the frames; no other count knows of it
     stock_tokens: int  # visual tokens that the stock model would take
     keep_ratio_micro: int
+    whole_video: bool  # whether L1 and L2 keep the best of the whole video, or of each event
     retention_micro: int
     most_after_l1: int  # visual tokens that can survive L1, an upper bound
     most_after_l2: int  # and L2
@@ -69,6 +71,7 @@ class VideoPlan:
             text_tokens=text_tokens,
             stock_tokens=stock_tokens,
             keep_ratio_micro=0,
+            whole_video=False,
             retention_micro=0,
             most_after_l1=0,
             most_after_l2=0,
@@ -114,7 +117,7 @@ class VideoPlan:
         }
         if not 0 <= plan["aligner"] < len(ALIGNERS):
             raise ValueError(f"there is no aligner {plan['aligner']}")
-        plan |= {"pruned": bool(plan["pruned"]), "report": bool(plan["report"]), "aligner": ALIGNERS[plan["aligner"]]}
+        plan |= {name: bool(plan[name]) for name in _BOOLEANS} | {"aligner": ALIGNERS[plan["aligner"]]}
         read = cls(**plan)
         read._check()
         return read
@@ -184,6 +187,7 @@ def plan_video(
         text_tokens=text_tokens,
         stock_tokens=stock_tokens,
         keep_ratio_micro=settings.keep_ratio_micro,
+        whole_video=settings.quota == "video",
         retention_micro=settings.decode_retention_micro,
         most_after_l1=bounds[0],
         most_after_l2=bounds[1],

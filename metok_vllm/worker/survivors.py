@@ -21,7 +21,9 @@ from metok_vllm.worker.requests import PruningResult, VideoTags
 
 @dataclass(frozen=True)
 class VideoCounts:
-    """How many visual tokens of one pruned video survive: by event on the device, in total on the host."""
+    """How many visual tokens of one pruned video survive: by event (with `quota` "video" all as one) on the
+    device, in total on the host.
+    """
 
     by_event: EventCounts
     after_l1: int
@@ -140,11 +142,12 @@ def prune_l3(survivors: Sequence[Survivors]) -> list[torch.Tensor]:
 
 
 def event_counts(span: VideoSpan, tags: VideoTags | None) -> EventCounts:
-    """Of one video, from the tags of its tokens; stays on the device."""
+    """Of one video, from the tags of its tokens; stays on the device. One run with `quota` "video"."""
     assert tags is not None, "a prompt's videos are encoded before its last chunk"
     is_key = torch.zeros(span.plan.events, dtype=torch.bool, device=tags.event.device)
     is_key.index_put_((tags.event,), tags.is_key)
-    return EventCounts.of(tags.event, is_key, span.plan.keep_ratio_micro)
+    counts = EventCounts.of(tags.event, is_key, span.plan.keep_ratio_micro)
+    return counts.over_the_video() if span.plan.whole_video else counts
 
 
 def _select(

@@ -54,6 +54,7 @@ def plan(tokens: int, most_after_l2: int = 0, retention: int = 0, pruned: bool =
         text_tokens=text,
         stock_tokens=tokens,
         keep_ratio_micro=760_000,
+        whole_video=False,
         retention_micro=retention,
         most_after_l1=most_after_l2,
         most_after_l2=most_after_l2,

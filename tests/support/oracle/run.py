@@ -156,8 +156,7 @@ class Prefill:
             column = stage2.score(probabilities, rows).tolist()
             scores = {p: column[index_of[p]] for p in video.alive}
             kept = stage2.keep(video, scores, self.settings, stage)
-            for event in set(video.event_of_token) - {-1}:
-                own = {p: a for p, a in scores.items() if video.event_of_token[p - video.start] == event}
+            for own in stage2.chosen_among(video, scores, self.settings):
                 self.margin = min(self.margin, stage2.margin(own, [p for p in kept if p in own]))
             video.alive = kept
             video.after.append(kept)

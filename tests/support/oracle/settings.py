@@ -22,6 +22,7 @@ class OracleSettings:
     prune_layers: tuple[int, int, int] | None = None  # None: from the model's depth
     keep_ratio: float = 0.76
     decode_retention: float = 0.0
+    quota: Literal["event", "video"] = "event"
     token_budget: int | None = None  # visual tokens of one video, separators included
     aligner: AlignerMode = "embedding"
     off: bool = False

@@ -54,11 +54,31 @@ def keep(video: Video, scores: dict[int, float], settings: OracleSettings, stage
     `scores`: a of each position alive. Higher score = kept; equal scores keep the lower position.
     """
     kept: list[int] = []
+    wanted = 0
     for event in sorted(set(video.event_of_token) - {-1}):
         tokens = [p for p in video.alive if video.event_of_token[p - video.start] == event]
         count = rules.keep_count(settings, len(tokens), event in video.key_events, stage)
         kept += sorted(tokens, key=lambda p: (-scores[p], p))[:count]
+        wanted += by_event(video, event, settings, stage)
+    if settings.quota == "video":
+        kept = sorted(video.alive, key=lambda p: (-scores[p], p))[:wanted]
     return sorted(kept)
+
+
+def by_event(video: Video, event: int, settings: OracleSettings, stage: int) -> int:
+    """2.3: how many of an event's tokens L1 (`stage` 1) or L2 leaves where every event keeps its own."""
+    left = video.event_of_token.count(event)
+    for earlier in range(1, stage + 1):
+        left = rules.keep_count(settings, left, event in video.key_events, earlier)
+    return left
+
+
+def chosen_among(video: Video, scores: dict[int, float], settings: OracleSettings) -> list[dict[int, float]]:
+    """The scores that a choice compares with one another: each event's, or all of the video's."""
+    if settings.quota == "video":
+        return [scores]
+    events = sorted(set(video.event_of_token) - {-1})
+    return [{p: a for p, a in scores.items() if video.event_of_token[p - video.start] == e} for e in events]
 
 
 def retain(scores: dict[int, float], settings: OracleSettings) -> list[int]:

@@ -28,14 +28,19 @@ LENGTHS = ([5, 3], [4, 6])  # tokens of each event of two videos; the first even
 GAPS = (3, 2, 4)  # text before, between and behind them
 
 
-def request(retention: int, inside: Sequence[Sequence[int]] = ((), ())) -> PrunedRequest:
+def request(retention: int, inside: Sequence[Sequence[int]] = ((), ()), quota: str = "event") -> PrunedRequest:
     """`inside`: of each video, where text stands in its span."""
     spans, tags, outside, at = [], [], [], 0
     for gap, lengths, labels in zip(GAPS, LENGTHS, inside, strict=False):
         outside += range(at, at + gap)
         at += gap
         tokens = sum(lengths) + len(labels)
-        video = replace(plan(tokens, 0, retention, text=len(labels)), events=len(lengths), keep_ratio_micro=RATIO)
+        video = replace(
+            plan(tokens, 0, retention, text=len(labels)),
+            events=len(lengths),
+            keep_ratio_micro=RATIO,
+            whole_video=quota == "video",
+        )
         spans.append(VideoSpan(at, tokens, video))
         event = torch.zeros(tokens, dtype=torch.int64)
         is_text = event.index_fill(0, torch.tensor(labels, dtype=torch.int64), 1)
@@ -59,11 +64,16 @@ def request(retention: int, inside: Sequence[Sequence[int]] = ((), ())) -> Prune
 
 def chosen(alive: list[int], scores: dict[int, float], span: VideoSpan, tags: Any, layer: PruningLayer) -> list[int]:
     """Positions of one video that pass a pruning layer, in plain loops."""
-    kept = []
-    for event in range(span.plan.events):
+    kept, wanted = [], 0
+    for event, before in enumerate(tags.event.bincount().tolist()):
         own = [p for p, of in zip(places(span, tags), tags.event.tolist(), strict=True) if of == event and p in alive]
-        count = keep_count(len(own), RATIO, event == 0, layer)
+        count = keep_count(before, RATIO, event == 0, 1)
+        count = count if layer == 1 else keep_count(count, RATIO, event == 0, layer)
+        wanted += count
         kept += sorted(sorted(own, key=lambda p: (-scores[p], p))[:count])
+    if span.plan.whole_video:
+        own = [p for p in places(span, tags) if p in alive]
+        return sorted(sorted(own, key=lambda p: (-scores[p], p))[:wanted])
     return kept
 
 
@@ -82,9 +92,10 @@ INSIDE = {"none": ((), ()), "in both": ((0, 3, 4, 10), (1, 11, 12)), "in one": (
 
 @pytest.mark.parametrize("inside", INSIDE.values(), ids=INSIDE)
 @pytest.mark.parametrize("retention", [0, MICRO // 2, MICRO])
+@pytest.mark.parametrize("quota", ["event", "video"])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_prompt_through_its_three_pruning_layers(seed: int, retention: int, inside: Any) -> None:
-    asked = request(retention, inside)
+def test_a_prompt_through_its_three_pruning_layers(seed: int, quota: str, retention: int, inside: Any) -> None:
+    asked = request(retention, inside, quota)
     chunk = PromptChunk(asked, 0, 0, asked.prompt_len, 0)
     text = asked.text().tolist()
     visual = [p for s, t in zip(asked.spans, asked.tags, strict=True) for p in places(s, t)]
