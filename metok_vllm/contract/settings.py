@@ -83,6 +83,11 @@ class MetokSettings(BaseModel):
         default="event",
         description="Among which tokens the best survive L1 and L2: each event's, or the whole video's. As many survive.",
     )
+    frame_smoothing: Share = Field(
+        default=0.0,
+        description="Share of a token's score that is its frame's mean: above 0, frames survive or fall more as one; "
+        "at most six decimals.",
+    )
     token_budget: Annotated[StrictInt, Field(ge=1)] | None = Field(
         default=None, description="Most visual tokens of one video; frames are pooled more coarsely until it fits."
     )
@@ -128,7 +133,7 @@ class MetokSettings(BaseModel):
             first, second, third = self.prune_layers
             if not 1 <= first < second < third:
                 raise ValueError(f"prune_layers must rise and start at 1 or later, not {list(self.prune_layers)}")
-        for name in ("keep_ratio", "decode_retention"):
+        for name in ("keep_ratio", "decode_retention", "frame_smoothing"):
             _micro(name, getattr(self, name))
         return self
 
@@ -136,6 +141,11 @@ class MetokSettings(BaseModel):
     def keep_ratio_micro(self) -> int:
         """`keep_ratio` in millionths."""
         return _micro("keep_ratio", self.keep_ratio)
+
+    @property
+    def frame_smoothing_micro(self) -> int:
+        """`frame_smoothing` in millionths."""
+        return _micro("frame_smoothing", self.frame_smoothing)
 
     @property
     def decode_retention_micro(self) -> int:

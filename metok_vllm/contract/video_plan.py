@@ -50,6 +50,7 @@ class VideoPlan:
     stock_tokens: int  # visual tokens that the stock model would take
     keep_ratio_micro: int
     whole_video: bool  # whether L1 and L2 keep the best of the whole video, or of each event
+    smoothing_micro: int
     retention_micro: int
     most_after_l1: int  # visual tokens that can survive L1, an upper bound
     most_after_l2: int  # and L2
@@ -72,6 +73,7 @@ class VideoPlan:
             stock_tokens=stock_tokens,
             keep_ratio_micro=0,
             whole_video=False,
+            smoothing_micro=0,
             retention_micro=0,
             most_after_l1=0,
             most_after_l2=0,
@@ -124,7 +126,7 @@ class VideoPlan:
 
     def _check(self) -> None:
         """Raise ValueError where the counts contradict one another."""
-        millionths = (self.keep_ratio_micro, self.retention_micro)
+        millionths = (self.keep_ratio_micro, self.smoothing_micro, self.retention_micro)
         holds = (
             1 <= self.events <= self.frames
             and self.key_events >= 0
@@ -188,6 +190,7 @@ def plan_video(
         stock_tokens=stock_tokens,
         keep_ratio_micro=settings.keep_ratio_micro,
         whole_video=settings.quota == "video",
+        smoothing_micro=settings.frame_smoothing_micro,
         retention_micro=settings.decode_retention_micro,
         most_after_l1=bounds[0],
         most_after_l2=bounds[1],

@@ -69,6 +69,13 @@ class VideoTags:
             tags = tags[place]
         return cls(tags[:, 0] + 256 * tags[:, 1], tags[:, 2] > 0, tags[:, 3] + 256 * tags[:, 4], tags[:, 5], place)
 
+    def frames_of(self, span: VideoSpan) -> torch.Tensor:
+        """The frame of each visual token, int64 [n], never decreasing and below the plan's frames.
+
+        A client may give one uuid to two videos of as many tokens: the encoder's output is then the first's.
+        """
+        return self.frame.clamp(max=span.plan.frames - 1)
+
     def positions(self, start: int, index: torch.Tensor) -> torch.Tensor:
         """Where visual tokens stand in the prompt, int64 [m].
 

@@ -39,6 +39,7 @@ class VideoRows:
     start: int  # row of the first token of the video's span
     length: int
     rows: torch.Tensor | None = None  # int64 [length], where text stands among them
+    frame: torch.Tensor | None = None  # int64 [length], of each, where frames smooth the scores
 
     def every(self, device: torch.device) -> torch.Tensor:
         """Their rows, int64 [length]."""
@@ -183,10 +184,12 @@ def _after_l1(chunk: PromptChunk, videos: Sequence[VideoCounts], kept: Sequence[
     request.result = PruningResult(request.visual_tokens, after_l1, after_l2, retained)
     positions = true_indices(alive, request.text_tokens + after_l1)
     visual, row, previous_end = [], 0, 0
-    for span, video, places in zip(request.spans, videos, chosen, strict=True):
+    for span, video, tags, places, index in zip(request.spans, videos, request.tags, chosen, kept, strict=True):
         row += span.start - previous_end
         rows = torch.searchsorted(positions, places) if span.plan.text_tokens else None
-        visual.append(VideoRows(row, video.after_l1, rows))
+        assert tags is not None
+        frame = tags.frames_of(span)[index] if span.plan.smoothing_micro else None
+        visual.append(VideoRows(row, video.after_l1, rows, frame))
         row += span.plan.text_tokens + video.after_l1
         previous_end = span.end
     return Survivors(

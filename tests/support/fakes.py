@@ -55,6 +55,7 @@ def plan(tokens: int, most_after_l2: int = 0, retention: int = 0, pruned: bool =
         stock_tokens=tokens,
         keep_ratio_micro=760_000,
         whole_video=False,
+        smoothing_micro=0,
         retention_micro=retention,
         most_after_l1=most_after_l2,
         most_after_l2=most_after_l2,

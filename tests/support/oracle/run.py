@@ -65,7 +65,8 @@ def run(
     visual = {config.image_token_id, config.video_token_id}
     state = Prefill(model, hidden, [token not in visual for token in ids], settings)
     state.videos = [
-        Video(start, e.event_of_token, e.key_events, []) for (start, _), e in zip(spans, encoded, strict=True)
+        Video(start, e.event_of_token, e.key_events, [], [], e.frame_of_token)
+        for (start, _), e in zip(spans, encoded, strict=True)
     ]
     for video in state.videos:
         video.alive = video.visual
@@ -155,6 +156,7 @@ class Prefill:
             rows = [index_of[p] for p in stage2.text_rows(video, self.is_text)]
             column = stage2.score(probabilities, rows).tolist()
             scores = {p: column[index_of[p]] for p in video.alive}
+            scores = stage2.smooth(video, scores, self.settings)
             kept = stage2.keep(video, scores, self.settings, stage)
             for own in stage2.chosen_among(video, scores, self.settings):
                 self.margin = min(self.margin, stage2.margin(own, [p for p in kept if p in own]))

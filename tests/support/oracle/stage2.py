@@ -21,6 +21,7 @@ class Video:
     key_events: list[int]
     alive: list[int]  # prompt positions of visual tokens still there, ascending
     after: list[list[int]] = field(default_factory=list)  # prompt positions left after L1, after L2
+    frame_of_token: list[int] = field(default_factory=list)  # a separator is of the frame before it
 
     @property
     def stop(self) -> int:
@@ -46,6 +47,18 @@ def score(probabilities: Tensor, rows: list[int]) -> Tensor:
     if not rows:
         return torch.zeros(probabilities.shape[-1])
     return probabilities[:, rows].mean((0, 1))
+
+
+def smooth(video: Video, scores: dict[int, float], settings: OracleSettings) -> dict[int, float]:
+    """4.6: each score mixed with the mean over the tokens of its frame that are alive."""
+    if not settings.frame_smoothing:
+        return scores
+    by_frame: dict[int, list[float]] = {}
+    for p, a in scores.items():
+        by_frame.setdefault(video.frame_of_token[p - video.start], []).append(a)
+    w = settings.frame_smoothing
+    means = {frame: sum(own) / len(own) for frame, own in by_frame.items()}
+    return {p: (1 - w) * a + w * means[video.frame_of_token[p - video.start]] for p, a in scores.items()}
 
 
 def keep(video: Video, scores: dict[int, float], settings: OracleSettings, stage: int) -> list[int]:

@@ -47,6 +47,7 @@ made = st.builds(
     key_frames=st.integers(0, 65536),
     keep_ratio=shares,
     quota=st.sampled_from(["event", "video"]),
+    frame_smoothing=shares,
     decode_retention=shares,
     report=st.booleans(),
 )
