@@ -83,6 +83,11 @@ class MetokSettings(BaseModel):
         default="event",
         description="Among which tokens the best survive L1 and L2: each event's, or the whole video's. As many survive.",
     )
+    score_rows: Literal["text", "question"] = Field(
+        default="text",
+        description="Whose attention scores the visual tokens: that of all text behind the video, or of the question's "
+        "own tokens, where the prompt shows which these are.",
+    )
     frame_smoothing: Share = Field(
         default=0.0,
         description="Share of a token's score that is its frame's mean: above 0, frames survive or fall more as one; "

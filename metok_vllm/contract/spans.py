@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metok_vllm.compression.retention import retained_count
-from metok_vllm.contract.fields import FRAME_TEXT_FIELD, PIXELS_FIELD, PLAN_FIELD, QUESTION_FIELD, WINDOWS_FIELD
+from metok_vllm.contract.fields import (
+    FRAME_TEXT_FIELD,
+    PIXELS_FIELD,
+    PLAN_FIELD,
+    QUESTION_FIELD,
+    ROWS_FIELD,
+    WINDOWS_FIELD,
+)
 from metok_vllm.contract.frame_text import fits
 from metok_vllm.contract.video_plan import VideoPlan
 
@@ -81,6 +88,10 @@ def pruned_spans(
             raise UnusableItem(f"a video's plan has {plan.tokens} tokens and its place {position.get_num_embeds()}.")
         if not plan.pruned:
             continue
+        if item is not None and ROWS_FIELD in item:
+            rows = _counted(item[ROWS_FIELD].data)
+            if rows is None or any(row >= prompt_len for row in rows):
+                raise UnusableItem("the rows that score a video are not in its prompt.")
         span = VideoSpan(position.offset, position.length, plan)
         if span.length != plan.tokens or span.start < (spans[-1].end if spans else 0):
             raise UnusableItem("the places of two items in the prompt overlap.")
@@ -116,11 +127,15 @@ def _plan(item: Mapping[str, Any] | None, vocabulary: int | None) -> VideoPlan:
     missing = [name for name in needed if name not in item]
     if missing:
         raise UnusableItem(f"a video item has come without {missing[0]}.")
-    if QUESTION_FIELD in item:
-        count, *ids = _integers(item[QUESTION_FIELD].data).flatten().tolist() or [-1]
-        if not 0 <= count <= len(ids) or any(token < 0 for token in ids):
-            raise UnusableItem("a video's question is not what its length says.")
+    if QUESTION_FIELD in item and _counted(item[QUESTION_FIELD].data) is None:
+        raise UnusableItem("a video's question is not what its length says.")
     return plan
+
+
+def _counted(data: Any) -> list[int] | None:
+    """Numbers behind their count, none below 0; None where they are no such numbers."""
+    count, *numbers = _integers(data).flatten().tolist() or [-1]
+    return numbers[:count] if 0 <= count <= len(numbers) and all(number >= 0 for number in numbers) else None
 
 
 def _integers(data: Any) -> torch.Tensor:

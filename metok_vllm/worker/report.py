@@ -257,6 +257,7 @@ class Reports:
             "prompt_tokens": request.prompt_len,
             "text_tokens": text,
             "prune_layers": list(self.layers),
+            "score_rows": request.score_rows,
             "visual_tokens": {
                 "stock": visual.stock,
                 "encoded": visual.encoded,

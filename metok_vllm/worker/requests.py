@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from metok_vllm.compression.ordering import true_indices
-from metok_vllm.contract.fields import QUESTION_FIELD
+from metok_vllm.contract.fields import QUESTION_FIELD, ROWS_FIELD
 from metok_vllm.contract.spans import VideoSpan, pruned_spans
 
 if TYPE_CHECKING:
@@ -126,12 +126,36 @@ class PruningResult:
 
 def question_ids(features: Sequence[MultiModalFeatureSpec]) -> tuple[int, ...]:
     """Token ids of the question by which a request's videos are pruned; empty where none is used."""
+    return _numbers(features, QUESTION_FIELD)
+
+
+def question_rows(features: Sequence[MultiModalFeatureSpec]) -> tuple[int, ...]:
+    """Positions of the tokens whose attention alone scores; empty where all text behind a video does."""
+    return _numbers(features, ROWS_FIELD)
+
+
+def _numbers(features: Sequence[MultiModalFeatureSpec], field: str) -> tuple[int, ...]:
+    """What a field of a request's items holds behind its count: all its pruned videos have the same."""
     for feature in features:
         item: Any = feature.data
-        if item is not None and QUESTION_FIELD in item:
-            count, *ids = item[QUESTION_FIELD].data.flatten().tolist()
-            return tuple(int(token) for token in ids[:count])
+        if item is not None and field in item:
+            count, *numbers = item[field].data.flatten().tolist()
+            return tuple(int(number) for number in numbers[:count])
     return ()
+
+
+def of_question(scores: NDArray[np.bool_], rows: Sequence[int], last_end: int) -> tuple[NDArray[np.bool_], str]:
+    """Which tokens score: bool [prompt], and whether they are the question's.
+
+    Args:
+        scores: bool [prompt], all that may.
+        rows: positions of the question's tokens, as the front end has found them; empty where it has not.
+        last_end: one past the last pruned video; without a scoring token behind it its choice would be blind.
+    """
+    asked = np.zeros_like(scores)
+    asked[list(rows)] = True
+    asked &= scores
+    return (asked, "question") if asked[last_end:].any() else (scores, "text")
 
 
 @dataclass
@@ -141,7 +165,7 @@ class PrunedRequest:
     Its **text** is every token that is no visual token of a pruned video: images count as text, and so does a
     video with METok off, and so does what labels the frames inside a pruned one. How much there is of it is
     known on the host. Its **scoring tokens** are those whose attention scores the visual tokens: real text
-    behind the first pruned video, and never inside one.
+    behind the first pruned video, and never inside one. With `score_rows` "question" the question's alone.
     """
 
     req_id: str
@@ -155,6 +179,7 @@ class PrunedRequest:
     chunks: list[ChunkState] = field(default_factory=list)
     result: PruningResult | None = None  # set when the prompt has been pruned
     question: tuple[int, ...] = ()  # token ids of the question by which it is pruned; empty where none is used
+    score_rows: str = "text"  # or "question": which tokens score
 
     @property
     def visual_tokens(self) -> int:
@@ -202,6 +227,7 @@ class PrunedRequest:
         for feature in data.mm_features:
             scores[feature.mm_position.offset :][: feature.mm_position.length] = False
         scores[: spans[0].end] = False
+        scores, score_rows = of_question(scores, question_rows(data.mm_features), spans[-1].end)
         is_text = np.ones(prompt_len, dtype=np.bool_)
         for span in spans:
             is_text[span.start : span.end] = False
@@ -216,6 +242,7 @@ class PrunedRequest:
             scoring_before=tuple(int(np.searchsorted(scoring, span.end)) for span in spans),
             # Now, not when it is needed: vLLM 0.33 drops an item's data once its tokens are computed.
             question=question_ids(data.mm_features),
+            score_rows=score_rows,
             tags=[None] * len(spans),
         )
 

@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.harness import Case, Engine, engine
 from tests.support.oracle import assert_same
+from tests.support.oracle import run as run_oracle
 from tests.support.oracle.samples import load_sample, picture, scene_video
 
 ATOL = 1e-3
@@ -34,6 +35,19 @@ CASES: dict[str, Case] = {
     ),
     "quota and smoothing": Case(
         (video(6, 20),), QUESTION, metok={"quota": "video", "frame_smoothing": 0.7, "decode_retention": 1}
+    ),
+    "rows": Case((video(8, 13),), QUESTION, metok={"score_rows": "question"}),
+    "rows, several videos and an image": Case(
+        (video(9, 6), video(10, 8)),
+        "Wer spricht \u00fcber das \U0001f3b8?\n\nUnd wann?  ",
+        images=(picture(2, 60, 80),),
+        between="\n erst \u00e9l und \U0001f9ff dann \n",
+        metok={"score_rows": "question", "decode_retention": 0.5},
+    ),
+    "all of them": Case(
+        (video(11, 17), video(12, 5)),
+        QUESTION,
+        metok={"quota": "video", "score_rows": "question", "frame_smoothing": 0.4, "decode_retention": 0.3},
     ),
     "none of them": Case((video(7, 15),)),
 }
@@ -68,6 +82,31 @@ def test_every_dial_equals_the_oracle(running: Engine) -> None:
     running.check_drained()
 
 
+@pytest.mark.parametrize("query", ["Who plays the drums?", "leaves"])
+def test_a_stated_question_scores_where_the_prompt_has_it(running: Engine, query: str) -> None:
+    """Else all text does, as the oracle of such a request has it."""
+    case = Case((video(13, 14),), QUESTION, metok={"score_rows": "question", "query": query}, max_tokens=4)
+    (answer,) = running.run([case])
+    settings = case.settings(running.server)
+    ids = running.prompt_ids(case)
+    words = [running.sample.processor.tokenizer.decode([token]) for token in ids]
+    first = "".join(words).rfind(query)  # all of it is ASCII, so tokens are whole characters
+    starts = [len("".join(words[:i])) for i in range(len(words))]
+    at = [i for i, s in enumerate(starts) if first < s + len(words[i]) and s < first + len(query)]
+    assert (first >= 0) == (query == "leaves")
+    expected = run_oracle(
+        running.sample.model,
+        ids,
+        [running.sample.pixels(one) for one in case.videos],
+        None,
+        running.sample.question_ids(query),
+        settings,
+        case.max_tokens,
+        question_at=at if first >= 0 else None,
+    )
+    assert_same(expected, answer, ATOL)
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name != "none of them"])
 def test_a_dial_makes_a_difference(running: Engine, name: str) -> None:
     """Else the comparison above would say nothing of it."""
@@ -81,4 +120,4 @@ def test_a_dial_makes_a_difference(running: Engine, name: str) -> None:
     )
 
 
-DIALS = ("quota", "frame_smoothing")
+DIALS = ("quota", "score_rows", "frame_smoothing")

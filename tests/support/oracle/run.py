@@ -37,6 +37,7 @@ def run(
     aligner: Towers | None = None,
     force_tokens: list[int] | None = None,
     labels: Labels = PLAIN,
+    question_at: Sequence[int] | None = None,
 ) -> OracleResult:
     """Answer one request greedily.
 
@@ -44,7 +45,8 @@ def run(
     the HF processor's (pixel_values, image_sizes); every image is tiled as if it were the only one, as vLLM
     does. `question_ids`: the question in the language model's own tokens, no special ones. `force_tokens`:
     fed instead of the tokens chosen, at least `max_new_tokens - 1`. `labels`: what the model has around and
-    beside its frames. The end token does not end the run.
+    beside its frames. `question_at`: where the question's own tokens stand in `prompt_ids`; None, or none
+    of them behind the last video, where that is not known. The end token does not end the run.
 
     Raises ValueError if METok is on and the prompt does not end with text.
     """
@@ -70,6 +72,12 @@ def run(
     ]
     for video in state.videos:
         video.alive = video.visual
+    if settings.score_rows == "question" and question_at and state.videos:
+        lengths = {config.video_token_id: iter(e.embeddings for e in encoded), config.image_token_id: iter(pictures)}
+        sizes = [len(next(lengths[token])) if token in lengths else 1 for token in prompt_ids]
+        question = [sum(sizes[:i]) for i in question_at]
+        if max(question) >= state.videos[-1].stop:
+            state.question = question
     state.extra = levels(hidden, spans, [e.embeddings for e in encoded])
     state.run()
     tokens, logprobs = decode(model, state, max_new_tokens, force_tokens)
@@ -116,6 +124,7 @@ class Prefill:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.margin = math.inf
+        self.question: list[int] | None = None  # positions of the question's tokens, where they alone score
 
     def run(self) -> None:
         """Run every layer on the tokens alive in it, dropping tokens before L1, L2 and L3."""
@@ -153,7 +162,7 @@ class Prefill:
             if stage == 3:
                 video.alive = []
                 continue
-            rows = [index_of[p] for p in stage2.text_rows(video, self.is_text)]
+            rows = [index_of[p] for p in stage2.scoring_rows(video, self.is_text, self.question)]
             column = stage2.score(probabilities, rows).tolist()
             scores = {p: column[index_of[p]] for p in video.alive}
             scores = stage2.smooth(video, scores, self.settings)

@@ -23,6 +23,7 @@ class OracleSettings:
     keep_ratio: float = 0.76
     decode_retention: float = 0.0
     quota: Literal["event", "video"] = "event"
+    score_rows: Literal["text", "question"] = "text"
     frame_smoothing: float = 0.0
     token_budget: int | None = None  # visual tokens of one video, separators included
     aligner: AlignerMode = "embedding"

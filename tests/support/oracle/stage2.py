@@ -39,6 +39,11 @@ def text_rows(video: Video, is_text: list[bool]) -> list[int]:
     return [p for p in range(video.stop, len(is_text)) if is_text[p]]
 
 
+def scoring_rows(video: Video, is_text: list[bool], question: list[int] | None) -> list[int]:
+    """2 and 4.6: the positions that score a video; `question`: the question's, None where all text scores."""
+    return [p for p in text_rows(video, is_text) if question is None or p in question]
+
+
 def score(probabilities: Tensor, rows: list[int]) -> Tensor:
     """2: a[keys], the mean over heads and over `rows` of `probabilities` [heads, queries, keys].
 
