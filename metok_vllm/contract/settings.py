@@ -93,6 +93,11 @@ class MetokSettings(BaseModel):
         description="Share of a token's score that is its frame's mean: above 0, frames survive or fall more as one; "
         "at most six decimals.",
     )
+    final_keep: Share = Field(
+        default=0.0,
+        description="Share of the visual tokens alive after L2 that passes L3 too and owns KV from there to the last "
+        "layer; at most six decimals. It forgives an L3 that comes a layer too early.",
+    )
     token_budget: Annotated[StrictInt, Field(ge=1)] | None = Field(
         default=None, description="Most visual tokens of one video; frames are pooled more coarsely until it fits."
     )
@@ -138,7 +143,7 @@ class MetokSettings(BaseModel):
             first, second, third = self.prune_layers
             if not 1 <= first < second < third:
                 raise ValueError(f"prune_layers must rise and start at 1 or later, not {list(self.prune_layers)}")
-        for name in ("keep_ratio", "decode_retention", "frame_smoothing"):
+        for name in ("keep_ratio", "decode_retention", "frame_smoothing", "final_keep"):
             _micro(name, getattr(self, name))
         return self
 
@@ -151,6 +156,11 @@ class MetokSettings(BaseModel):
     def frame_smoothing_micro(self) -> int:
         """`frame_smoothing` in millionths."""
         return _micro("frame_smoothing", self.frame_smoothing)
+
+    @property
+    def final_keep_micro(self) -> int:
+        """`final_keep` in millionths."""
+        return _micro("final_keep", self.final_keep)
 
     @property
     def decode_retention_micro(self) -> int:

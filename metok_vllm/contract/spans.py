@@ -51,6 +51,13 @@ def retained_bound(spans: Sequence[VideoSpan]) -> int:
     return retained_count(sum(span.plan.most_after_l2 for span in spans), spans[0].plan.retention_micro)
 
 
+def final_bound(spans: Sequence[VideoSpan]) -> int:
+    """Most visual tokens of a request that pass L3, and own a slot in the layers from there up; as
+    `retained_bound`.
+    """
+    return retained_count(sum(span.plan.most_after_l2 for span in spans), spans[0].plan.final_micro)
+
+
 class UnusableItem(ValueError):
     """A multimodal item that METok can neither prune nor leave alone; says why in one sentence."""
 
@@ -98,8 +105,8 @@ def pruned_spans(
         spans.append(span)
     if spans and not _text_behind(features or (), spans[-1].end, prompt_len):
         raise UnusableItem("no text stands behind the last video.")
-    if len({span.plan.retention_micro for span in spans}) > 1:
-        raise UnusableItem("the videos of a request differ in decode_retention.")
+    if len({(span.plan.retention_micro, span.plan.final_micro) for span in spans}) > 1:
+        raise UnusableItem("the videos of a request differ in decode_retention or final_keep.")
     return tuple(spans)
 
 

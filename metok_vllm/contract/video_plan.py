@@ -52,6 +52,7 @@ class VideoPlan:
     whole_video: bool  # whether L1 and L2 keep the best of the whole video, or of each event
     smoothing_micro: int
     retention_micro: int
+    final_micro: int
     most_after_l1: int  # visual tokens that can survive L1, an upper bound
     most_after_l2: int  # and L2
     aligner: str  # one of ALIGNERS
@@ -75,6 +76,7 @@ class VideoPlan:
             whole_video=False,
             smoothing_micro=0,
             retention_micro=0,
+            final_micro=0,
             most_after_l1=0,
             most_after_l2=0,
             aligner="none",
@@ -126,7 +128,7 @@ class VideoPlan:
 
     def _check(self) -> None:
         """Raise ValueError where the counts contradict one another."""
-        millionths = (self.keep_ratio_micro, self.smoothing_micro, self.retention_micro)
+        millionths = (self.keep_ratio_micro, self.smoothing_micro, self.retention_micro, self.final_micro)
         holds = (
             1 <= self.events <= self.frames
             and self.key_events >= 0
@@ -192,6 +194,7 @@ def plan_video(
         whole_video=settings.quota == "video",
         smoothing_micro=settings.frame_smoothing_micro,
         retention_micro=settings.decode_retention_micro,
+        final_micro=settings.final_keep_micro,
         most_after_l1=bounds[0],
         most_after_l2=bounds[1],
         aligner=aligner,

@@ -60,10 +60,10 @@ def prompt_scores(attention: Any, chunks: Sequence[PromptChunk], states: Sequenc
 def survivor_scores(
     attention: Any, survivors: Sequence[Survivors], offset: int, query: torch.Tensor, key: torch.Tensor
 ) -> Scores:
-    """Scores at L2 of what L1 has left.
+    """Scores at L2 of what L1 has left, and at L3 of what L2 has left.
 
     Args:
-        attention: the layer right before L2.
+        attention: the layer right before that pruning layer.
         survivors: the prompts, one after the other in the step's rows.
         offset: the row of the first one's first token.
         query: [rows, Hq * d] of that layer.
@@ -71,8 +71,12 @@ def survivor_scores(
     """
     query = query.view(-1, attention.num_heads, attention.head_size)
     key = key.view(-1, attention.num_kv_heads, attention.head_size)
-    scores = []
+    scores: Scores = []
     for of_prompt in survivors:
+        if not of_prompt.visual:  # at L3: it lets nothing pass
+            scores.append([])
+            offset += of_prompt.size
+            continue
         request = of_prompt.chunk.request
         own = slice(offset, offset + of_prompt.size)
         # A scoring token is text, so it is alive; its row among the survivors follows from its position.
@@ -95,7 +99,7 @@ def survivor_scores(
     return [
         [
             _smoothed(score, span, visual.frame)
-            for score, span, visual in zip(of_prompt, p.chunk.request.spans, p.visual, strict=True)
+            for score, span, visual in zip(of_prompt, p.chunk.request.spans, p.visual, strict=False)
         ]
         for p, of_prompt in zip(survivors, scores, strict=True)
     ]

@@ -122,6 +122,7 @@ class PruningResult:
     after_l1: int
     after_l2: int
     retained: int
+    after_l3: int = 0
 
 
 def question_ids(features: Sequence[MultiModalFeatureSpec]) -> tuple[int, ...]:
@@ -205,6 +206,11 @@ class PrunedRequest:
     def retention_micro(self) -> int:
         """`decode_retention` in millionths."""
         return self.spans[0].plan.retention_micro
+
+    @property
+    def final_micro(self) -> int:
+        """`final_keep` in millionths."""
+        return self.spans[0].plan.final_micro
 
     @property
     def deferred_bytes(self) -> int:

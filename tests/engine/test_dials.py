@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from metok_vllm.contract.spans import final_bound
+from metok_vllm.scheduler.kv_manager import DeepKVManager
 from tests.support.harness import Case, Engine, engine
 from tests.support.oracle import assert_same
 from tests.support.oracle import run as run_oracle
@@ -44,10 +46,22 @@ CASES: dict[str, Case] = {
         between="\n erst \u00e9l und \U0001f9ff dann \n",
         metok={"score_rows": "question", "decode_retention": 0.5},
     ),
+    "final": Case((video(14, 16),), metok={"final_keep": 0.3}),
+    "final, all": Case((video(15, 10),), QUESTION, metok={"final_keep": 1, "decode_retention": 1}),
+    "final, more than is retained": Case(
+        (video(16, 9), video(17, 14)), between=" then ", metok={"final_keep": 0.8, "decode_retention": 0.2}
+    ),
+    "final, fewer than are retained": Case((video(19, 19),), metok={"final_keep": 0.1, "decode_retention": 0.9}),
     "all of them": Case(
         (video(11, 17), video(12, 5)),
         QUESTION,
-        metok={"quota": "video", "score_rows": "question", "frame_smoothing": 0.4, "decode_retention": 0.3},
+        metok={
+            "quota": "video",
+            "score_rows": "question",
+            "frame_smoothing": 0.4,
+            "final_keep": 0.25,
+            "decode_retention": 0.3,
+        },
     ),
     "none of them": Case((video(7, 15),)),
 }
@@ -116,8 +130,32 @@ def test_a_dial_makes_a_difference(running: Engine, name: str) -> None:
     assert ours.videos is not None
     assert without.videos is not None
     assert any(
-        (a.after_l1, a.after_l2) != (b.after_l1, b.after_l2) for a, b in zip(ours.videos, without.videos, strict=True)
+        (a.after_l1, a.after_l2, a.after_l3) != (b.after_l1, b.after_l2, b.after_l3)
+        for a, b in zip(ours.videos, without.videos, strict=True)
     )
 
 
-DIALS = ("quota", "score_rows", "frame_smoothing")
+def test_blocks_are_what_text_and_final_tokens_need(running: Engine) -> None:
+    """From L3 up: for its text, and for the share `final_keep` of the most that its plan lets survive L2."""
+    case = Case((video(20, 40),), metok={"final_keep": 0.5}, max_tokens=4)
+    request_id = running.add(case)
+    bounds: list[int] = []
+    while running.llm.llm_engine.has_unfinished_requests():
+        running.step()
+        bounds += [final_bound(counts.spans) for counts in running.scheduler.slot_counts.values()]
+    expected = running.oracle(case)
+    assert expected.kv_positions is not None
+    assert expected.videos is not None
+    assert expected.videos[0].after_l3
+    text = len(expected.kv_positions[-1]) - len(expected.videos[0].after_l3)
+    assert len(expected.videos[0].after_l3) <= bounds[0]
+    held = running.groups_seen[running.internal[request_id]]
+    whole = next(blocks for blocks in held if blocks[0] * running.managers[0].block_size >= len(expected.prompt_ids))
+    for manager, blocks in zip(running.managers, whole, strict=True):
+        kept = bounds[0] if isinstance(manager, DeepKVManager) and not manager.retains else 0
+        tokens = text + kept if isinstance(manager, DeepKVManager) else len(expected.prompt_ids)
+        assert blocks == -(-tokens // manager.block_size), f"{blocks} blocks for {tokens} tokens"
+    running.check_drained()
+
+
+DIALS = ("quota", "score_rows", "frame_smoothing", "final_keep")

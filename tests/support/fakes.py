@@ -37,7 +37,9 @@ RETAINING = DeepAttentionSpec(**SHAPE, retains=True)
 TEXT_ONLY = DeepAttentionSpec(**SHAPE, retains=False)
 
 
-def plan(tokens: int, most_after_l2: int = 0, retention: int = 0, pruned: bool = True, text: int = 0) -> VideoPlan:
+def plan(
+    tokens: int, most_after_l2: int = 0, retention: int = 0, pruned: bool = True, text: int = 0, final: int = 0
+) -> VideoPlan:
     """A plan with the counts that the scheduler reads; the others are plausible.
 
     `text` of the `tokens` are text inside the span.
@@ -57,6 +59,7 @@ def plan(tokens: int, most_after_l2: int = 0, retention: int = 0, pruned: bool =
         whole_video=False,
         smoothing_micro=0,
         retention_micro=retention,
+        final_micro=final,
         most_after_l1=most_after_l2,
         most_after_l2=most_after_l2,
         aligner="embedding",

@@ -120,6 +120,7 @@ class Prefill:
         self.layers = list(model.model.language_model.layers)
         self.limits: tuple[int, int, int] | None = None
         self.retained: list[int] = []
+        self.passed: list[int] = []  # visual positions that go on behind L3
         self.kv_positions: list[list[int]] = []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -158,20 +159,26 @@ class Prefill:
         # A token's index among those alive is not its position in the prompt once tokens are gone.
         index_of = {p: i for i, p in enumerate(self.alive)}
         survivors: dict[int, float] = {}
+        scored: dict[int, float] = {}
         for video in self.videos:
-            if stage == 3:
-                video.alive = []
-                continue
             rows = [index_of[p] for p in stage2.scoring_rows(video, self.is_text, self.question)]
             column = stage2.score(probabilities, rows).tolist()
-            scores = {p: column[index_of[p]] for p in video.alive}
-            scores = stage2.smooth(video, scores, self.settings)
+            scores = stage2.smooth(video, {p: column[index_of[p]] for p in video.alive}, self.settings)
+            scored |= scores
+            if stage == 3:
+                continue
             kept = stage2.keep(video, scores, self.settings, stage)
             for own in stage2.chosen_among(video, scores, self.settings):
                 self.margin = min(self.margin, stage2.margin(own, [p for p in kept if p in own]))
             video.alive = kept
             video.after.append(kept)
             survivors |= {p: scores[p] for p in kept}
+        if stage == 3:
+            self.passed = stage2.passes_l3(scored, self.settings)
+            self.margin = min(self.margin, stage2.margin(scored, self.passed))
+            for video in self.videos:
+                video.alive = [p for p in video.alive if p in self.passed]
+                video.after.append(video.alive)
         if stage == 2:
             self.retained = stage2.retain(survivors, self.settings)
             self.margin = min(self.margin, stage2.margin(survivors, self.retained))
@@ -187,7 +194,7 @@ class Prefill:
             return
         visual = {p for video in self.videos for p in video.visual}
         for number in range(self.limits[0], len(self.layers)):
-            spared = set(self.retained) if number < self.limits[2] else set()
+            spared = set(self.retained if number < self.limits[2] else self.passed)
             held = self.kv_positions[number]
             index = [i for i, p in enumerate(held) if p not in visual or p in spared]
             self.kv_positions[number] = [held[i] for i in index]
@@ -229,8 +236,9 @@ def report(
     """Gather what was decided on the way."""
     traces = []
     for video, part, span in zip(prefill.videos, encoded, spans, strict=True):
-        after: list[Any] = [*video.after, None, None]
-        traces.append(VideoTrace(span, part.events, part.key_events, part.strides, part.relevance, after[0], after[1]))
+        after: list[Any] = [*video.after, None, None, None]
+        decided = (part.events, part.key_events, part.strides, part.relevance)
+        traces.append(VideoTrace(span, *decided, *after[:3]))
     return OracleResult(
         prompt_ids=ids,
         tokens=tokens,

@@ -20,7 +20,7 @@ class Video:
     event_of_token: list[int]  # -1: text that labels a frame
     key_events: list[int]
     alive: list[int]  # prompt positions of visual tokens still there, ascending
-    after: list[list[int]] = field(default_factory=list)  # prompt positions left after L1, after L2
+    after: list[list[int]] = field(default_factory=list)  # prompt positions left after L1, L2, L3
     frame_of_token: list[int] = field(default_factory=list)  # a separator is of the frame before it
 
     @property
@@ -102,6 +102,12 @@ def chosen_among(video: Video, scores: dict[int, float], settings: OracleSetting
 def retain(scores: dict[int, float], settings: OracleSettings) -> list[int]:
     """4: the positions whose KV stays in layers L1 .. L3-1. `scores`: a at L2 of all videos' survivors."""
     count = rules.retained_count(settings, len(scores))
+    return sorted(sorted(scores, key=lambda p: (-scores[p], p))[:count])
+
+
+def passes_l3(scores: dict[int, float], settings: OracleSettings) -> list[int]:
+    """4.7: the positions that go on to the last layer. `scores`: a at L3 of all videos' survivors of L2."""
+    count = rules.final_count(settings, len(scores))
     return sorted(sorted(scores, key=lambda p: (-scores[p], p))[:count])
 
 

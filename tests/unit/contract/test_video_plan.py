@@ -49,6 +49,7 @@ made = st.builds(
     quota=st.sampled_from(["event", "video"]),
     frame_smoothing=shares,
     decode_retention=shares,
+    final_keep=shares,
     report=st.booleans(),
 )
 
