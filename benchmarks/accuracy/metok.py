@@ -113,6 +113,13 @@ class Stages23:
     random_scores: bool = False
     rows: Rows = "text"
 
+    def __post_init__(self) -> None:
+        dials = self.settings.score_rows, self.settings.frame_smoothing, self.settings.final_keep
+        if dials != ("text", 0, 0):
+            raise ValueError(
+                "the local runner has no score_rows, frame_smoothing and final_keep: ask a server by --url"
+            )
+
     def drops_before(self, layers: int) -> dict[int, bool]:
         first, second, third = chosen_layers(layers, self.settings.prune_layers)
         return {layer: scored for layer, scored in ((first, True), (second, True), (third, False)) if layer < layers}
