@@ -33,6 +33,9 @@ SERVER_ONLY = (
 or what the operator's status page shows.
 """
 
+BALANCED: dict[str, Any] = {"decode_retention": 1.0, "quota": "video"}
+"""What the preset `balanced` is, where nothing else is stated."""
+
 Share = Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)]
 Aligner = Literal["auto", "dual-tower", "embedding", "none"]
 
@@ -48,7 +51,8 @@ class MetokSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     preset: Literal["paper", "balanced"] = Field(
-        default="paper", description="`balanced` is `decode_retention` 1: for open answers of many words."
+        default="paper",
+        description='`balanced` is `decode_retention` 1 and `quota` "video": for open answers of many words.',
     )
     events: Annotated[StrictInt, Field(ge=1, le=1024)] = Field(
         default=5, description="Events that a video is cut into."
@@ -131,8 +135,8 @@ class MetokSettings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("preset") == "balanced" and "decode_retention" not in data:
-            return {**data, "decode_retention": 1.0}
+        if isinstance(data, Mapping) and data.get("preset") == "balanced":
+            return {**BALANCED, **data}
         return data
 
     @model_validator(mode="after")
@@ -256,8 +260,8 @@ def resolve_request(server: MetokSettings, value: object) -> RequestSettings | N
         if key in value:
             raise ValueError(f"METok ({where}): '{key}' belongs to the server; set it with --additional-config.")
     base = server.model_dump()
-    if "preset" in value and "decode_retention" not in value:
-        base.pop("decode_retention")  # a preset stated by the request decides what the preset is about
+    if "preset" in value:  # stated by the request, it decides what a preset is about
+        base = {key: stated for key, stated in base.items() if key not in BALANCED}
     try:
         return RequestSettings.model_validate({**base, **value})
     except ValidationError as error:

@@ -221,7 +221,7 @@ def engine(sample: Sample, server: dict[str, Any] | None = None, **llm_kwargs: A
     of_the_engine = ("aligner_model", "max_deferred_bytes", "preset", "status_shows_questions")
     oracle_keys = {k: v for k, v in server.items() if k not in of_the_engine}
     if server.get("preset") == "balanced":
-        oracle_keys.setdefault("decode_retention", 1.0)
+        oracle_keys = {"decode_retention": 1.0, "quota": "video"} | oracle_keys
     running = Engine(llm, sample, OracleSettings(**oracle_keys))
     try:
         yield running

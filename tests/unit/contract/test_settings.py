@@ -138,7 +138,7 @@ def test_what_a_server_may_set(key: str, value: Any) -> None:
     settings = parse_settings({key: value})
     assert getattr(settings, key) == (tuple(value) if isinstance(value, list) else value)
     assert settings.model_dump() == DEFAULTS | {key: getattr(settings, key)} | (
-        {"decode_retention": 1.0} if value == "balanced" else {}
+        {"decode_retention": 1.0, "quota": "video"} if value == "balanced" else {}
     )
     if key not in SERVER_ONLY:
         of_request = resolve_request(MetokSettings(), {key: value})
@@ -246,11 +246,34 @@ def test_a_request_starts_from_the_server() -> None:
         ({"preset": "balanced"}, {"events": 3}, 1.0),
     ],
 )
-def test_presets(server: dict[str, Any], request_: dict[str, Any], retention: float) -> None:
+def test_presets_and_retention(server: dict[str, Any], request_: dict[str, Any], retention: float) -> None:
     settings = resolve_request(parse_settings(server), request_)
     assert settings is not None
     assert settings.decode_retention == retention
     assert settings.decode_retention_micro == round(retention * MICRO)
+
+
+@pytest.mark.parametrize(
+    ("server", "request_", "quota"),
+    [
+        ({}, {}, "event"),
+        ({"preset": "paper"}, {}, "event"),
+        ({"preset": "balanced"}, {}, "video"),
+        ({"preset": "balanced", "quota": "event"}, {}, "event"),
+        ({"preset": "balanced", "decode_retention": 0}, {}, "video"),
+        ({}, {"preset": "balanced"}, "video"),
+        ({}, {"preset": "balanced", "quota": "event"}, "event"),
+        ({"preset": "balanced"}, {"preset": "paper"}, "event"),
+        ({"quota": "video"}, {"preset": "paper"}, "event"),
+        ({"quota": "video"}, {"preset": "paper", "quota": "video"}, "video"),
+        ({"preset": "balanced"}, {"quota": "event"}, "event"),
+        ({"quota": "video"}, {"events": 3}, "video"),
+    ],
+)
+def test_presets_and_quota(server: dict[str, Any], request_: dict[str, Any], quota: str) -> None:
+    settings = resolve_request(parse_settings(server), request_)
+    assert settings is not None
+    assert settings.quota == quota
 
 
 @given(st.integers(1, MICRO))
