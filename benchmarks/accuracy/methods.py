@@ -33,6 +33,7 @@ PAIRS = (
     (BALANCED, "vidcom2 = average"),
     (PAPER, "evs tokens = kv"),
     (PAPER, "vidcom2 = kv"),
+    (BALANCED, "quota event"),
     (BALANCED, "events off"),
     (BALANCED, "attention random"),
     (BALANCED, "layers 2-6-10"),
@@ -125,7 +126,7 @@ def _metok(checkpoint: Checkpoint) -> list[Method]:
         ),
         Method(PAPER, "METok", "all stages, decode_retention 0", first, stages(0.0)),
         Method("metok retention 0.5", "METok", "all stages, decode_retention 0.5", first, stages(0.5)),
-        Method(BALANCED, "METok", "all stages, decode_retention 1", first, stages(1.0)),
+        Method(BALANCED, "METok", "the preset balanced", first, Stages23(parse_settings({"preset": "balanced"}))),
         Method("metok stages 2+3", "METok", "every frame at stride 2; decode_retention 1", flat, stages(1.0)),
     ]
 
@@ -144,6 +145,7 @@ def _ablations(checkpoint: Checkpoint, layers: int) -> list[Method]:
         return Stage1(checkpoint, parse_settings(own)), Stages23(settings)
 
     first, then = with_settings()
+    add("quota event", "the best of each event survive, not of the video", *with_settings(quota="event"))
     add("events off", "one event, as many tokens", Stage1(checkpoint, first.settings, "events"), then)
     add("alignment random", "frames and events ranked at random", Stage1(checkpoint, first.settings, "alignment"), then)
     add("attention random", "stage 2 keeps random tokens", first, Stages23(then.settings, random_scores=True))

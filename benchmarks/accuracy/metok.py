@@ -113,6 +113,13 @@ class Stages23:
     random_scores: bool = False
     rows: Rows = "text"
 
+    def __post_init__(self) -> None:
+        dials = self.settings.score_rows, self.settings.frame_smoothing, self.settings.final_keep
+        if dials != ("text", 0, 0):
+            raise ValueError(
+                "the local runner has no score_rows, frame_smoothing and final_keep: ask a server by --url"
+            )
+
     def drops_before(self, layers: int) -> dict[int, bool]:
         first, second, third = chosen_layers(layers, self.settings.prune_layers)
         return {layer: scored for layer, scored in ((first, True), (second, True), (third, False)) if layer < layers}
@@ -123,6 +130,8 @@ class Stages23:
         if self.random_scores:
             scores = torch.rand(len(alive), generator=torch.Generator().manual_seed(asked.seed + cut))
         counts = EventCounts.of(entering.events, entering.is_key, self.settings.keep_ratio_micro)
+        if self.settings.quota == "video":
+            counts = counts.over_the_video()
         return survivor_mask(scores, counts, 1 if cut == 1 else 2 if cut == 2 else 3)
 
     def held(self, layer: int, trace: Trace, layers: int) -> Tensor:

@@ -19,6 +19,7 @@ from metok_kernels import deep_slots as slots_op
 from metok_kernels import event_similarity as similarity_op
 from metok_kernels import gather_rows as gather_op
 from metok_kernels import select_per_event as select_op
+from metok_kernels import smooth_by_frame as smooth_op
 from metok_kernels import text_to_visual_scores as scores_op
 from metok_kernels import tiered_pool as pool_op
 
@@ -153,6 +154,21 @@ def select(lengths: list[int], keep: list[int], device: torch.device) -> Case:
     )  # fmt: skip
 
 
+def smooth(frames: int, tokens: int, device: torch.device) -> Case:
+    """Scores of one video mixed with their frames' means."""
+    values = torch.rand(frames * tokens, device=device)
+    frame = torch.arange(frames * tokens, device=device) // tokens
+    arguments = values, frame, frames, 0.5
+
+    def plain() -> torch.Tensor:
+        return 0.5 * values + 0.5 * values.view(frames, tokens).mean(1).repeat_interleave(tokens)
+
+    return Case(
+        "smooth_by_frame", f"{frames} frames x {tokens}", partial(smooth_op.smooth_by_frame, *arguments),
+        partial(smooth_op.reference, *arguments), plain, values.numel() * 16, 4 * values.numel(), 1e-5, 1e-5,
+    )  # fmt: skip
+
+
 def gather(rows: int, out: int, width: int, device: torch.device) -> Case:
     """Hidden state, residual and M-RoPE positions of the survivors."""
     hidden, residual = (torch.randn(rows, width, dtype=torch.bfloat16, device=device) for _ in range(2))
@@ -214,6 +230,7 @@ def cases(small: bool, device: torch.device) -> Iterator[Case]:
         yield pool(4, 8, 60, "average", device)
         yield scores((14, 2, 64), 5, 40, 9, device)
         yield select([60, 1, 90], [40, 1, 30], device)
+        yield smooth(5, 9, device)
         yield gather(63, 40, 60, device)
         yield slots(3, 1, 2, device)
         return
@@ -227,7 +244,9 @@ def cases(small: bool, device: torch.device) -> Iterator[Case]:
         yield scores((28, 4, 128), rows, 2800, 15, device)
     yield scores((14, 2, 64), 32, 5000, 15, device)
     yield select([1500, 1500, 1500, 700, 700], [1140, 1140, 1140, 266, 266], device)
+    yield select([5100], [3952], device)  # a whole video
     yield select([100] * 2000, [76] * 2000, device)
+    yield smooth(64, 80, device)
     yield gather(16384, 12000, 3584, device)
     yield gather(65536, 50000, 896, device)
     yield slots(256, 1, 9, device)

@@ -24,6 +24,7 @@ from metok_kernels.event_similarity.launch import prepare as prepare_similarity
 from metok_kernels.gather_rows.launch import prepare as prepare_gather
 from metok_kernels.launch import Launch
 from metok_kernels.select_per_event.launch import prepare as prepare_select
+from metok_kernels.smooth_by_frame.launch import prepare as prepare_smooth
 from metok_kernels.specialisation import Key
 from metok_kernels.text_to_visual_scores.launch import prepare as prepare_scores
 from metok_kernels.tiered_pool.launch import prepare as prepare_pool
@@ -103,6 +104,7 @@ def launches(model: Model, dtype: torch.dtype) -> Iterator[Launch]:
     for keys in (_meta(9000, count, dtype=dtype), _meta(9000, rows, dtype=dtype)[:, first : first + count]):
         packed = keys.view(9000, model.kv_heads, model.head_dim)
         yield from prepare_scores(q, packed, _meta(200), _meta(5000), scale=0.1)[0]
+    yield prepare_smooth(_meta(5000, dtype=FP32), _meta(65), 0.5)[0]
     # Choice, and the rows that go on.
     yield prepare_select(_meta(9000, dtype=FP32), _meta(5), _meta(5), 5000)[0]
     hidden = _meta(8192, model.hidden, dtype=dtype)

@@ -53,9 +53,12 @@ class VisualTokens:
     after_l1: int
     after_l2: int
     retained: int = 0  # with KV in layers L1 .. L3-1 while decoding
+    after_l3: int = 0  # in the layers from L3 up, with KV there
 
     def __post_init__(self) -> None:
-        if not self.encoded >= self.after_l1 >= self.after_l2 >= self.retained >= 0 or self.stock < 0:
+        least = min(self.retained, self.after_l3)
+        most = max(self.retained, self.after_l3)
+        if not self.encoded >= self.after_l1 >= self.after_l2 >= most >= least >= 0 or self.stock < 0:
             raise ValueError(f"visual tokens only ever get fewer, unlike {self!r}")
 
 
@@ -104,7 +107,7 @@ def account(
         (first, visual.encoded, visual.encoded),
         (second - first, visual.after_l1, visual.retained),
         (third - second, visual.after_l2, visual.retained),
-        (shape.layers - third, 0, 0),
+        (shape.layers - third, visual.after_l3, visual.after_l3),
     ]
     stock = [(shape.layers, visual.stock, visual.stock)]
 

@@ -5,6 +5,8 @@ the reference of the kernel (docs/method.md section 2).
 import torch
 from torch import Tensor
 
+from .ratios import MICRO
+
 ROWS_PER_BLOCK = 16
 """Rows whose attention exists at once; memory is `rows * heads * keys` floats."""
 
@@ -57,3 +59,25 @@ def text_to_visual_scores(
         # Sum rows and heads first: the result of the reduction is [n], and one gather picks the video.
         attended += probabilities.sum(dim=(0, 1, 2)).index_select(0, visual_index)
     return attended / max(rows * q_heads, 1)
+
+
+def smooth_by_frame(scores: Tensor, frame: Tensor, frames: int, weight_micro: int) -> Tensor:
+    """`frame_smoothing`: each score mixed with the mean over its frame's tokens (docs/method.md section 4.6).
+
+    The rule of the kernel `smooth_by_frame`.
+
+    Args:
+        scores: float32 [n], of one video's tokens alive.
+        frame: int64 [n], of each token, below `frames`.
+        frames: of the video; some may have no token left.
+        weight_micro: the mean's share in millionths (`ratios.to_micro`); 0 gives the scores themselves.
+
+    Returns:
+        float32 [n]. A score that is not a number makes those of its frame so.
+    """
+    if not weight_micro:
+        return scores
+    weight = weight_micro / MICRO
+    sums = torch.zeros(frames, dtype=scores.dtype, device=scores.device).index_add_(0, frame, scores)
+    counts = torch.zeros_like(sums).index_add_(0, frame, torch.ones_like(scores))
+    return (1 - weight) * scores + weight * (sums / counts.clamp(min=1))[frame]

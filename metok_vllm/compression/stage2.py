@@ -19,7 +19,7 @@ class EventCounts:
     """Tokens that every event of one video has before L1, keeps at L1 and keeps at L2; each int64 [events].
 
     Tokens stand event after event, so the counts are also the lengths of the events' runs. At L3 no event
-    keeps any.
+    keeps any. With `quota` "video" the whole video is one run, of the same totals.
     """
 
     before: Tensor
@@ -39,13 +39,21 @@ class EventCounts:
         after_l1 = keep_counts(before, is_key, ratio_micro, 1)
         return cls(before, after_l1, keep_counts(after_l1, is_key, ratio_micro, 2))
 
+    def over_the_video(self) -> "EventCounts":
+        """With `quota` "video": the sums over the events, each int64 [1].
+
+        How many survive is the same as by event, whatever the scores say, so nothing that is reserved or read
+        back changes. How many an event keeps is then a matter of its scores.
+        """
+        return EventCounts(*(counts.sum().view(1) for counts in (self.before, self.after_l1, self.after_l2)))
+
 
 def select_survivors(scores: Tensor, lengths: Tensor, keep: Tensor, total: int) -> Tensor:
     """The best tokens of every event. The rule of the kernel `select_per_event`.
 
     Args:
         scores: float32 [n], event after event; several videos may stand behind one another.
-        lengths: int64 [events], of each event's run; they sum up to n.
+        lengths: int64 [events], of each event's run, or of a whole video's; they sum up to n.
         keep: int64 [events], how many of each, at most `lengths`.
         total: sum of `keep`, known on the host.
 

@@ -25,7 +25,7 @@ from vllm.multimodal.inputs import (
     MultiModalKwargsItem,
 )
 
-from metok_vllm.contract.fields import FRAME_TEXT_FIELD, PLAN_FIELD, QUESTION_FIELD, WINDOWS_FIELD
+from metok_vllm.contract.fields import FRAME_TEXT_FIELD, PLAN_FIELD, QUESTION_FIELD, ROWS_FIELD, WINDOWS_FIELD
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,11 +49,13 @@ class Beside:
         question: ids of the question's tokens for the language model; empty where nothing reads them.
         windows: the question in the windows of a dual tower's text side, each of equal length; None where the
             aligner is another.
+        rows: positions of the tokens whose attention scores (`score_rows`); empty where all text does.
     """
 
     prompt_tokens: int
     question: tuple[int, ...] = ()
     windows: tuple[tuple[int, ...], ...] | None = None
+    rows: tuple[int, ...] = ()
 
     def put(self, params: SamplingParams) -> None:
         """Hang it on a request's parameters. The caller's own dictionary is left as it is."""
@@ -61,6 +63,7 @@ class Beside:
             prompt_tokens=self.prompt_tokens,
             question=list(self.question),
             windows=None if self.windows is None else [list(window) for window in self.windows],
+            rows=list(self.rows),
         )
         params.extra_args = {**(params.extra_args or {}), KEY: carried}
 
@@ -75,14 +78,17 @@ class Beside:
             found["prompt_tokens"],
             tuple(found["question"]),
             None if windows is None else tuple(tuple(window) for window in windows),
+            tuple(found["rows"]),
         )
 
     def fields(self) -> dict[str, torch.Tensor]:
         """The fields that a pruned video's item gets of it."""
-        question = torch.tensor([len(self.question), *self.question], dtype=torch.int64)
-        if self.windows is None:
-            return {QUESTION_FIELD: question}
-        return {QUESTION_FIELD: question, WINDOWS_FIELD: torch.tensor(self.windows, dtype=torch.int64)}
+        fields = {QUESTION_FIELD: torch.tensor([len(self.question), *self.question], dtype=torch.int64)}
+        if self.windows is not None:
+            fields[WINDOWS_FIELD] = torch.tensor(self.windows, dtype=torch.int64)
+        if self.rows:
+            fields[ROWS_FIELD] = torch.tensor([len(self.rows), *self.rows], dtype=torch.int64)
+        return fields
 
 
 def stated_by_client(params: Any) -> bool:
@@ -127,11 +133,12 @@ def with_fields(
 
     A video compresses differently by another question, so the name tells them apart. It tells plans and
     the text of frames apart as well: two files that a client calls by one `uuid` may be of different lengths.
+    Which rows score is no matter of the encoder.
     The items themselves stay as they are: a cache holds them.
     """
     plain = {name: _elem(name, data) for name, data in fields.items()}
     question = hashlib.sha256()
-    for data in fields.values():
+    for data in (data for field, data in fields.items() if field != ROWS_FIELD):
         question.update(f"{tuple(data.shape)}".encode() + data.numpy().tobytes())
     found: list[MultiModalFeatureSpec] = []
     for feature in features:
@@ -156,5 +163,5 @@ def with_fields(
 
 
 def _elem(name: str, data: torch.Tensor) -> MultiModalFieldElem:
-    """As `frontend/processing.py` has it: the question stays on the host, the windows go to the tower."""
-    return MultiModalFieldElem(data=data, field=MultiModalBatchedField(keep_on_cpu=name == QUESTION_FIELD))
+    """As `frontend/processing.py` has it: the windows go to the tower, all else stays on the host."""
+    return MultiModalFieldElem(data=data, field=MultiModalBatchedField(keep_on_cpu=name != WINDOWS_FIELD))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-TOKEN_COUNTS = ("stock", "encoded", "after_l1", "after_l2", "retained")
+TOKEN_COUNTS = ("stock", "encoded", "after_l1", "after_l2", "retained", "after_l3")
 """Visual tokens of a request along its way, as in `compression.accounting.VisualTokens`."""
 
 KV_KINDS = ("stock", "metok")

@@ -16,6 +16,12 @@ QUESTION_FIELD = "metok_question"
 the LLM. Read by the aligner `embedding`.
 """
 
+ROWS_FIELD = "metok_rows"
+"""int64 [1 + tokens]: how many, then the positions in the prompt of the tokens whose attention scores.
+
+Not there where all text behind a video scores; read by the worker.
+"""
+
 WINDOWS_FIELD = "metok_windows"
 """int64 [windows, length]: the question in the windows of a dual tower's text side.
 

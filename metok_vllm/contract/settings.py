@@ -33,6 +33,9 @@ SERVER_ONLY = (
 or what the operator's status page shows.
 """
 
+BALANCED: dict[str, Any] = {"decode_retention": 1.0, "quota": "video"}
+"""What the preset `balanced` is, where nothing else is stated."""
+
 Share = Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)]
 Aligner = Literal["auto", "dual-tower", "embedding", "none"]
 
@@ -48,7 +51,8 @@ class MetokSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     preset: Literal["paper", "balanced"] = Field(
-        default="paper", description="`balanced` is `decode_retention` 1: for open answers of many words."
+        default="paper",
+        description='`balanced` is `decode_retention` 1 and `quota` "video": for open answers of many words.',
     )
     events: Annotated[StrictInt, Field(ge=1, le=1024)] = Field(
         default=5, description="Events that a video is cut into."
@@ -78,6 +82,25 @@ class MetokSettings(BaseModel):
         default=0.0,
         description="Share of the visual tokens alive after L2 whose KV decoding keeps in the layers L1 .. L3-1; at most "
         "six decimals.",
+    )
+    quota: Literal["event", "video"] = Field(
+        default="event",
+        description="Among which tokens the best survive L1 and L2: each event's, or the whole video's. As many survive.",
+    )
+    score_rows: Literal["text", "question"] = Field(
+        default="text",
+        description="Whose attention scores the visual tokens: that of all text behind the video, or of the question's "
+        "own tokens, where the prompt shows which these are.",
+    )
+    frame_smoothing: Share = Field(
+        default=0.0,
+        description="Share of a token's score that is its frame's mean: above 0, frames survive or fall more as one; "
+        "at most six decimals.",
+    )
+    final_keep: Share = Field(
+        default=0.0,
+        description="Share of the visual tokens alive after L2 that passes L3 too and owns KV from there to the last "
+        "layer; at most six decimals. It forgives an L3 that comes a layer too early.",
     )
     token_budget: Annotated[StrictInt, Field(ge=1)] | None = Field(
         default=None, description="Most visual tokens of one video; frames are pooled more coarsely until it fits."
@@ -112,8 +135,8 @@ class MetokSettings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("preset") == "balanced" and "decode_retention" not in data:
-            return {**data, "decode_retention": 1.0}
+        if isinstance(data, Mapping) and data.get("preset") == "balanced":
+            return {**BALANCED, **data}
         return data
 
     @model_validator(mode="after")
@@ -124,7 +147,7 @@ class MetokSettings(BaseModel):
             first, second, third = self.prune_layers
             if not 1 <= first < second < third:
                 raise ValueError(f"prune_layers must rise and start at 1 or later, not {list(self.prune_layers)}")
-        for name in ("keep_ratio", "decode_retention"):
+        for name in ("keep_ratio", "decode_retention", "frame_smoothing", "final_keep"):
             _micro(name, getattr(self, name))
         return self
 
@@ -132,6 +155,16 @@ class MetokSettings(BaseModel):
     def keep_ratio_micro(self) -> int:
         """`keep_ratio` in millionths."""
         return _micro("keep_ratio", self.keep_ratio)
+
+    @property
+    def frame_smoothing_micro(self) -> int:
+        """`frame_smoothing` in millionths."""
+        return _micro("frame_smoothing", self.frame_smoothing)
+
+    @property
+    def final_keep_micro(self) -> int:
+        """`final_keep` in millionths."""
+        return _micro("final_keep", self.final_keep)
 
     @property
     def decode_retention_micro(self) -> int:
@@ -227,8 +260,8 @@ def resolve_request(server: MetokSettings, value: object) -> RequestSettings | N
         if key in value:
             raise ValueError(f"METok ({where}): '{key}' belongs to the server; set it with --additional-config.")
     base = server.model_dump()
-    if "preset" in value and "decode_retention" not in value:
-        base.pop("decode_retention")  # a preset stated by the request decides what the preset is about
+    if "preset" in value:  # stated by the request, it decides what a preset is about
+        base = {key: stated for key, stated in base.items() if key not in BALANCED}
     try:
         return RequestSettings.model_validate({**base, **value})
     except ValidationError as error:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metok_vllm.compression.retention import retained_count
-from metok_vllm.contract.fields import FRAME_TEXT_FIELD, PIXELS_FIELD, PLAN_FIELD, QUESTION_FIELD, WINDOWS_FIELD
+from metok_vllm.contract.fields import (
+    FRAME_TEXT_FIELD,
+    PIXELS_FIELD,
+    PLAN_FIELD,
+    QUESTION_FIELD,
+    ROWS_FIELD,
+    WINDOWS_FIELD,
+)
 from metok_vllm.contract.frame_text import fits
 from metok_vllm.contract.video_plan import VideoPlan
 
@@ -42,6 +49,13 @@ def retained_bound(spans: Sequence[VideoSpan]) -> int:
             the request's.
     """
     return retained_count(sum(span.plan.most_after_l2 for span in spans), spans[0].plan.retention_micro)
+
+
+def final_bound(spans: Sequence[VideoSpan]) -> int:
+    """Most visual tokens of a request that pass L3, and own a slot in the layers from there up; as
+    `retained_bound`.
+    """
+    return retained_count(sum(span.plan.most_after_l2 for span in spans), spans[0].plan.final_micro)
 
 
 class UnusableItem(ValueError):
@@ -81,14 +95,18 @@ def pruned_spans(
             raise UnusableItem(f"a video's plan has {plan.tokens} tokens and its place {position.get_num_embeds()}.")
         if not plan.pruned:
             continue
+        if item is not None and ROWS_FIELD in item:
+            rows = _counted(item[ROWS_FIELD].data)
+            if rows is None or any(row >= prompt_len for row in rows):
+                raise UnusableItem("the rows that score a video are not in its prompt.")
         span = VideoSpan(position.offset, position.length, plan)
         if span.length != plan.tokens or span.start < (spans[-1].end if spans else 0):
             raise UnusableItem("the places of two items in the prompt overlap.")
         spans.append(span)
     if spans and not _text_behind(features or (), spans[-1].end, prompt_len):
         raise UnusableItem("no text stands behind the last video.")
-    if len({span.plan.retention_micro for span in spans}) > 1:
-        raise UnusableItem("the videos of a request differ in decode_retention.")
+    if len({(span.plan.retention_micro, span.plan.final_micro) for span in spans}) > 1:
+        raise UnusableItem("the videos of a request differ in decode_retention or final_keep.")
     return tuple(spans)
 
 
@@ -116,11 +134,15 @@ def _plan(item: Mapping[str, Any] | None, vocabulary: int | None) -> VideoPlan:
     missing = [name for name in needed if name not in item]
     if missing:
         raise UnusableItem(f"a video item has come without {missing[0]}.")
-    if QUESTION_FIELD in item:
-        count, *ids = _integers(item[QUESTION_FIELD].data).flatten().tolist() or [-1]
-        if not 0 <= count <= len(ids) or any(token < 0 for token in ids):
-            raise UnusableItem("a video's question is not what its length says.")
+    if QUESTION_FIELD in item and _counted(item[QUESTION_FIELD].data) is None:
+        raise UnusableItem("a video's question is not what its length says.")
     return plan
+
+
+def _counted(data: Any) -> list[int] | None:
+    """Numbers behind their count, none below 0; None where they are no such numbers."""
+    count, *numbers = _integers(data).flatten().tolist() or [-1]
+    return numbers[:count] if 0 <= count <= len(numbers) and all(number >= 0 for number in numbers) else None
 
 
 def _integers(data: Any) -> torch.Tensor:

@@ -23,6 +23,7 @@ ALIGNERS = ("dual-tower", "embedding", "none")
 """Aligners that a plan can name; "auto" has been resolved by then."""
 
 _TRIPLES = ("strides", "frames_per_tier")
+_BOOLEANS = ("pruned", "whole_video", "report")
 
 
 class VideoGrid(NamedTuple):
@@ -48,7 +49,10 @@ class VideoPlan:
     text_tokens: int  # of them text, which labels the frames; no other count knows of it
     stock_tokens: int  # visual tokens that the stock model would take
     keep_ratio_micro: int
+    whole_video: bool  # whether L1 and L2 keep the best of the whole video, or of each event
+    smoothing_micro: int
     retention_micro: int
+    final_micro: int
     most_after_l1: int  # visual tokens that can survive L1, an upper bound
     most_after_l2: int  # and L2
     aligner: str  # one of ALIGNERS
@@ -69,7 +73,10 @@ class VideoPlan:
             text_tokens=text_tokens,
             stock_tokens=stock_tokens,
             keep_ratio_micro=0,
+            whole_video=False,
+            smoothing_micro=0,
             retention_micro=0,
+            final_micro=0,
             most_after_l1=0,
             most_after_l2=0,
             aligner="none",
@@ -114,14 +121,14 @@ class VideoPlan:
         }
         if not 0 <= plan["aligner"] < len(ALIGNERS):
             raise ValueError(f"there is no aligner {plan['aligner']}")
-        plan |= {"pruned": bool(plan["pruned"]), "report": bool(plan["report"]), "aligner": ALIGNERS[plan["aligner"]]}
+        plan |= {name: bool(plan[name]) for name in _BOOLEANS} | {"aligner": ALIGNERS[plan["aligner"]]}
         read = cls(**plan)
         read._check()
         return read
 
     def _check(self) -> None:
         """Raise ValueError where the counts contradict one another."""
-        millionths = (self.keep_ratio_micro, self.retention_micro)
+        millionths = (self.keep_ratio_micro, self.smoothing_micro, self.retention_micro, self.final_micro)
         holds = (
             1 <= self.events <= self.frames
             and self.key_events >= 0
@@ -184,7 +191,10 @@ def plan_video(
         text_tokens=text_tokens,
         stock_tokens=stock_tokens,
         keep_ratio_micro=settings.keep_ratio_micro,
+        whole_video=settings.quota == "video",
+        smoothing_micro=settings.frame_smoothing_micro,
         retention_micro=settings.decode_retention_micro,
+        final_micro=settings.final_keep_micro,
         most_after_l1=bounds[0],
         most_after_l2=bounds[1],
         aligner=aligner,

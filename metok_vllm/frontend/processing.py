@@ -40,6 +40,7 @@ from metok_vllm.contract.settings import RequestSettings, resolve_request
 from metok_vllm.contract.video_plan import VideoGrid, VideoPlan, plan_video
 from metok_vllm.frontend.aligner_inputs import AlignerProcessor
 from metok_vllm.frontend.question import NO_MARKERS, TurnMarkers, fitting_markers, last_user_text, templates_markers
+from metok_vllm.frontend.question_rows import question_rows
 from metok_vllm.log import metok_logger
 
 logger = metok_logger(__name__)
@@ -58,6 +59,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
     pool_style: PoolStyle
     video_token: str
     _has_warned = False
+    _has_warned_of_rows = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -183,6 +185,8 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
             forget_unsent(self._admission.caches, result)  # vLLM refuses it by itself, and later
         handed = self._admission.unsent.hand_out(self._admission.caches, result, room)
         beside = None if settings is None else self._beside(length, aligner, question)
+        if beside is not None and settings is not None and settings.score_rows == "question":
+            beside = replace(beside, rows=self._question_rows(result, videos, settings.query))
         mark(result, settings is not None, beside, handed)
         return result
 
@@ -236,10 +240,13 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         return aligner
 
     def _hashed(self, settings: RequestSettings | None, aligner: str) -> dict[str, object]:
-        """All that decides what is made of the request's videos in this process, as plain data."""
+        """All that decides what is made of the request's videos in this process, as plain data.
+
+        The question and its rows go beside them.
+        """
         if settings is None:
             return {"off": True}
-        return {**settings.model_dump(mode="json", exclude={"query"}), "aligner": aligner}
+        return {**settings.model_dump(mode="json", exclude={"query", "score_rows"}), "aligner": aligner}
 
     def _beside(self, prompt_tokens: int, aligner: str, question: str) -> Beside:
         # The aligner "embedding" reads the ids; so does the status page, where the operator lets it show
@@ -250,6 +257,26 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         if aligner == "dual-tower":
             windows = tuple(map(tuple, self._aligner_processor.windows(question).tolist()))
         return Beside(prompt_tokens, tuple(ids), windows)
+
+    def _question_rows(self, result: MultiModalInput, videos: Any, query: str | None) -> tuple[int, ...]:
+        """Positions of the question's own tokens in the processed prompt; empty where they cannot be told."""
+        ranges = result["mm_placeholders"]
+        if not ranges.get("video"):
+            return ()
+        ids, tokenizer = result["prompt_token_ids"], self.info.get_tokenizer()
+        items = sorted((one.offset, one.length) for of_kind in ranges.values() for one in of_kind)
+        markers = fitting_markers(tokenizer.decode(list(ids), skip_special_tokens=False), self._markers)
+        # What the model reads behind a video is not the user's.
+        own = [self._text_behind(videos, i) for i in range(len(videos))] if self.reads_text_behind else []
+        last = max(one.offset + one.length for one in ranges["video"])
+        rows = question_rows(ids, items, last, tokenizer, markers, (*own, *self._not_text), query)
+        if not rows and not self._has_warned_of_rows:
+            self._has_warned_of_rows = True
+            logger.warning(
+                "METok: which of a prompt's tokens are the question's could not be told, so all text behind its videos "
+                "scores them, as with score_rows 'text'. This is said once."
+            )
+        return rows
 
     def _question(self, prompt: Sequence[int]) -> str:
         text = self.info.get_tokenizer().decode(list(prompt), skip_special_tokens=False)
@@ -284,8 +311,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
                     "METok: this model reads when a video's frames are, which a uuid alone does not say; send the data "
                     "with it.",
                 )
-            metadata = videos.metadata[video] if isinstance(videos.metadata, list) else videos.metadata
-            text = self.text_behind(videos.get_num_frames(video), metadata or {})
+            text = self._text_behind(videos, video)
             video += 1
             if not text:
                 continue
@@ -295,6 +321,10 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
                 at += 1
             ids += tokenizer.encode(f"\n{text}{ends or chr(10)}", add_special_tokens=False)
         return ids
+
+    def _text_behind(self, videos: Any, item: int) -> str:
+        metadata = videos.metadata[item] if isinstance(videos.metadata, list) else videos.metadata
+        return self.text_behind(videos.get_num_frames(item), metadata or {})
 
     def _is_in_vocabulary(self, ids: Sequence[int]) -> bool:
         """As vLLM will ask (vllm/renderers/base.py: `validate_token_ids`)."""

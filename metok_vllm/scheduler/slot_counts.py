@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metok_vllm.contract.spans import VideoSpan, retained_bound
+from metok_vllm.contract.spans import VideoSpan, final_bound, retained_bound
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,22 @@ class SlotCounts:
     def slots(self, num_tokens: int, retains: bool) -> int:
         """Slots that the first `num_tokens` tokens need: an upper bound, which never shrinks as they grow.
 
-        Without retention it is exact wherever no video with text inside is cut in two, so once the prompt is
-        complete. Which tokens of half such a video are text is known on the device alone, so as many of them
-        as can be are taken for it. Nothing is lost by that: the deep layers write nothing before the prompt
-        is complete, and by then all of that text owns a slot, so no block is ever given back.
+        Where decoding keeps no visual token it is exact wherever no video with text inside is cut in two, so
+        once the prompt is complete. Which tokens of half such a video are text is known on the device alone,
+        so as many of them as can be are taken for it. Nothing is lost by that: the deep layers write nothing
+        before the prompt is complete, and by then all of that text owns a slot, so no block is ever given
+        back.
 
         Args:
             num_tokens: tokens from the start of the prompt, generated ones included.
-            retains: whether the group's layers keep retained visual tokens (`L1 .. L3-1`).
+            retains: whether the group's layers keep retained visual tokens (`L1 .. L3-1`); else they are
+                those from L3 up, which keep what `final_keep` lets pass.
         """
         before = 0  # visual tokens among them, at least
         for span in self.spans:
             reached = min(max(num_tokens - span.start, 0), span.length)
             before += max(reached - span.plan.text_tokens, 0)
-        retained = retained_bound(self.spans) if retains and num_tokens >= self.prompt_len else 0
-        return num_tokens - before + retained
+        kept = 0
+        if num_tokens >= self.prompt_len:
+            kept = retained_bound(self.spans) if retains else final_bound(self.spans)
+        return num_tokens - before + kept

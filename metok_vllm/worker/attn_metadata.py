@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from metok_vllm.contract.kv_spec import DEEP_KINDS, GroupKind, group_kind
-from metok_vllm.contract.spans import retained_bound
+from metok_vllm.contract.spans import final_bound, retained_bound
 from metok_vllm.worker.batch import PromptChunk, PrunedBatch
 from metok_vllm.worker.requests import PrunedRequests
 from metok_vllm.worker.slots import DeepSlots
@@ -119,17 +119,22 @@ def pruned_batch(
         deep_slots.write(input_batch, slot_mappings)
         slots = slot_mappings.index_select(1, others)
         others_slots = {name: slots[group.index] for group in deep_slots.groups for name in group.layer_names}
-    text, retained = _prompt_slots(chunks, input_batch, deep_slots)
-    return PrunedBatch(chunks, input_batch.num_tokens, others, others_slots, deep_slots.group_rows, text, retained)
+    text, kept = _prompt_slots(chunks, input_batch, deep_slots)
+    return PrunedBatch(chunks, input_batch.num_tokens, others, others_slots, deep_slots.group_rows, text, kept)
 
 
 def _prompt_slots(
     chunks: Sequence[PromptChunk], input_batch: InputBatch, deep_slots: DeepSlots
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """`text_slots` and `retained_slots` of a `PrunedBatch`."""
+    """`text_slots` and `kept_slots` of a `PrunedBatch`.
+
+    What is kept lies behind the text in either kind of group: retained tokens in one, those that pass L3 in
+    the other. Of the larger number slots are laid out in all groups; no layer is asked for more than its own.
+    """
     complete = [chunk for chunk in chunks if chunk.completes]
     texts = [chunk.request.text_tokens for chunk in complete]
-    bounds = [retained_bound(chunk.request.spans) for chunk in complete]
+    spans = [chunk.request.spans for chunk in complete]
+    bounds = [max(retained_bound(of_prompt), final_bound(of_prompt)) for of_prompt in spans]
 
     def runs(values: Sequence[tuple[int, int]]) -> list[NDArray[np.int32]]:
         return [np.arange(start, end, dtype=np.int32) for start, end in values]
@@ -137,11 +142,11 @@ def _prompt_slots(
     sizes = [*texts, *bounds]
     rows = np.array([chunk.batch_index for chunk in complete] * 2, dtype=np.int32)
     text_ends = [(0, text) for text in texts]
-    retained_ends = [(text, text + bound) for text, bound in zip(texts, bounds, strict=True)]
-    indices = np.concatenate([np.empty(0, np.int32), *runs(text_ends), *runs(retained_ends)])
+    kept_ends = [(text, text + bound) for text, bound in zip(texts, bounds, strict=True)]
+    indices = np.concatenate([np.empty(0, np.int32), *runs(text_ends), *runs(kept_ends)])
     slots = deep_slots.at(input_batch, np.repeat(rows, sizes), indices)
-    text, retained = torch.split(slots, [sum(texts), sum(bounds)], dim=1)
-    return text, torch.split(retained, bounds, dim=1)
+    text, kept = torch.split(slots, [sum(texts), sum(bounds)], dim=1)
+    return text, torch.split(kept, bounds, dim=1)
 
 
 def others_metadata(

@@ -34,6 +34,11 @@ class DecoderStack:
         return first - 1, second - 1
 
     @property
+    def final_scoring_layer(self) -> int:
+        """The layer whose attention L3 chooses by, where `final_keep` lets visual tokens pass it."""
+        return self.prune_layers[2] - 1
+
+    @property
     def layers(self) -> Sequence[nn.Module]:
         """The decoder's layers."""
         return self.decoder.layers
@@ -74,7 +79,7 @@ class PrunedBatch:
     others_slots: Mapping[str, torch.Tensor]  # name of a deep layer -> int64 [No]
     group_rows: Mapping[str, int]  # name of a deep layer -> its group's row in the slots below
     text_slots: torch.Tensor  # int64 [groups, text of all prompts that are complete with this step]
-    retained_slots: Sequence[torch.Tensor]  # of each of those prompts, int64 [groups, most that it retains]
+    kept_slots: Sequence[torch.Tensor]  # of each of those prompts, int64 [groups, most visual tokens that it keeps]
 
     @property
     def num_others(self) -> int:

@@ -16,7 +16,7 @@ class KVWrites:
     """Writes of one pruned step.
 
     A prompt's text has its slots from the start. Which visual tokens are retained is known at L2 only. What
-    layers L1 .. L2-1 compute of the visual tokens waits until then.
+    layers L1 .. L2-1 compute of the visual tokens waits until then. Which ones pass L3 is known there.
 
     The slots of all rows are laid out once after each pruning layer, for all groups, with -1 for a row that
     owns none: vLLM's cache update skips it. So a layer's write is one launch.
@@ -28,16 +28,18 @@ class KVWrites:
         self._waiting: list[tuple[MetokAttention, torch.Tensor]] = []
 
     def rows_are(self, survivors: Sequence[Survivors]) -> None:
-        """The next layers run on `survivors`. Until L2 has chosen, they name no retained tokens."""
+        """The next layers run on `survivors`: until L2 has chosen with slots for text alone, then with those
+        of the retained tokens, behind L3 with those of the tokens that passed it.
+        """
         sizes = [of_prompt.size for of_prompt in survivors]
         self._slots = self._nobodys(sizes)
         self._slots.index_copy_(1, _joined([p.text for p in survivors], sizes), self.batch.text_slots)
-        retaining = [(i, p.retained_rows) for i, p in enumerate(survivors) if p.retained_rows is not None]
+        retaining = [(i, p.kept_rows) for i, p in enumerate(survivors) if p.kept_rows is not None]
         if retaining:
             self._place_retained(self._slots, sizes, retaining)
 
     def rows_are_text(self) -> None:
-        """The next layers run on text alone: behind L3."""
+        """The next layers run on text alone: behind L3, where nothing visual passed it."""
         self._slots = self.batch.text_slots
 
     def write(self, layer: MetokAttention, key: torch.Tensor, value: torch.Tensor, waits: bool) -> None:
@@ -72,12 +74,12 @@ class KVWrites:
     def _place_retained(
         self, slots: torch.Tensor, sizes: Sequence[int], retaining: Sequence[tuple[int, torch.Tensor]]
     ) -> None:
-        """Put into `slots` [groups, rows] those of the retained tokens:
+        """Put into `slots` [groups, rows] those of the visual tokens that are kept:
         of each prompt its index among all and its rows.
         """
         starts = [sum(sizes[:i]) for i, _ in retaining]
         rows = torch.cat([of_prompt + start for (_, of_prompt), start in zip(retaining, starts, strict=True)])
-        columns = [self.batch.retained_slots[i][:, : of_prompt.shape[0]] for i, of_prompt in retaining]
+        columns = [self.batch.kept_slots[i][:, : of_prompt.shape[0]] for i, of_prompt in retaining]
         slots.index_copy_(1, rows, torch.cat(columns, dim=1))
 
     def _slots_of(self, layer: MetokAttention, slots: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,10 @@ vLLM sizes the KV cache by a dummy run of `max_num_batched_tokens` tokens throug
 step needs more: what deferred prompts hold, and deep layers that run on whole prompts, where stock vLLM would
 run on a chunk. All of it is allocated while vLLM measures and given back before the first request.
 
+L3 scores too where `final_keep` lets tokens pass it. It needs less than L2: nothing waits any more, and fewer
+rows are left. Smoothing takes two float32 and an index a token, when the partial sums of its scores have been
+freed.
+
 What an MLP allocates inside is not counted: it takes no more rows at once than the dummy run gave it
 (`eager_layers.py: in_slices`).
 """

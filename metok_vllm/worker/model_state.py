@@ -218,6 +218,7 @@ class MetokModelState(DefaultModelState):
             if not chunk.completes or request.result is None or self.pruned.get(request.req_id) is not request:
                 continue
             index = self._index[request.req_id]
-            self.deep_slots.complete(index, request.visual_tokens, request.result.retained)
+            result = request.result
+            self.deep_slots.complete(index, request.visual_tokens, result.retained, result.after_l3)
             self.reports.add(request)
             request.tags = [None] * len(request.tags)

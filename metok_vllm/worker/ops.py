@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from metok_vllm.compression import events, pooling
+from metok_vllm.compression import events, pooling, scoring
 from metok_vllm.compression.pooling import PooledVideo, PoolStyle, Strides
+from metok_vllm.compression.ratios import MICRO
 from metok_vllm.compression.scoring import text_to_visual_scores as torch_scores
 from metok_vllm.compression.stage1 import Operations
 from metok_vllm.compression.stage2 import select_survivors
@@ -65,6 +66,25 @@ def scores(
 
     seen = torch.searchsorted(key_positions, row_positions, right=True)
     return text_to_visual_scores(query, key, seen, visual_index, scale=scale)
+
+
+def smooth(scores: torch.Tensor, frame: torch.Tensor, frames: int, weight_micro: int) -> torch.Tensor:
+    """One video's scores mixed with their frames' means; see `compression.scoring.smooth_by_frame`.
+
+    Args:
+        scores: float32 [n], frame after frame.
+        frame: int64 [n], of each, below `frames` and never decreasing.
+        frames: of the video.
+        weight_micro: the mean's share in millionths.
+
+    Returns:
+        float32 [n].
+    """
+    if not uses_triton(scores.device):
+        return scoring.smooth_by_frame(scores, frame, frames, weight_micro)
+    from metok_kernels.smooth_by_frame import smooth_by_frame as kernel
+
+    return kernel(scores, frame, frames, weight_micro / MICRO)
 
 
 def select(scores: torch.Tensor, lengths: torch.Tensor, keep: torch.Tensor, total: int) -> torch.Tensor:

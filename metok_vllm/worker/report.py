@@ -249,6 +249,7 @@ class Reports:
             after_l1=result.after_l1,
             after_l2=result.after_l2,
             retained=result.retained,
+            after_l3=result.after_l3,
         )
         costs = account(self.shape, self.layers, text, visual, kv_element_bytes=self.kv_element_bytes)
         return {
@@ -257,12 +258,14 @@ class Reports:
             "prompt_tokens": request.prompt_len,
             "text_tokens": text,
             "prune_layers": list(self.layers),
+            "score_rows": request.score_rows,
             "visual_tokens": {
                 "stock": visual.stock,
                 "encoded": visual.encoded,
                 "after_l1": visual.after_l1,
                 "after_l2": visual.after_l2,
                 "retained": visual.retained,
+                "after_l3": visual.after_l3,
             },
             "kv_bytes": {"stock": costs.kv_bytes_stock.total, "metok": costs.kv_bytes.total},
             "prefill_flops": {"stock": costs.prefill_flops_stock.total, "metok": costs.prefill_flops.total},

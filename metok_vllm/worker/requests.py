@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from metok_vllm.compression.ordering import true_indices
-from metok_vllm.contract.fields import QUESTION_FIELD
+from metok_vllm.contract.fields import QUESTION_FIELD, ROWS_FIELD
 from metok_vllm.contract.spans import VideoSpan, pruned_spans
 
 if TYPE_CHECKING:
@@ -69,6 +69,13 @@ class VideoTags:
             tags = tags[place]
         return cls(tags[:, 0] + 256 * tags[:, 1], tags[:, 2] > 0, tags[:, 3] + 256 * tags[:, 4], tags[:, 5], place)
 
+    def frames_of(self, span: VideoSpan) -> torch.Tensor:
+        """The frame of each visual token, int64 [n], never decreasing and below the plan's frames.
+
+        A client may give one uuid to two videos of as many tokens: the encoder's output is then the first's.
+        """
+        return self.frame.clamp(max=span.plan.frames - 1)
+
     def positions(self, start: int, index: torch.Tensor) -> torch.Tensor:
         """Where visual tokens stand in the prompt, int64 [m].
 
@@ -115,16 +122,41 @@ class PruningResult:
     after_l1: int
     after_l2: int
     retained: int
+    after_l3: int = 0
 
 
 def question_ids(features: Sequence[MultiModalFeatureSpec]) -> tuple[int, ...]:
     """Token ids of the question by which a request's videos are pruned; empty where none is used."""
+    return _numbers(features, QUESTION_FIELD)
+
+
+def question_rows(features: Sequence[MultiModalFeatureSpec]) -> tuple[int, ...]:
+    """Positions of the tokens whose attention alone scores; empty where all text behind a video does."""
+    return _numbers(features, ROWS_FIELD)
+
+
+def _numbers(features: Sequence[MultiModalFeatureSpec], field: str) -> tuple[int, ...]:
+    """What a field of a request's items holds behind its count: all its pruned videos have the same."""
     for feature in features:
         item: Any = feature.data
-        if item is not None and QUESTION_FIELD in item:
-            count, *ids = item[QUESTION_FIELD].data.flatten().tolist()
-            return tuple(int(token) for token in ids[:count])
+        if item is not None and field in item:
+            count, *numbers = item[field].data.flatten().tolist()
+            return tuple(int(number) for number in numbers[:count])
     return ()
+
+
+def of_question(scores: NDArray[np.bool_], rows: Sequence[int], last_end: int) -> tuple[NDArray[np.bool_], str]:
+    """Which tokens score: bool [prompt], and whether they are the question's.
+
+    Args:
+        scores: bool [prompt], all that may.
+        rows: positions of the question's tokens, as the front end has found them; empty where it has not.
+        last_end: one past the last pruned video; without a scoring token behind it its choice would be blind.
+    """
+    asked = np.zeros_like(scores)
+    asked[list(rows)] = True
+    asked &= scores
+    return (asked, "question") if asked[last_end:].any() else (scores, "text")
 
 
 @dataclass
@@ -134,7 +166,7 @@ class PrunedRequest:
     Its **text** is every token that is no visual token of a pruned video: images count as text, and so does a
     video with METok off, and so does what labels the frames inside a pruned one. How much there is of it is
     known on the host. Its **scoring tokens** are those whose attention scores the visual tokens: real text
-    behind the first pruned video, and never inside one.
+    behind the first pruned video, and never inside one. With `score_rows` "question" the question's alone.
     """
 
     req_id: str
@@ -148,6 +180,7 @@ class PrunedRequest:
     chunks: list[ChunkState] = field(default_factory=list)
     result: PruningResult | None = None  # set when the prompt has been pruned
     question: tuple[int, ...] = ()  # token ids of the question by which it is pruned; empty where none is used
+    score_rows: str = "text"  # or "question": which tokens score
 
     @property
     def visual_tokens(self) -> int:
@@ -175,6 +208,11 @@ class PrunedRequest:
         return self.spans[0].plan.retention_micro
 
     @property
+    def final_micro(self) -> int:
+        """`final_keep` in millionths."""
+        return self.spans[0].plan.final_micro
+
+    @property
     def deferred_bytes(self) -> int:
         return sum(chunk.nbytes for chunk in self.chunks)
 
@@ -195,6 +233,7 @@ class PrunedRequest:
         for feature in data.mm_features:
             scores[feature.mm_position.offset :][: feature.mm_position.length] = False
         scores[: spans[0].end] = False
+        scores, score_rows = of_question(scores, question_rows(data.mm_features), spans[-1].end)
         is_text = np.ones(prompt_len, dtype=np.bool_)
         for span in spans:
             is_text[span.start : span.end] = False
@@ -209,6 +248,7 @@ class PrunedRequest:
             scoring_before=tuple(int(np.searchsorted(scoring, span.end)) for span in spans),
             # Now, not when it is needed: vLLM 0.33 drops an item's data once its tokens are computed.
             question=question_ids(data.mm_features),
+            score_rows=score_rows,
             tags=[None] * len(spans),
         )
 

@@ -7,11 +7,12 @@ A prompt with one pruned video, and its answer (t text, V visual, g generated)::
 
     its slots in layers below L1      [ t t V V V V V t t t g g ]     slot index = position: vLLM's own layout
     layers L1 .. L3-1                 [ t t t t t | V V | g g ]       text, retained visual tokens, generated
-    layers from L3 up                 [ t t t t t | g g ]             text, generated
+    layers from L3 up                 [ t t t t t | V | g g ]         text, what passed L3, generated
 
 The order of KV within a request does not matter to attention, since rotary positions are applied before. So
-text never depends on what L2 retains, and for whatever is computed after the prompt ``slot index = position -
-shift``, with one shift a request and kind of group: the visual tokens that own no slot there.
+text never depends on what L2 retains or L3 lets pass, and for whatever is computed after the prompt ``slot
+index = position - shift``, with one shift a request and kind of group: the visual tokens that own no slot
+there.
 
 All state lives on the device in tensors that never move, since captured CUDA graphs read `seq_lens` at their
 addresses. Nothing here makes the host wait.
@@ -99,9 +100,11 @@ class DeepSlots:
         """A request without pruned tokens, or one whose prompt is not complete, has taken row `index`."""
         self.shift[:, index] = 0
 
-    def complete(self, index: int, visual: int, retained: int) -> None:
-        """The prompt of the request in row `index` is complete: `visual` tokens, `retained` of them kept."""
-        self.shift[DEEP_KINDS.index(TEXT), index] = visual
+    def complete(self, index: int, visual: int, retained: int, after_l3: int) -> None:
+        """The prompt of the request in row `index` is complete: `visual` tokens, of which layers L1 .. L3-1
+        keep `retained`, and the layers from L3 up `after_l3`.
+        """
+        self.shift[DEEP_KINDS.index(TEXT), index] = visual - after_l3
         self.shift[DEEP_KINDS.index(TEXT_AND_RETAINED), index] = visual - retained
 
     def unshifted(self, seq_lens: torch.Tensor) -> None:

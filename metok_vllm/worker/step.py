@@ -105,6 +105,7 @@ class PrunedStep:
         self._captured.clear()
         self._layers(second, third)
         self._gather(self._at_l3)
+        self._captured.clear()
         self._layers(third, len(self.stack.layers))
         hidden, residual, _ = self._rows
         self._rows.clear()
@@ -216,10 +217,22 @@ class PrunedStep:
 
     def _at_l3(self) -> list[torch.Tensor]:
         """Prune at L3. Returns what `_at_l2` does."""
-        rows = prune_l3(self.survivors)
-        self._writes.rows_are_text()
+        scores = None
+        if self._passes_l3:
+            layer, first = self.stack.final_scoring_layer, self.batch.num_others
+            scores = survivor_scores(self.stack.attention(layer), self.survivors, first, *self._captured.pop(layer))
+        rows = prune_l3(self.survivors, scores)
+        if self._passes_l3:
+            self._writes.rows_are(self.survivors)
+        else:
+            self._writes.rows_are_text()
         self._rows_changed()
         return rows
+
+    @property
+    def _passes_l3(self) -> bool:
+        """Whether visual tokens of any prompt pass L3."""
+        return any(survivors.after_l3 for survivors in self.survivors)
 
     def _rows_changed(self) -> None:
         """After a pruning layer: where each prompt's rows start, for all layers until the next."""
@@ -242,7 +255,7 @@ class PrunedStep:
 
     def capture(self, index: int, query: torch.Tensor, key: torch.Tensor) -> None:
         """Keep what a scoring layer's attention computes; called for every layer."""
-        if index in self.stack.scoring_layers:
+        if index in self.stack.scoring_layers or (self._passes_l3 and index == self.stack.final_scoring_layer):
             self._captured[index] = (query, key)
 
     def attend(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
-from metok_vllm.compression.ordering import true_indices
+from metok_vllm.compression.ordering import top, true_indices
 from metok_vllm.compression.retention import retain, retained_count
 from metok_vllm.compression.stage2 import EventCounts
 from metok_vllm.contract.spans import VideoSpan
@@ -21,7 +21,9 @@ from metok_vllm.worker.requests import PruningResult, VideoTags
 
 @dataclass(frozen=True)
 class VideoCounts:
-    """How many visual tokens of one pruned video survive: by event on the device, in total on the host."""
+    """How many visual tokens of one pruned video survive: by event (with `quota` "video" all as one) on the
+    device, in total on the host.
+    """
 
     by_event: EventCounts
     after_l1: int
@@ -37,6 +39,7 @@ class VideoRows:
     start: int  # row of the first token of the video's span
     length: int
     rows: torch.Tensor | None = None  # int64 [length], where text stands among them
+    frame: torch.Tensor | None = None  # int64 [length], of each, where frames smooth the scores
 
     def every(self, device: torch.device) -> torch.Tensor:
         """Their rows, int64 [length]."""
@@ -56,10 +59,15 @@ class Survivors:
     chunk: PromptChunk  # the prompt's last one
     positions: torch.Tensor  # int64 [n]: where they stood in the prompt
     text: torch.Tensor  # int64 [text tokens], where the text stands among the n
-    visual: list[VideoRows]  # of each pruned video, until L2
+    visual: list[VideoRows]  # of each pruned video, until L2; until L3 where it lets any pass
     videos: list[VideoCounts]
     retained: int  # visual tokens that keep their KV in layers L1 .. L3-1
-    retained_rows: torch.Tensor | None = None  # int64 [retained], where they stand among the n, once L2 has chosen
+    after_l3: int = 0  # visual tokens that pass L3
+    kept_rows: torch.Tensor | None = None
+    """int64: where visual tokens with slots in the next layers stand among the n.
+
+    Behind L2 the retained ones, behind L3 those that passed it.
+    """
     retained_rows_at_l1: torch.Tensor | None = None  # int64 [retained], where they stood among the survivors of L1
 
     @property
@@ -128,23 +136,38 @@ def prune_l2(survivors: Sequence[Survivors], scores: Sequence[Sequence[torch.Ten
     return rows
 
 
-def prune_l3(survivors: Sequence[Survivors]) -> list[torch.Tensor]:
-    """Drop every visual token; updates `survivors`. Returns the rows that go on, as `prune_l2` does."""
+def prune_l3(
+    survivors: Sequence[Survivors], scores: Sequence[Sequence[torch.Tensor]] | None = None
+) -> list[torch.Tensor]:
+    """Drop every visual token but those that `final_keep` lets pass; updates `survivors`.
+
+    Args:
+        survivors: what L2 has left of the prompts.
+        scores: of every pruned video of each that lets any pass, of others nothing; None where none does.
+
+    Returns:
+        For each prompt the rows that go on, as `prune_l2` does.
+    """
     rows = []
-    for of_prompt in survivors:
+    for i, of_prompt in enumerate(survivors):
+        of_prompt.kept_rows = None
+        if of_prompt.after_l3:
+            assert scores is not None
+            rows.append(_after_l3(of_prompt, torch.cat(list(scores[i]))))
+            continue
         rows.append(of_prompt.text)
         of_prompt.positions = of_prompt.positions[of_prompt.text]
         of_prompt.text = torch.arange(of_prompt.text.shape[0], device=of_prompt.text.device)
-        of_prompt.retained_rows = None
     return rows
 
 
 def event_counts(span: VideoSpan, tags: VideoTags | None) -> EventCounts:
-    """Of one video, from the tags of its tokens; stays on the device."""
+    """Of one video, from the tags of its tokens; stays on the device. One run with `quota` "video"."""
     assert tags is not None, "a prompt's videos are encoded before its last chunk"
     is_key = torch.zeros(span.plan.events, dtype=torch.bool, device=tags.event.device)
     is_key.index_put_((tags.event,), tags.is_key)
-    return EventCounts.of(tags.event, is_key, span.plan.keep_ratio_micro)
+    counts = EventCounts.of(tags.event, is_key, span.plan.keep_ratio_micro)
+    return counts.over_the_video() if span.plan.whole_video else counts
 
 
 def _select(
@@ -177,13 +200,16 @@ def _after_l1(chunk: PromptChunk, videos: Sequence[VideoCounts], kept: Sequence[
     after_l1 = sum(video.after_l1 for video in videos)
     after_l2 = sum(video.after_l2 for video in videos)
     retained = retained_count(after_l2, request.retention_micro)
-    request.result = PruningResult(request.visual_tokens, after_l1, after_l2, retained)
+    after_l3 = retained_count(after_l2, request.final_micro)
+    request.result = PruningResult(request.visual_tokens, after_l1, after_l2, retained, after_l3)
     positions = true_indices(alive, request.text_tokens + after_l1)
     visual, row, previous_end = [], 0, 0
-    for span, video, places in zip(request.spans, videos, chosen, strict=True):
+    for span, video, tags, places, index in zip(request.spans, videos, request.tags, chosen, kept, strict=True):
         row += span.start - previous_end
         rows = torch.searchsorted(positions, places) if span.plan.text_tokens else None
-        visual.append(VideoRows(row, video.after_l1, rows))
+        assert tags is not None
+        frame = tags.frames_of(span)[index] if span.plan.smoothing_micro else None
+        visual.append(VideoRows(row, video.after_l1, rows, frame))
         row += span.plan.text_tokens + video.after_l1
         previous_end = span.end
     return Survivors(
@@ -193,20 +219,44 @@ def _after_l1(chunk: PromptChunk, videos: Sequence[VideoCounts], kept: Sequence[
         visual=visual,
         videos=list(videos),
         retained=retained,
+        after_l3=after_l3,
     )
 
 
 def _after_l2(survivors: Survivors, kept: Sequence[torch.Tensor], scores: Sequence[torch.Tensor]) -> torch.Tensor:
     alive = torch.zeros(survivors.size, dtype=torch.bool, device=survivors.positions.device)
     alive.index_fill_(0, survivors.text, True)
-    visual = torch.cat([of_video.at(index) for of_video, index in zip(survivors.visual, kept, strict=True)])
+    chosen = [of_video.at(index) for of_video, index in zip(survivors.visual, kept, strict=True)]
+    visual = torch.cat(chosen)
     alive.index_fill_(0, visual, True)
     rows = true_indices(alive, survivors.text.shape[0] + survivors.after_l2)
     if survivors.retained:
         kept_scores = torch.cat([score[index] for score, index in zip(scores, kept, strict=True)])
-        chosen = retain(kept_scores, survivors.chunk.request.retention_micro)
-        survivors.retained_rows_at_l1 = visual[true_indices(chosen, survivors.retained)]
-        survivors.retained_rows = torch.searchsorted(rows, survivors.retained_rows_at_l1)
+        mask = retain(kept_scores, survivors.chunk.request.retention_micro)
+        survivors.retained_rows_at_l1 = visual[true_indices(mask, survivors.retained)]
+        survivors.kept_rows = torch.searchsorted(rows, survivors.retained_rows_at_l1)
+    if survivors.after_l3:  # L3 scores them once more
+        survivors.visual = [
+            VideoRows(0, index.shape[0], torch.searchsorted(rows, places), None if v.frame is None else v.frame[index])
+            for v, index, places in zip(survivors.visual, kept, chosen, strict=True)
+        ]
+    else:
+        survivors.visual = []
     survivors.text = torch.searchsorted(rows, survivors.text)
     survivors.positions = survivors.positions[rows]
+    return rows
+
+
+def _after_l3(survivors: Survivors, scores: torch.Tensor) -> torch.Tensor:
+    """Let the best pass L3, of all the prompt's videos together; `scores` float32 [C2]. Returns the rows."""
+    alive = torch.zeros(survivors.size, dtype=torch.bool, device=survivors.positions.device)
+    alive.index_fill_(0, survivors.text, True)
+    visual = torch.cat([of_video.every(alive.device) for of_video in survivors.visual])
+    passed = visual[true_indices(top(scores, survivors.after_l3), survivors.after_l3)]
+    alive.index_fill_(0, passed, True)
+    rows = true_indices(alive, survivors.text.shape[0] + survivors.after_l3)
+    survivors.kept_rows = torch.searchsorted(rows, passed)
+    survivors.text = torch.searchsorted(rows, survivors.text)
+    survivors.positions = survivors.positions[rows]
+    survivors.visual = []
     return rows

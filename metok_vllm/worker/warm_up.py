@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metok_vllm.compression.pooling import PoolStyle
+from metok_vllm.compression.ratios import MICRO
 from metok_vllm.compression.tiers import TierQuota
 from metok_vllm.log import metok_logger
 from metok_vllm.worker import ops
@@ -130,12 +131,13 @@ def _projected(shapes: ModelShapes, device: torch.device) -> tuple[torch.Tensor,
 
 
 def _choices(shapes: ModelShapes, device: torch.device) -> None:
-    """Scores, the choice by them, and the rows that go on: at L1 and L2 alike."""
+    """Scores, what smooths them, the choice by them, and the rows that go on: at all pruning layers alike."""
     query, keys = _projected(shapes, device)
     positions = torch.arange(ROWS, device=device)
     for key in keys:
         ops.scores(query[1:], key, positions[:2], positions[1:], positions, 1.0)
     one = torch.ones(ROWS, dtype=torch.int64, device=device)
+    ops.smooth(torch.zeros(ROWS, device=device), one.cumsum(0) - 1, ROWS, MICRO)
     index = ops.select(torch.zeros(ROWS, device=device), one, one, ROWS)
     hidden = torch.zeros(ROWS, shapes.hidden, dtype=shapes.dtype, device=device)
     ops.gather(index, hidden, hidden.clone(), positions)

@@ -34,7 +34,8 @@ def test_interpreter_rows_carry_no_times(tmp_path: Path) -> None:
     assert cli.main(["--small", "--interpret", "--out", str(out)]) == 0
     first = rows(out)
     assert {row["op"] for row in first} == {
-        "event_similarity", "tiered_pool", "text_to_visual_scores", "select_per_event", "gather_rows", "deep_slots",
+        "event_similarity", "tiered_pool", "text_to_visual_scores", "smooth_by_frame", "select_per_event", "gather_rows",
+        "deep_slots",
     }  # fmt: skip
     for row in first:
         assert row["mode"] == "interpreter"

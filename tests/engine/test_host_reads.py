@@ -19,8 +19,8 @@ from tests.support.oracle.samples import load_sample, scene_video
 ON_THE_HOST = {
     "video_plan.py:from_tensor tolist",  # the plan stays on the host (`keep_on_cpu`)
     "base.py:_fit __int__",  # so does the length of the question
-    "requests.py:question_ids tolist",  # and the question itself, read once when its request comes
-    "spans.py:_plan tolist",  # where the question is looked at, to be what its length says
+    "requests.py:_numbers tolist",  # and the question and its rows, read once when their request comes
+    "spans.py:_counted tolist",  # where these are looked at, to be what their length says
     "beside.py:with_fields numpy",  # the engine core names a video by its plan and the question
     "attn_metadata.py:others_metadata numpy",  # vLLM keeps bounds of the lengths on the host
 }
@@ -29,10 +29,13 @@ ON_THE_HOST = {
 THE_READ = "survivors.py:survivors_of_l1 tolist"
 
 
+DIALS = {"quota": "video", "score_rows": "question", "frame_smoothing": 0.5, "final_keep": 0.5}
+
+
 def cases() -> list[Case]:
     return [
         Case((scene_video(1, 9),), metok={"decode_retention": 0.5, "report": True}, max_tokens=6),
-        Case((scene_video(2, 5), scene_video(3, 8)), max_tokens=6),
+        Case((scene_video(2, 5), scene_video(3, 8)), metok=DIALS, max_tokens=6),
         Case((), "No video here.", max_tokens=6),
         Case((scene_video(4, 6),), metok="off", max_tokens=6),
     ]

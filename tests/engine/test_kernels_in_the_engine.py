@@ -19,6 +19,7 @@ KERNELS = (
     "event_similarity",
     "tiered_pool",
     "text_to_visual_scores",
+    "smooth_by_frame",
     "select_per_event",
     "gather_rows",
     "deep_slots",
@@ -51,6 +52,7 @@ def test_forced_kernels_equal_the_oracle(
     asked = [
         Case((scene_video(1, 9),), max_tokens=8),
         Case((scene_video(2, 5), scene_video(3, 8)), metok={"decode_retention": 0.5}, max_tokens=8),
+        Case((scene_video(4, 7),), metok={"frame_smoothing": 0.5, "quota": "video"}, max_tokens=8),
         Case((), "No video here.", max_tokens=8),
     ]
     with engine(sample, max_num_batched_tokens=64, max_num_seqs=8) as running:
@@ -59,11 +61,12 @@ def test_forced_kernels_equal_the_oracle(
         for case, answer in zip(asked, running.run(asked), strict=True):
             assert_same(running.oracle(case), answer, 1e-3)
         running.check_drained()
-    videos = 3
+    videos = 4
     assert launches["event_similarity"] == launches["tiered_pool"] == videos
     assert launches["text_to_visual_scores"] == 2 * videos, "each video is scored at L1 and at L2"
+    assert launches["smooth_by_frame"] == 2, "once at L1 and once at L2, where it was asked for"
     # Prompts that end in the same step share a launch.
-    assert 2 <= launches["select_per_event"] <= 4
+    assert 2 <= launches["select_per_event"] <= 6
     assert launches["gather_rows"] >= 2
     assert launches["deep_slots"] > 0
 

@@ -47,6 +47,11 @@ def cases(max_tokens: int = 24) -> list[Case]:
         {"videos": (video(17),), "metok": {"token_budget": 110, "decode_retention": 0.25}},
         {"videos": (video(1),), "metok": {"decode_retention": 1}},
         {"videos": (video(10),), "images": (picture(3, 90, 60),), "metok": {"decode_retention": 1}},
+        {
+            "videos": (video(16), video(6)),
+            "between": " and ",
+            "metok": {"quota": "video", "score_rows": "question", "frame_smoothing": 0.5},
+        },
         {"videos": (video(13),), "metok": "off"},
         {"videos": (video(1),), "metok": "off"},
         {"question": "Say something without a video."},
@@ -163,12 +168,12 @@ def test_the_report_counts_labels_as_text(running: Engine) -> None:
 
 
 def test_one_read_in_a_prefill_and_none_in_decoding(running: Engine) -> None:
-    asked = [cases(6)[1], cases(6)[8]]
+    asked = [cases(6)[1], cases(6)[9]]
     with waits_of_metok() as found:
         answers = running.run(asked)
     on_the_host = {
-        "video_plan.py:from_tensor tolist", "base.py:_fit __int__", "requests.py:question_ids tolist",
-        "spans.py:_plan tolist", "frame_text.py:fits tolist", "beside.py:with_fields numpy",
+        "video_plan.py:from_tensor tolist", "base.py:_fit __int__", "requests.py:_numbers tolist",
+        "spans.py:_counted tolist", "frame_text.py:fits tolist", "beside.py:with_fields numpy",
         "attn_metadata.py:others_metadata numpy",
     }  # fmt: skip
     assert found.pop("survivors.py:survivors_of_l1 tolist") == 1

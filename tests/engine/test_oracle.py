@@ -31,6 +31,16 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+DIALS = {
+    "quota": "video",
+    "score_rows": "question",
+    "frame_smoothing": 0.5,
+    "final_keep": 0.5,
+    "decode_retention": 0.25,
+}
+"""Every dial of the choice at once; each alone: `test_dials.py`."""
+
+
 def cases(seed: int, max_tokens: int = 24) -> list[Case]:
     """Requests that differ in everything a request can differ in."""
 
@@ -53,6 +63,7 @@ def cases(seed: int, max_tokens: int = 24) -> list[Case]:
         Case((video(10),), images=(picture(seed, 90, 60),), metok={"decode_retention": 1}),
         Case((), "What is in the picture?", images=(picture(seed + 1, 50, 70),)),
         Case((video(16),), metok={"query": "Who plays the drums?"}),
+        Case((video(15), video(8)), "Who is it?", metok=DIALS),
     ]
     return [replace(case, max_tokens=max_tokens) for case in asked]
 
@@ -95,7 +106,7 @@ def test_each_alone_equals_the_batch(running: Engine) -> None:
 def test_a_preset_stated_by_the_request(running: Engine) -> None:
     video = scene_video(77, 18)
     (answer,) = running.run([Case((video,), metok={"preset": "balanced"})])
-    assert_same(running.oracle(Case((video,), metok={"decode_retention": 1})), answer, ATOL)
+    assert_same(running.oracle(Case((video,), metok={"decode_retention": 1, "quota": "video"})), answer, ATOL)
 
 
 def test_blocks_are_what_the_text_needs(running: Engine) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ from vllm import LLM, SamplingParams
 def main():
     folder, ids, videos = sys.argv[1], json.loads(sys.argv[2]), np.load(sys.argv[3])
     llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=2048, block_size=32, tensor_parallel_size=2,
-              max_num_batched_tokens=128, **metok_vllm.enable(decode_retention=0.5))
+              max_num_batched_tokens=128, **metok_vllm.enable(**json.loads(sys.argv[4])))
     prompts = [{"prompt_token_ids": ids, "multi_modal_data": {"video": [videos[name]]}} for name in videos.files]
     params = SamplingParams(temperature=0, max_tokens=24, logprobs=1, ignore_eos=True)
     rows = []
@@ -40,6 +41,13 @@ if __name__ == "__main__":
 """
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "llava-onevision-hf": {"decode_retention": 0.5, "quota": "video", "frame_smoothing": 0.5, "final_keep": 0.3},
+    "longva": {"decode_retention": 0.5},
+    "llava-video": {"decode_retention": 0.5},
+}
+
+
 def _load(family: str, folder: Path) -> Sample:
     if family == "llava-onevision-hf":
         return load_sample(folder, seed=19)
@@ -48,7 +56,7 @@ def _load(family: str, folder: Path) -> Sample:
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
-@pytest.mark.parametrize("family", ["llava-onevision-hf", "longva", "llava-video"])
+@pytest.mark.parametrize("family", SETTINGS)
 def test_two_ranks_equal_the_oracle(tmp_path: Path, family: str) -> None:
     import numpy as np
 
@@ -61,7 +69,8 @@ def test_two_ranks_equal_the_oracle(tmp_path: Path, family: str) -> None:
     env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores))
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "main.py"), str(sample.path), json.dumps(ids), str(tmp_path / "videos.npz")],
+        [sys.executable, str(tmp_path / "main.py"), str(sample.path), json.dumps(ids), str(tmp_path / "videos.npz"),
+         json.dumps(SETTINGS[family])],
         env=env, capture_output=True, text=True, timeout=580,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -69,7 +78,7 @@ def test_two_ranks_equal_the_oracle(tmp_path: Path, family: str) -> None:
     for video, (prompt, tokens, logprobs) in zip(videos.values(), json.loads(line[6:]), strict=True):
         expected = run_oracle(
             sample.model, ids, [sample.pixels(video)], None, sample.question_ids(QUESTION),
-            OracleSettings(decode_retention=0.5), 24,
+            OracleSettings(**SETTINGS[family]), 24,
         )  # fmt: skip
         observed = OracleResult(prompt, tokens, [{int(t): v for t, v in row.items()} for row in logprobs])
         assert_same(expected, observed, 1e-3)

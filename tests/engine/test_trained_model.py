@@ -83,10 +83,10 @@ def test_without_the_video_it_cannot_know(running: Engine) -> None:
     assert sum(hits) / len(hits) < 0.5
 
 
-@pytest.mark.parametrize("retention", [0, 1], ids=["paper", "balanced"])
-def test_it_answers_as_the_oracle(running: Engine, retention: int) -> None:
+@pytest.mark.parametrize(("retention", "quota"), [(0, "event"), (1, "video")], ids=["paper", "balanced"])
+def test_it_answers_as_the_oracle(running: Engine, retention: int, quota: str) -> None:
     """With the aligner that needs no second tower; the paper's has its own test, `test_aligners.py`."""
-    cases = [case for case, _, _ in asked({"aligner": "embedding", "decode_retention": retention})[::3]]
+    cases = [case for case, _, _ in asked({"aligner": "embedding", "decode_retention": retention, "quota": quota})[::3]]
     compared = 0
     for case, answer in zip(cases, running.run(cases), strict=True):
         expected = running.oracle(case)

@@ -54,6 +54,7 @@ def odd_cases(sample: Sample) -> list[list[Case]]:
     return [
         *alone,
         [Case((scene_video(7, 15),), question_of(16, sample), metok=round_ones, max_tokens=2)],
+        [Case((scene_video(8, 6),), words(2), metok={"frame_smoothing": 1, "quota": "video"}, max_tokens=1)],
         [Case((scene_video(8, 1),), words(1), max_tokens=1)],  # one frame, one token
         [Case((scene_video(9, 7),), words(3), metok={"decode_retention": 0.5, "strides": [1, 3, 5]}, max_tokens=3)],
         [

@@ -209,7 +209,7 @@ def test_run_batch_takes_the_plugin(sample: Sample, tmp_path: Path, monkeypatch:
     monkeypatch.setenv(advice.VARIABLE, "0")  # run-batch was not given --trust-request-mm-kwargs
     assert two["error"]["error"]["message"] == f"METok: {no_prompt_logprobs()}"
     body = one["response"]["body"]
-    expected = oracle(sample, video, {"decode_retention": 1})
+    expected = oracle(sample, video, {"decode_retention": 1, "quota": "video"})
     assert body["prompt_token_ids"] == expected.prompt_ids
     assert body["choices"][0]["token_ids"] == expected.tokens
 

@@ -37,7 +37,9 @@ RETAINING = DeepAttentionSpec(**SHAPE, retains=True)
 TEXT_ONLY = DeepAttentionSpec(**SHAPE, retains=False)
 
 
-def plan(tokens: int, most_after_l2: int = 0, retention: int = 0, pruned: bool = True, text: int = 0) -> VideoPlan:
+def plan(
+    tokens: int, most_after_l2: int = 0, retention: int = 0, pruned: bool = True, text: int = 0, final: int = 0
+) -> VideoPlan:
     """A plan with the counts that the scheduler reads; the others are plausible.
 
     `text` of the `tokens` are text inside the span.
@@ -54,7 +56,10 @@ def plan(tokens: int, most_after_l2: int = 0, retention: int = 0, pruned: bool =
         text_tokens=text,
         stock_tokens=tokens,
         keep_ratio_micro=760_000,
+        whole_video=False,
+        smoothing_micro=0,
         retention_micro=retention,
+        final_micro=final,
         most_after_l1=most_after_l2,
         most_after_l2=most_after_l2,
         aligner="embedding",

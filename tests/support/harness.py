@@ -104,6 +104,22 @@ class Engine:
         system = f"<|im_start|>system\n{case.before}<|im_end|>\n"
         return [*self.sample.processor.tokenizer(system).input_ids, *ids]
 
+    def question_at(self, case: Case) -> list[int]:
+        """Where in `prompt_ids` the tokens of the user's turn behind its first item stand, placeholders and
+        space at both ends of what stands between them left out.
+        """
+        ids, tokenizer = self.prompt_ids(case), self.sample.processor.tokenizer
+        config = self.sample.model.config
+        items = [i for i, token in enumerate(ids) if token in (config.image_token_id, config.video_token_id)]
+        if not items:
+            return []
+        end = ids.index(tokenizer.convert_tokens_to_ids("<|im_end|>"), items[0])
+        found: list[int] = []
+        for first, last in zip(items, [*items[1:], end], strict=True):
+            words = [i for i in range(first + 1, last) if tokenizer.decode([ids[i]]).strip()]
+            found += range(words[0], words[-1] + 1) if words else ()
+        return found
+
     def add(self, case: Case, **sampling: Any) -> str:
         """Queue a request; returns its id."""
         from vllm import SamplingParams
@@ -160,6 +176,7 @@ class Engine:
         question = " ".join(f"{case.between} {case.question}".split())
         if isinstance(case.metok, dict):
             question = case.metok.get("query", question)
+        question_at = None if isinstance(case.metok, dict) and "query" in case.metok else self.question_at(case)
         return run_oracle(
             self.sample.model,
             self.prompt_ids(case),
@@ -170,6 +187,7 @@ class Engine:
             case.max_tokens,
             force_tokens=force_tokens,
             labels=self.labels,
+            question_at=question_at,
         )
 
 
@@ -203,7 +221,7 @@ def engine(sample: Sample, server: dict[str, Any] | None = None, **llm_kwargs: A
     of_the_engine = ("aligner_model", "max_deferred_bytes", "preset", "status_shows_questions")
     oracle_keys = {k: v for k, v in server.items() if k not in of_the_engine}
     if server.get("preset") == "balanced":
-        oracle_keys.setdefault("decode_retention", 1.0)
+        oracle_keys = {"decode_retention": 1.0, "quota": "video"} | oracle_keys
     running = Engine(llm, sample, OracleSettings(**oracle_keys))
     try:
         yield running

@@ -16,8 +16,10 @@ import torch
 from metok_kernels import event_similarity as similarity_op
 from metok_kernels import gather_rows as gather_op
 from metok_kernels import select_per_event as select_op
+from metok_kernels import smooth_by_frame as smooth_op
 from metok_kernels import text_to_visual_scores as scores_op
 from metok_kernels import tiered_pool as pool_op
+from metok_kernels.smooth_by_frame import launch as smooth_launch
 
 FAR = 2**31
 
@@ -102,9 +104,20 @@ def select() -> None:
     same("select_per_event", index, torch.tensor([0, 2, 4, 5, 7]) + FAR + 2)
 
 
+def smooth() -> None:
+    values = sparse(FAR + 10, dtype=torch.float32)
+    values[-8:] = torch.tensor([3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0])
+    starts = torch.tensor([FAR + 2, FAR + 5, FAR + 5, FAR + 10])
+    launch, out = smooth_launch.prepare(values, starts, 0.5)
+    launch.run()
+    frame = torch.tensor([0, 0, 0, 2, 2, 2, 2, 2])
+    same("smooth_by_frame", out[-8:], smooth_op.reference(values[-8:], frame, 3, 0.5))
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     gather()
     scores()
     frames()
     select()
+    smooth()

@@ -51,7 +51,7 @@ def visibility(result: OracleResult, layer: int) -> Tensor:
     stage = sum(layer >= limit for limit in result.prune_layers)
     dropped = torch.zeros(total, dtype=torch.bool)
     for video in result.videos:
-        alive = [range(*video.span), video.after_l1, video.after_l2, []][stage]
+        alive = [range(*video.span), video.after_l1, video.after_l2, video.after_l3][stage]
         dropped[sorted(set(range(*video.span)) - set(alive))] = True
     released = torch.ones(total, dtype=torch.bool)
     released[result.kv_positions[layer]] = False

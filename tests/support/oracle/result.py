@@ -22,6 +22,7 @@ class VideoTrace:
     relevance: list[float] | None = None  # r, one a frame
     after_l1: list[int] | None = None
     after_l2: list[int] | None = None
+    after_l3: list[int] | None = None
 
 
 @dataclass

@@ -37,6 +37,7 @@ def run(
     aligner: Towers | None = None,
     force_tokens: list[int] | None = None,
     labels: Labels = PLAIN,
+    question_at: Sequence[int] | None = None,
 ) -> OracleResult:
     """Answer one request greedily.
 
@@ -44,7 +45,8 @@ def run(
     the HF processor's (pixel_values, image_sizes); every image is tiled as if it were the only one, as vLLM
     does. `question_ids`: the question in the language model's own tokens, no special ones. `force_tokens`:
     fed instead of the tokens chosen, at least `max_new_tokens - 1`. `labels`: what the model has around and
-    beside its frames. The end token does not end the run.
+    beside its frames. `question_at`: where the question's own tokens stand in `prompt_ids`; None, or none
+    of them behind the last video, where that is not known. The end token does not end the run.
 
     Raises ValueError if METok is on and the prompt does not end with text.
     """
@@ -65,10 +67,17 @@ def run(
     visual = {config.image_token_id, config.video_token_id}
     state = Prefill(model, hidden, [token not in visual for token in ids], settings)
     state.videos = [
-        Video(start, e.event_of_token, e.key_events, []) for (start, _), e in zip(spans, encoded, strict=True)
+        Video(start, e.event_of_token, e.key_events, [], [], e.frame_of_token)
+        for (start, _), e in zip(spans, encoded, strict=True)
     ]
     for video in state.videos:
         video.alive = video.visual
+    if settings.score_rows == "question" and question_at and state.videos:
+        lengths = {config.video_token_id: iter(e.embeddings for e in encoded), config.image_token_id: iter(pictures)}
+        sizes = [len(next(lengths[token])) if token in lengths else 1 for token in prompt_ids]
+        question = [sum(sizes[:i]) for i in question_at]
+        if max(question) >= state.videos[-1].stop:
+            state.question = question
     state.extra = levels(hidden, spans, [e.embeddings for e in encoded])
     state.run()
     tokens, logprobs = decode(model, state, max_new_tokens, force_tokens)
@@ -111,10 +120,12 @@ class Prefill:
         self.layers = list(model.model.language_model.layers)
         self.limits: tuple[int, int, int] | None = None
         self.retained: list[int] = []
+        self.passed: list[int] = []  # visual positions that go on behind L3
         self.kv_positions: list[list[int]] = []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.margin = math.inf
+        self.question: list[int] | None = None  # positions of the question's tokens, where they alone score
 
     def run(self) -> None:
         """Run every layer on the tokens alive in it, dropping tokens before L1, L2 and L3."""
@@ -148,20 +159,26 @@ class Prefill:
         # A token's index among those alive is not its position in the prompt once tokens are gone.
         index_of = {p: i for i, p in enumerate(self.alive)}
         survivors: dict[int, float] = {}
+        scored: dict[int, float] = {}
         for video in self.videos:
-            if stage == 3:
-                video.alive = []
-                continue
-            rows = [index_of[p] for p in stage2.text_rows(video, self.is_text)]
+            rows = [index_of[p] for p in stage2.scoring_rows(video, self.is_text, self.question)]
             column = stage2.score(probabilities, rows).tolist()
-            scores = {p: column[index_of[p]] for p in video.alive}
+            scores = stage2.smooth(video, {p: column[index_of[p]] for p in video.alive}, self.settings)
+            scored |= scores
+            if stage == 3:
+                continue
             kept = stage2.keep(video, scores, self.settings, stage)
-            for event in set(video.event_of_token) - {-1}:
-                own = {p: a for p, a in scores.items() if video.event_of_token[p - video.start] == event}
+            for own in stage2.chosen_among(video, scores, self.settings):
                 self.margin = min(self.margin, stage2.margin(own, [p for p in kept if p in own]))
             video.alive = kept
             video.after.append(kept)
             survivors |= {p: scores[p] for p in kept}
+        if stage == 3:
+            self.passed = stage2.passes_l3(scored, self.settings)
+            self.margin = min(self.margin, stage2.margin(scored, self.passed))
+            for video in self.videos:
+                video.alive = [p for p in video.alive if p in self.passed]
+                video.after.append(video.alive)
         if stage == 2:
             self.retained = stage2.retain(survivors, self.settings)
             self.margin = min(self.margin, stage2.margin(survivors, self.retained))
@@ -177,7 +194,7 @@ class Prefill:
             return
         visual = {p for video in self.videos for p in video.visual}
         for number in range(self.limits[0], len(self.layers)):
-            spared = set(self.retained) if number < self.limits[2] else set()
+            spared = set(self.retained if number < self.limits[2] else self.passed)
             held = self.kv_positions[number]
             index = [i for i, p in enumerate(held) if p not in visual or p in spared]
             self.kv_positions[number] = [held[i] for i in index]
@@ -219,8 +236,9 @@ def report(
     """Gather what was decided on the way."""
     traces = []
     for video, part, span in zip(prefill.videos, encoded, spans, strict=True):
-        after: list[Any] = [*video.after, None, None]
-        traces.append(VideoTrace(span, part.events, part.key_events, part.strides, part.relevance, after[0], after[1]))
+        after: list[Any] = [*video.after, None, None, None]
+        decided = (part.events, part.key_events, part.strides, part.relevance)
+        traces.append(VideoTrace(span, *decided, *after[:3]))
     return OracleResult(
         prompt_ids=ids,
         tokens=tokens,

@@ -22,6 +22,10 @@ class OracleSettings:
     prune_layers: tuple[int, int, int] | None = None  # None: from the model's depth
     keep_ratio: float = 0.76
     decode_retention: float = 0.0
+    quota: Literal["event", "video"] = "event"
+    score_rows: Literal["text", "question"] = "text"
+    frame_smoothing: float = 0.0
+    final_keep: float = 0.0
     token_budget: int | None = None  # visual tokens of one video, separators included
     aligner: AlignerMode = "embedding"
     off: bool = False
@@ -55,6 +59,11 @@ def keep_count(settings: OracleSettings, length: int, is_key: bool, stage: int) 
 def retained_count(settings: OracleSettings, survivors: int) -> int:
     """Section 4: of a request's `survivors` of L2, how many keep KV in layers L1 .. L3-1 while decoding."""
     return math.ceil(exact(settings.decode_retention) * survivors)
+
+
+def final_count(settings: OracleSettings, survivors: int) -> int:
+    """4.7: of a request's `survivors` of L2, how many pass L3."""
+    return math.ceil(exact(settings.final_keep) * survivors)
 
 
 def frame_tokens(side: int, stride: int, newline: str = "event") -> int:

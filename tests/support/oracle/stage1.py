@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Stage1:
     strides: list[int]  # one a frame
     embeddings: Tensor  # [tokens, D]
     event_of_token: list[int]  # a separator belongs to the event it follows, text to none (-1); empty when METok is off
+    frame_of_token: list[int] = field(default_factory=list)  # a separator is of the frame that it follows
     margin: float = math.inf  # smallest difference of two cosines that a decision rested on
 
 
@@ -220,12 +221,15 @@ def encode(
     strides = assign_strides(ranked, counts, settings.strides)
 
     wide = torch.cat([grid, labels.extra(grid)], dim=-1)
-    rows, owners = [], []
+    rows, owners, frames = [], [], []
     for number, (start, stop) in enumerate(events):
         block = []
         for i in range(start, stop):
-            block += around(model, labels.text(i, len(grid)), pool(model, wide[i], strides[i]))
+            around_it = around(model, labels.text(i, len(grid)), pool(model, wide[i], strides[i]))
+            frames += [i for part, _ in around_it for _ in part]
+            block += around_it
         block += [(widen(row, wide.shape[-1]), False) for row in separators(model)]
+        frames += [stop - 1] * len(separators(model))
         rows += [part for part, _ in block]
         owners += [-1 if is_text else number for part, is_text in block for _ in part]
 
@@ -236,4 +240,4 @@ def encode(
     for edge in (counts[0], counts[0] + counts[1]):  # a border between two strides inside one class of frames
         if 0 < edge < len(ranked) and ranked[edge - 1][0] == ranked[edge][0]:
             margins.append(ranked[edge][1] - ranked[edge - 1][1])
-    return Stage1(similarities, events, relevance, key_events, strides, torch.cat(rows), owners, min(margins))
+    return Stage1(similarities, events, relevance, key_events, strides, torch.cat(rows), owners, frames, min(margins))

@@ -52,6 +52,16 @@ def test_a_request_by_hand() -> None:
     assert a.kv_bytes.saved_visual(a.kv_bytes_stock) == pytest.approx(1 - 50 / 400)
 
 
+def test_what_passes_l3_is_computed_and_kept_from_there_up() -> None:
+    shape = ModelShape(layers=6, hidden=8, intermediate=20, heads=4, kv_heads=2, head_dim=2)
+    without, some = (VisualTokens(100, 40, 20, 10, retained=5, after_l3=passed) for passed in (0, 3))
+    a, b = (account(shape, (1, 2, 4), 6, visual, attention="none", kv_element_bytes=2) for visual in (without, some))
+    assert b.prefill_flops.total - a.prefill_flops.total == 2 * 3 * 1344, "two layers from L3 up"
+    assert b.kv_bytes.visual - a.kv_bytes.visual == 2 * 3 * 16
+    with pytest.raises(ValueError, match="only ever get fewer"):
+        VisualTokens(100, 40, 20, 10, retained=5, after_l3=11)
+
+
 def test_the_papers_figures_hold_together_at_64_frames() -> None:
     """docs/method.md section 5: 64 frames, 200 text tokens, LongVA-7B."""
     linear = account(LONGVA_7B, prune_layers(28), 200, longva(64), attention="none")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metok_vllm.compression.scoring import text_to_visual_scores
+from metok_vllm.compression.scoring import smooth_by_frame, text_to_visual_scores
 
 
 class Case:
@@ -115,3 +115,10 @@ def test_extreme_logits_stay_finite() -> None:
     case = Case(5, 30, 4, 2, 16)
     case.scale = 1e4
     assert math.isfinite(case.scores().sum().item())
+
+
+def test_a_frame_smooths_its_tokens_by_hand() -> None:
+    scores, frame = torch.tensor([1.0, 3.0, 5.0, 0.0, 8.0]), torch.tensor([0, 0, 2, 3, 3])
+    assert smooth_by_frame(scores, frame, 4, 500_000).tolist() == [1.5, 2.5, 5.0, 2.0, 6.0]
+    assert smooth_by_frame(scores, frame, 4, 1_000_000).tolist() == [2.0, 2.0, 5.0, 4.0, 4.0]
+    assert smooth_by_frame(scores, frame, 4, 0) is scores, "the default changes no bit"

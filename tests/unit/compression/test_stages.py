@@ -90,6 +90,33 @@ def test_survivors_are_the_best_of_each_event(videos: list[tuple[int, bool]], ra
     assert not survivor_mask(scores[alive], counts, 3).any()
 
 
+@property_test
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=6),
+    st.sampled_from([0.000001, 0.3, 0.76, 1.0]),
+    st.integers(0, 99),
+)
+def test_with_quota_video_as_many_survive_and_the_best_of_all(
+    videos: list[tuple[int, bool]], ratio: float, seed: int
+) -> None:
+    lengths, micro = [length for length, _ in videos], to_micro(ratio)
+    event = torch.repeat_interleave(torch.arange(len(videos)), torch.tensor(lengths))
+    by_event = EventCounts.of(event, torch.tensor([key for _, key in videos]), micro)
+    counts = by_event.over_the_video()
+    scores = torch.randint(0, 4, (len(event),), generator=torch.Generator().manual_seed(seed)).float()
+    alive = list(range(len(event)))
+    kept: list[tuple[PruningLayer, int]] = [(1, int(by_event.after_l1.sum())), (2, int(by_event.after_l2.sum()))]
+    assert [counts.before.tolist(), counts.after_l1.tolist(), counts.after_l2.tolist()] == [
+        [len(event)], *([total] for _, total in kept)
+    ]  # fmt: skip
+    for layer, total in kept:
+        expected = sorted(alive, key=lambda i: (-scores[i], i))[:total]
+        mask = survivor_mask(scores[alive], counts, layer)
+        alive = [i for i, stays in zip(alive, mask.tolist(), strict=True) if stays]
+        assert alive == sorted(expected), f"L{layer}"
+    assert not survivor_mask(scores[alive], counts, 3).any()
+
+
 def test_several_videos_may_stand_behind_one_another() -> None:
     scores = torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0, 0.0])
     index = select_survivors(scores, torch.tensor([3, 1, 2]), torch.tensor([2, 0, 1]), 3)

@@ -29,6 +29,10 @@ DEFAULTS: dict[str, Any] = {
     "prune_layers": None,
     "keep_ratio": 0.76,
     "decode_retention": 0.0,
+    "quota": "event",
+    "score_rows": "text",
+    "frame_smoothing": 0.0,
+    "final_keep": 0.0,
     "token_budget": None,
     "aligner": "auto",
     "aligner_model": None,
@@ -50,6 +54,10 @@ ACCEPTED: dict[str, list[Any]] = {
     "prune_layers": [None, [1, 2, 3], (3, 10, 19), "cheap"],
     "keep_ratio": [0.000001, 0.5, 1, 1.0, 0.999999],
     "decode_retention": [0, 0.0, 0.123456, 1, 1.0],
+    "quota": ["event", "video"],
+    "score_rows": ["text", "question"],
+    "final_keep": [0, 0.0, 0.123456, 1, 1.0],
+    "frame_smoothing": [0, 0.0, 0.123456, 1, 1.0],
     "token_budget": [None, 1, 10**9],
     "aligner": ["auto", "dual-tower", "embedding", "none"],
     "aligner_model": [None, "google/siglip-so400m-patch14-384"],
@@ -94,6 +102,10 @@ REFUSED: dict[str, list[tuple[Any, str]]] = {
     ],
     "keep_ratio": [*NOT_A_SHARE, (0, "greater than 0"), (0.0, "greater than 0"), (-0.5, "greater than 0")],
     "decode_retention": [*NOT_A_SHARE, (-0.000001, "greater than or equal to 0")],
+    "quota": [(value, "input should be 'event' or 'video'") for value in ("frame", "", 1, True, None, ["event"])],
+    "score_rows": [(value, "input should be 'text' or 'question'") for value in ("all", "", 1, True, None, ["text"])],
+    "final_keep": [*NOT_A_SHARE, (-0.000001, "greater than or equal to 0")],
+    "frame_smoothing": [*NOT_A_SHARE, (-0.000001, "greater than or equal to 0")],
     "token_budget": [*NOT_WHOLE, (0, "greater than or equal to 1"), (-5, "greater than or equal to 1")],
     "aligner": [(value, "input should be 'auto', 'dual-tower', 'embedding' or 'none'") for value in ("clip", None, 1)],
     "aligner_model": [(value, "input should be a valid string") for value in (3, True, ["a"])],
@@ -126,7 +138,7 @@ def test_what_a_server_may_set(key: str, value: Any) -> None:
     settings = parse_settings({key: value})
     assert getattr(settings, key) == (tuple(value) if isinstance(value, list) else value)
     assert settings.model_dump() == DEFAULTS | {key: getattr(settings, key)} | (
-        {"decode_retention": 1.0} if value == "balanced" else {}
+        {"decode_retention": 1.0, "quota": "video"} if value == "balanced" else {}
     )
     if key not in SERVER_ONLY:
         of_request = resolve_request(MetokSettings(), {key: value})
@@ -234,11 +246,34 @@ def test_a_request_starts_from_the_server() -> None:
         ({"preset": "balanced"}, {"events": 3}, 1.0),
     ],
 )
-def test_presets(server: dict[str, Any], request_: dict[str, Any], retention: float) -> None:
+def test_presets_and_retention(server: dict[str, Any], request_: dict[str, Any], retention: float) -> None:
     settings = resolve_request(parse_settings(server), request_)
     assert settings is not None
     assert settings.decode_retention == retention
     assert settings.decode_retention_micro == round(retention * MICRO)
+
+
+@pytest.mark.parametrize(
+    ("server", "request_", "quota"),
+    [
+        ({}, {}, "event"),
+        ({"preset": "paper"}, {}, "event"),
+        ({"preset": "balanced"}, {}, "video"),
+        ({"preset": "balanced", "quota": "event"}, {}, "event"),
+        ({"preset": "balanced", "decode_retention": 0}, {}, "video"),
+        ({}, {"preset": "balanced"}, "video"),
+        ({}, {"preset": "balanced", "quota": "event"}, "event"),
+        ({"preset": "balanced"}, {"preset": "paper"}, "event"),
+        ({"quota": "video"}, {"preset": "paper"}, "event"),
+        ({"quota": "video"}, {"preset": "paper", "quota": "video"}, "video"),
+        ({"preset": "balanced"}, {"quota": "event"}, "event"),
+        ({"quota": "video"}, {"events": 3}, "video"),
+    ],
+)
+def test_presets_and_quota(server: dict[str, Any], request_: dict[str, Any], quota: str) -> None:
+    settings = resolve_request(parse_settings(server), request_)
+    assert settings is not None
+    assert settings.quota == quota
 
 
 @given(st.integers(1, MICRO))

@@ -28,7 +28,7 @@ def make(frames: int, aligner: str = "embedding", style: PoolStyle = STYLE, **se
 numbers = st.integers(-(2**63), 2**63 - 1)
 triples = st.tuples(numbers, numbers, numbers)
 KINDS: dict[str, st.SearchStrategy[Any]] = {
-    "pruned": st.booleans(), "report": st.booleans(), "aligner": st.sampled_from(ALIGNERS),
+    "pruned": st.booleans(), "whole_video": st.booleans(), "report": st.booleans(), "aligner": st.sampled_from(ALIGNERS),
     "strides": triples, "frames_per_tier": triples,
 }  # fmt: skip
 NAMES = [field.name for field in fields(VideoPlan)]
@@ -46,7 +46,10 @@ made = st.builds(
     key_events=st.integers(0, 1024),
     key_frames=st.integers(0, 65536),
     keep_ratio=shares,
+    quota=st.sampled_from(["event", "video"]),
+    frame_smoothing=shares,
     decode_retention=shares,
+    final_keep=shares,
     report=st.booleans(),
 )
 

@@ -368,6 +368,7 @@ def test_what_is_set(make_config: Make) -> None:
     assert config.model_config.multimodal_config.media_io_kwargs == {"video": {"video_backend": "metok"}}
     choices = server_choices(config.model_config.hf_config)
     assert (choices.settings.preset, choices.settings.decode_retention) == ("balanced", 1.0)
+    assert choices.settings.quota == "video"
     assert choices.settings.prune_layers == choices.prune_layers == (1, 2, 4)
     assert config.additional_config["else"] == 1
 

@@ -14,7 +14,7 @@ import pytest
 from tests.support.kernels.common import ROOT, plain_environment
 
 pytestmark = pytest.mark.no_gpu  # the memory is the host's
-CASES = 12
+CASES = 13
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs sparse anonymous memory")

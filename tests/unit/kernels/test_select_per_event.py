@@ -89,6 +89,14 @@ def test_one_event_larger_than_a_block(device: torch.device) -> None:
     check(scores, [5, size - 5], [2, size // 3], device)
 
 
+def test_whole_videos_beside_events(device: torch.device) -> None:
+    """With `quota` "video" a run is a whole video's: longer than a block, beside another video's events."""
+    lengths, size = [40, 7, 13], BLOCK + 901
+    scores = torch.randint(9, (size + sum(lengths),), generator=torch.Generator().manual_seed(2)).float()
+    check(scores, [size, *lengths], [size * 3 // 4, 31, 3, 5], device)
+    check(scores, [*lengths, size], [31, 3, 5, size * 3 // 4], device)
+
+
 def test_thousands_of_events(device: torch.device) -> None:
     lengths = [index % 3 for index in range(1100)]  # the interpreter needs milliseconds an event
     keep = [2 if index % 22 == 20 else 0 for index in range(1100)]

@@ -22,6 +22,7 @@ from metok_kernels.gather_rows.launch import prepare as gather
 from metok_kernels.launch import Launch, recorded_launches
 from metok_kernels.select_per_event import select_per_event
 from metok_kernels.select_per_event.launch import prepare as select
+from metok_kernels.smooth_by_frame.launch import prepare as smooth
 from metok_kernels.specialisation import POINTERS, Argument, Key, key_of, specialised, unspecialised
 from metok_kernels.text_to_visual_scores.launch import prepare as scores
 from metok_kernels.tiered_pool import pooled_grid
@@ -156,6 +157,7 @@ def scoring(n: int, m: int, offset: int, dtype: torch.dtype) -> Iterator[Launch]
 def choosing(n: int, m: int, offset: int, dtype: torch.dtype) -> Iterator[Launch]:
     values = rows(n, offset, dtype=torch.float32)
     yield from launched(select(values, numbers(m, offset), numbers(m, offset + 1), n))
+    yield from launched(smooth(values, numbers(m + 1, offset), 1.0 if offset == 1 else 0.3))
 
 
 def gathering(n: int, m: int, offset: int, dtype: torch.dtype) -> Iterator[Launch]:

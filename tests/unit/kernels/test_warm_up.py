@@ -54,7 +54,7 @@ def test_it_covers_every_kernel_and_says_so(device: torch.device, monkeypatch: p
     lines: list[str] = []
     monkeypatch.setattr(module.logger, "info", lambda line, *values: lines.append(line % values))
     done = warm_up(SMALL, device)
-    assert len({key.kernel for key in done.variants}) == 10
+    assert len({key.kernel for key in done.variants}) == 11
     assert 0 < done.seconds < 600
     assert lines == [f"METok: {len(done.variants)} kernel variants are ready, after {done.seconds:.1f} seconds"]
 
@@ -111,7 +111,7 @@ def test_dense_attention_runs_in_all_layouts(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_cpu_with_torch_operations_has_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ops.VARIABLE, "auto")
     monkeypatch.setattr(module, "logger", None)
-    for operation in ("scores", "select", "gather", "event_similarity", "pool_video"):
+    for operation in ("scores", "smooth", "select", "gather", "event_similarity", "pool_video"):
         monkeypatch.setattr(ops, operation, None)
     assert warm_up(SMALL, torch.device("cpu")) == WarmUp(0.0, frozenset())
 
@@ -171,6 +171,8 @@ def test_operations_at_any_size_launch_nothing_else(
         values = ops.scores(query, together[:, 6:8], positions[:alive] - offset, positions[alive:], positions, 0.25)
         ops.scores(query, together[:, 6:8].contiguous(), positions[:alive] - offset, positions[alive:], positions, 1)
 
+        frame = torch.arange(offset + alive, device=device)[offset:] // 3
+        ops.smooth(values, frame - frame[:1], max(alive, 1), 500_000)
         lengths = torch.tensor([0, offset, alive, alive // 2], device=device)[2:]
         chosen = ops.select(torch.cat([values, values[: alive // 2]]), lengths, lengths // 2, alive // 2 + alive // 4)
         hidden = torch.randn(offset + 2 * count, shapes.hidden, device=device)[offset:]

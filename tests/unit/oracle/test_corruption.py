@@ -20,6 +20,7 @@ from tests.support.oracle.samples import Sample, scene_video
 
 ATOL = 1e-3
 SETTINGS = OracleSettings(decode_retention=0.5)
+DIALS = OracleSettings(quota="video", score_rows="question", frame_smoothing=0.5, decode_retention=0.5, final_keep=0.4)
 Patch = pytest.MonkeyPatch
 
 
@@ -28,10 +29,14 @@ def observed(result: OracleResult) -> OracleResult:
     return OracleResult(result.prompt_ids, result.tokens, result.logprobs)
 
 
-def answer(sample: Sample) -> OracleResult:
+def answer(sample: Sample, settings: OracleSettings = SETTINGS) -> OracleResult:
     videos = [sample.pixels(scene_video(3, 12)), sample.pixels(scene_video(8, 7))]
     ids = sample.prompt_ids(videos=2, between=" and then")
-    return run(sample.model, ids, videos, None, sample.question_ids(), SETTINGS, max_new_tokens=24)
+    behind = ids.index(sample.model.config.video_token_id) + 1
+    question = [i for i in range(behind, len(ids) - 8) if ids[i] != sample.model.config.video_token_id]
+    return run(
+        sample.model, ids, videos, None, sample.question_ids(), settings, max_new_tokens=24, question_at=question
+    )
 
 
 def pruned_one_layer_late(index: int) -> Callable[[Patch], None]:
@@ -203,6 +208,93 @@ CORRUPTIONS = {
         pooled_by_averaging,
     )
 }
+
+
+def as_if(**settings: Any) -> Callable[[Patch], None]:
+    """A dial that was stated is not heard, or heard as another value."""
+
+    def corrupt(patch: Patch) -> None:
+        honest = Prefill.__init__
+
+        def deaf(self: Prefill, model: Any, hidden: Any, is_text: Any, stated: OracleSettings) -> None:
+            honest(self, model, hidden, is_text, replace(stated, **settings))
+
+        patch.setattr(Prefill, "__init__", deaf)
+
+    return corrupt
+
+
+def all_text_scores(patch: Patch) -> None:
+    honest = stage2.scoring_rows
+    patch.setattr(stage2, "scoring_rows", lambda video, is_text, question: honest(video, is_text, None))
+
+
+def quota_of_what_is_left_of_each_event(patch: Patch) -> None:
+    """At L2 an event's share is taken of what L1 happened to leave of it."""
+
+    def left(video: Any, event: int, settings: OracleSettings, stage: int) -> int:
+        there = sum(video.event_of_token[p - video.start] == event for p in video.alive)
+        return rules.keep_count(settings, there, event in video.key_events, stage)
+
+    patch.setattr(stage2, "by_event", left)
+
+
+def smoothed_by_what_the_frame_once_was(patch: Patch) -> None:
+    """At L2 the mean is over all of a frame's tokens, and those that L1 dropped count 0."""
+    honest = stage2.smooth
+
+    def smooth(video: Any, scores: dict[int, float], settings: OracleSettings) -> dict[int, float]:
+        smoothed = honest(video, {**dict.fromkeys(video.visual, 0.0), **scores}, settings)
+        return {p: smoothed[p] for p in scores}
+
+    patch.setattr(stage2, "smooth", smooth)
+
+
+def passed_by_the_lowest_score(patch: Patch) -> None:
+    honest = stage2.passes_l3
+    patch.setattr(stage2, "passes_l3", lambda scores, s: honest({p: -a for p, a in scores.items()}, s))
+
+
+def passed_but_not_kept(patch: Patch) -> None:
+    """What passes L3 is seen in prefill, and decoding has no KV of it."""
+    honest = Prefill.release
+
+    def release(self: Prefill) -> None:
+        self.passed = []
+        honest(self)
+
+    patch.setattr(Prefill, "release", release)
+
+
+DIAL_CORRUPTIONS = {
+    "quota unheard": as_if(quota="event"),
+    "smoothing unheard": as_if(frame_smoothing=0.0),
+    "smoothing as 0.6": as_if(frame_smoothing=0.6),
+    "final_keep unheard": as_if(final_keep=0.0),
+    "one more passes L3": as_if(final_keep=0.44),
+} | {
+    function.__name__.replace("_", " "): function
+    for function in (
+        all_text_scores,
+        quota_of_what_is_left_of_each_event,
+        smoothed_by_what_the_frame_once_was,
+        passed_by_the_lowest_score,
+        passed_but_not_kept,
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def dialled(sample: Callable[..., Sample]) -> OracleResult:
+    return answer(sample(seed=1), DIALS)
+
+
+@pytest.mark.parametrize("corrupt", DIAL_CORRUPTIONS.values(), ids=DIAL_CORRUPTIONS.keys())
+def test_a_dial_read_wrongly_is_caught(sample: Callable[..., Sample], dialled: OracleResult, corrupt, monkeypatch):
+    corrupt(monkeypatch)
+    wrong = answer(sample(seed=1), DIALS)
+    with pytest.raises(AssertionError, match=r"step|prompt_ids"):
+        assert_same(dialled, observed(wrong), ATOL)
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,8 @@ def test_a_request_without_video_is_the_plain_model_whatever_the_settings(sample
     assert_same(result, OracleResult(request.prompt_ids, tokens, logprobs), 1e-4)
 
 
-def test_keeping_everything_is_off(sample: Callable[..., Sample]):
+@pytest.mark.parametrize("third", [8, 5])
+def test_keeping_everything_is_off(sample: Callable[..., Sample], third: int):
     """One key event, the stock stride, no token dropped or forgotten: nothing is left of METok."""
     tiny = sample(**PLAIN)
     keep_all = OracleSettings(
@@ -91,14 +92,27 @@ def test_keeping_everything_is_off(sample: Callable[..., Sample]):
         key_events=1,
         strides=(2, 2, 2),
         keep_ratio=1.0,
-        prune_layers=(1, 2, 8),
+        prune_layers=(1, 2, third),
         decode_retention=1.0,
+        final_keep=1.0,
+        quota="video" if third == 5 else "event",
     )
     request = one_video(tiny)
     plain, kept = answer(tiny, request, OracleSettings(off=True)), answer(tiny, request, keep_all)
-    assert kept.prune_layers == (1, 2, 8)
+    assert kept.prune_layers == (1, 2, third)
     assert_same(plain, OracleResult(kept.prompt_ids, kept.tokens, kept.logprobs), 1e-5)
     assert kept.kv_positions == plain.kv_positions
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_what_passes_l3_is_seen_there_and_kept(sample: Callable[..., Sample], shape):
+    tiny = sample(**shape)
+    request = mixed_media(tiny)
+    settings = OracleSettings(decode_retention=0.2, final_keep=0.4, quota="video", frame_smoothing=0.5)
+    result = answer(tiny, request, settings)
+    logprobs, _ = masked_forward(tiny, input_rows(tiny, request, settings), result)
+    assert sum(len(video.after_l3) for video in result.videos) > 2
+    assert_same(result, OracleResult(result.prompt_ids, result.tokens, logprobs), 1e-4)
 
 
 @pytest.mark.parametrize("retention", [0.0, 0.5, 1.0])

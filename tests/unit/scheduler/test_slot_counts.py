@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metok_vllm.compression.retention import retained_count
 from metok_vllm.contract.fields import FRAME_TEXT_FIELD
-from metok_vllm.contract.spans import UnusableItem, VideoSpan, pruned_spans, retained_bound
+from metok_vllm.contract.spans import UnusableItem, VideoSpan, final_bound, pruned_spans, retained_bound
 from metok_vllm.scheduler.slot_counts import SlotCounts
 from tests.support.fakes import Prompt, feature, item, plan
 
@@ -22,11 +23,11 @@ def prompts(draw: st.DrawFn, fewest: int = 1, most: int = 4) -> Prompt:
     and with one token of text at the end.
     """
     count = draw(st.integers(fewest, most))
-    retention = draw(st.sampled_from([0, 1, 333_333, 500_000, 1_000_000]))
+    retention, final = (draw(st.sampled_from([0, 1, 333_333, 500_000, 1_000_000])) for _ in range(2))
     plans = []
     for _ in range(count):
         visual, inside = draw(st.integers(1, 30)), draw(st.sampled_from([0, 0, 1, 2, 9]))
-        plans.append(plan(visual + inside, draw(st.integers(0, visual)), retention, text=inside))
+        plans.append(plan(visual + inside, draw(st.integers(0, visual)), retention, text=inside, final=final))
     text = [draw(st.integers(0, 12)) for _ in range(count)] + [draw(st.integers(1, 12))]
     return Prompt(tuple(text), tuple(plans))
 
@@ -59,14 +60,16 @@ def test_slots_are_counted_token_by_token(prompt: Prompt, seed: int) -> None:
     cut = {p for s in counts.spans if s.plan.text_tokens for p in range(s.start + 1, s.end)}
     survivors = sum(video.most_after_l2 for video in prompt.videos)
     retained = -(-survivors * prompt.videos[0].retention_micro // 1_000_000)
+    final = -(-survivors * prompt.videos[0].final_micro // 1_000_000)
     assert retained_bound(counts.spans) == retained
+    assert final_bound(counts.spans) == final
     assert counts.visual_tokens == sum(video.visual_tokens for video in prompt.videos)
     for length in range(prompt.length + 6):
         text = sum(owns[:length])
-        found = counts.slots(length, retains=False)
+        complete = length >= prompt.length
+        found = counts.slots(length, retains=False) - (final if complete else 0)
         assert found >= text
         assert found == text or length in cut
-        complete = length >= prompt.length
         assert counts.slots(length, retains=True) == found + (retained if complete else 0)
 
 
@@ -76,9 +79,9 @@ def test_slots_never_shrink(prompt: Prompt, retains: bool) -> None:
     slots = [counts.slots(length, retains) for length in range(prompt.length + 4)]
     assert slots[0] == 0
     assert slots == sorted(slots)
-    # The retained ones come all at once, with the last token of the prompt.
+    # The kept ones come all at once, with the last token of the prompt.
     jumps = [after - before for before, after in itertools.pairwise(slots)]
-    assert jumps[prompt.length - 1] == 1 + (retained_bound(counts.spans) if retains else 0)
+    assert jumps[prompt.length - 1] == 1 + (retained_bound if retains else final_bound)(counts.spans)
     assert set(jumps[: prompt.length - 1]) <= {0, 1}
     assert set(jumps[prompt.length :]) == {1}
 
@@ -93,6 +96,20 @@ def test_by_hand() -> None:
         *(0, 3, 3, 3, 4, 5, 5, 5, 6, 10, 16)
     ]
     assert [counts.slots(n, True) for n in (13, 23, 24, 30)] == [3, 9, 14, 20]
+
+
+def test_final_keep_by_hand() -> None:
+    """A quarter of at most 7 survivors passes L3: 2. Layers L1 .. L3-1 keep half of them: 4."""
+    counts = counts_of(Prompt((3, 2, 5), (plan(10, 6, 500_000, final=250_000), plan(4, 1, 500_000, final=250_000))))
+    assert [counts.slots(n, False) for n in (0, 13, 23, 24, 30)] == [0, 3, 9, 12, 18]
+    assert [counts.slots(n, True) for n in (13, 23, 24, 30)] == [3, 9, 14, 20]
+
+
+@given(st.integers(0, 400), st.integers(0, 400), st.integers(0, 1_000_000))
+def test_what_passes_l3_never_exceeds_its_slots(bound: int, fewer: int, share: int) -> None:
+    """However many survive L2 in the end, up to the plan's bound."""
+    (span,) = counts_of(Prompt((1, 1), (plan(500, bound, final=share),))).spans
+    assert retained_count(min(bound, fewer), span.plan.final_micro) <= final_bound((span,)) <= bound
 
 
 def test_text_inside_a_video_by_hand() -> None:

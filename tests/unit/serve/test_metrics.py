@@ -65,23 +65,23 @@ def test_a_histogram_counts_as_prometheus_does(values: list[float], on_bounds: l
 def test_a_snapshot_does_not_change_with_what_comes_after() -> None:
     counters = PruningCounters()
     before = counters.snapshot()
-    counters.add(tokens(9, 8, 7, 6, 5), kv(100, 40), [5, 2])
+    counters.add(tokens(9, 8, 7, 6, 5, 3), kv(100, 40), [5, 2])
     after = counters.snapshot()
     assert before["requests"] == 0
     assert sum(before["events"]["counts"]) == 0
-    assert after["visual_tokens"] == tokens(9, 8, 7, 6, 5)
+    assert after["visual_tokens"] == tokens(9, 8, 7, 6, 5, 3)
     assert (after["requests"], after["videos"], after["kv_bytes"]) == (1, 2, kv(100, 40))
     assert after["events"]["sum"] == 7
 
 
 def test_snapshots_of_engines_are_added_entry_by_entry() -> None:
     first, second = PruningCounters(), PruningCounters()
-    first.add(tokens(9, 8, 7, 6, 5), kv(100, 40), [5])
-    second.add(tokens(1, 1, 1, 1, 0), kv(10, 4), [5, 1])
+    first.add(tokens(9, 8, 7, 6, 5, 3), kv(100, 40), [5])
+    second.add(tokens(1, 1, 1, 1, 0, 1), kv(10, 4), [5, 1])
     total = summed([first.snapshot(), second.snapshot(), PruningCounters().snapshot()])
     together = PruningCounters()
-    together.add(tokens(9, 8, 7, 6, 5), kv(100, 40), [5])
-    together.add(tokens(1, 1, 1, 1, 0), kv(10, 4), [5, 1])
+    together.add(tokens(9, 8, 7, 6, 5, 3), kv(100, 40), [5])
+    together.add(tokens(1, 1, 1, 1, 0, 1), kv(10, 4), [5, 1])
     assert total == together.snapshot()
 
 
@@ -206,7 +206,7 @@ def worker_stats(counters: PruningCounters, deferred: int = 0) -> dict[str, Any]
 
 def two_engines() -> Any:
     counters = PruningCounters()
-    counters.add(tokens(100, 80, 60, 20, 10), kv(1000, 300), [5, 1])
+    counters.add(tokens(100, 80, 60, 20, 10, 5), kv(1000, 300), [5, 1])
     scheduler = SchedulerCounters()
     scheduler.refused["prompt_logprobs"] = 2
     answers = [scheduler.snapshot([], DeferralBudget(1, limit=50, held={"a": 7}), {"a": 1}) for _ in range(2)]
@@ -216,7 +216,7 @@ def two_engines() -> Any:
 def test_figures_are_sums_over_engines_and_first_ranks() -> None:
     figures = asyncio.run(engine_figures(two_engines()))
     assert figures["engines"] == 2
-    assert figures["worker"]["visual_tokens"] == tokens(200, 160, 120, 40, 20)
+    assert figures["worker"]["visual_tokens"] == tokens(200, 160, 120, 40, 20, 10)
     assert figures["worker"]["deferred_bytes"] == 7
     assert figures["scheduler"]["deferral"] == {"requests": 2, "reserved": 14, "limit": 100}
     assert [one["time"] for one in asyncio.run(recent_requests(two_engines()))] == [3, 2, 1]
@@ -244,7 +244,9 @@ def test_every_figure_reaches_prometheus() -> None:
     asyncio.run(figures.refresh())
     before = refused()
     seen = scrape(MetokCollector(figures))
-    assert {k[1]: v for k, v in seen.items() if k[0] == "metok_visual_tokens_total"} == tokens(200, 160, 120, 40, 20)
+    assert {k[1]: v for k, v in seen.items() if k[0] == "metok_visual_tokens_total"} == tokens(
+        200, 160, 120, 40, 20, 10
+    )
     assert seen["metok_kv_stock_bytes_total", ""] == 2000
     assert seen["metok_kv_held_bytes_total", ""] == 600
     assert seen["metok_kv_saved_bytes_total", ""] == 1400

@@ -89,6 +89,17 @@ def test_settings_lower_it(make_config: Make) -> None:
     assert of(max_model_len=4096, additional_config={"metok": {"max_deferred_bytes": 10**6}}).total < whole.total / 2
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_dials_need_no_more(ranks: int) -> None:
+    """Smoothing holds a token's score, the smooth one and its frame; its partial sums took more."""
+    width = Widths.of(qwen2_7b(2048, ranks))
+    assert width.heads >= 4 + 4 + 8
+    found = PruningMemory.of(qwen2_7b(2048, ranks))
+    rows = 32768 + 2048  # L3 scores at most what L2 does, while no layer's keys and values wait
+    partial_sums = width.heads * rows * (1 + -(-rows // KEYS_PER_SPLIT))
+    assert rows * (3 * width.hidden + 2 * width.query + width.kv) + partial_sums <= found.total
+
+
 def test_partial_sums_are_the_kernels_own() -> None:
     from metok_kernels.text_to_visual_scores import launch
 

@@ -76,6 +76,7 @@ def make_request(name: str, report: bool = False, seed: int = 0) -> Any:
         tags=[tags],
         result=result,
         question=(7, 8, 9),
+        score_rows="text",
     )
 
 

@@ -28,14 +28,21 @@ LENGTHS = ([5, 3], [4, 6])  # tokens of each event of two videos; the first even
 GAPS = (3, 2, 4)  # text before, between and behind them
 
 
-def request(retention: int, inside: Sequence[Sequence[int]] = ((), ())) -> PrunedRequest:
+def request(
+    retention: int, inside: Sequence[Sequence[int]] = ((), ()), quota: str = "event", final: int = 0
+) -> PrunedRequest:
     """`inside`: of each video, where text stands in its span."""
     spans, tags, outside, at = [], [], [], 0
     for gap, lengths, labels in zip(GAPS, LENGTHS, inside, strict=False):
         outside += range(at, at + gap)
         at += gap
         tokens = sum(lengths) + len(labels)
-        video = replace(plan(tokens, 0, retention, text=len(labels)), events=len(lengths), keep_ratio_micro=RATIO)
+        video = replace(
+            plan(tokens, 0, retention, text=len(labels), final=final),
+            events=len(lengths),
+            keep_ratio_micro=RATIO,
+            whole_video=quota == "video",
+        )
         spans.append(VideoSpan(at, tokens, video))
         event = torch.zeros(tokens, dtype=torch.int64)
         is_text = event.index_fill(0, torch.tensor(labels, dtype=torch.int64), 1)
@@ -59,11 +66,16 @@ def request(retention: int, inside: Sequence[Sequence[int]] = ((), ())) -> Prune
 
 def chosen(alive: list[int], scores: dict[int, float], span: VideoSpan, tags: Any, layer: PruningLayer) -> list[int]:
     """Positions of one video that pass a pruning layer, in plain loops."""
-    kept = []
-    for event in range(span.plan.events):
+    kept, wanted = [], 0
+    for event, before in enumerate(tags.event.bincount().tolist()):
         own = [p for p, of in zip(places(span, tags), tags.event.tolist(), strict=True) if of == event and p in alive]
-        count = keep_count(len(own), RATIO, event == 0, layer)
+        count = keep_count(before, RATIO, event == 0, 1)
+        count = count if layer == 1 else keep_count(count, RATIO, event == 0, layer)
+        wanted += count
         kept += sorted(sorted(own, key=lambda p: (-scores[p], p))[:count])
+    if span.plan.whole_video:
+        own = [p for p in places(span, tags) if p in alive]
+        return sorted(sorted(own, key=lambda p: (-scores[p], p))[:wanted])
     return kept
 
 
@@ -82,9 +94,13 @@ INSIDE = {"none": ((), ()), "in both": ((0, 3, 4, 10), (1, 11, 12)), "in one": (
 
 @pytest.mark.parametrize("inside", INSIDE.values(), ids=INSIDE)
 @pytest.mark.parametrize("retention", [0, MICRO // 2, MICRO])
+@pytest.mark.parametrize("quota", ["event", "video"])
+@pytest.mark.parametrize("final", [0, MICRO // 3, MICRO])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_prompt_through_its_three_pruning_layers(seed: int, retention: int, inside: Any) -> None:
-    asked = request(retention, inside)
+def test_a_prompt_through_its_three_pruning_layers(
+    seed: int, final: int, quota: str, retention: int, inside: Any
+) -> None:
+    asked = request(retention, inside, quota, final)
     chunk = PromptChunk(asked, 0, 0, asked.prompt_len, 0)
     text = asked.text().tolist()
     visual = [p for s, t in zip(asked.spans, asked.tags, strict=True) for p in places(s, t)]
@@ -110,17 +126,24 @@ def test_a_prompt_through_its_three_pruning_layers(seed: int, retention: int, in
     retained = sorted(sorted(alive, key=lambda p: (-second[p], p))[:count])
     assert survivors.retained == count
     if count:
-        assert survivors.retained_rows is not None
+        assert survivors.kept_rows is not None
         assert survivors.retained_rows_at_l1 is not None
-        assert survivors.positions[survivors.retained_rows].tolist() == retained
+        assert survivors.positions[survivors.kept_rows].tolist() == retained
         assert [before[row] for row in survivors.retained_rows_at_l1.tolist()] == retained
     assert asked.result is not None
     assert (asked.result.after_l2, asked.result.retained) == (len(alive), count)
 
     before = survivors.positions.tolist()
-    (rows,) = prune_l3([survivors])
-    check(survivors, text, [])
-    assert [before[row] for row in rows.tolist()] == text
+    third = random_scores(alive, seed + 200)
+    (rows,) = prune_l3([survivors], [[of_span(third, span, alive) for span in asked.spans]] if final else None)
+    count = -(-len(alive) * final // MICRO)
+    passed = sorted(sorted(alive, key=lambda p: (-third[p], p))[:count])
+    assert asked.result.after_l3 == survivors.after_l3 == count
+    check(survivors, text, passed)
+    assert [before[row] for row in rows.tolist()] == survivors.positions.tolist()
+    kept = survivors.kept_rows
+    assert (kept is None) == (count == 0)
+    assert kept is None or survivors.positions[kept].tolist() == passed
 
 
 def of_span(scores: dict[int, float], span: VideoSpan, alive: list[int]) -> torch.Tensor:
@@ -138,3 +161,4 @@ def test_the_layers_that_score_are_those_right_before_l1_and_l2(layers: tuple[in
     decoder = Decoder(SimpleNamespace(layers=[], norm=torch.nn.Identity()))
     stack = DecoderStack(decoder, layers, RunningStep(), PartTimes(), EagerLayers(decoder, 8, []))
     assert stack.scoring_layers == (layers[0] - 1, layers[1] - 1)
+    assert stack.final_scoring_layer == layers[2] - 1
