@@ -79,6 +79,22 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         """Visual tokens that the stock model takes for a video."""
         raise NotImplementedError
 
+    allowed_kwargs: tuple[str, ...] = ()
+    """Keys of `mm_processor_kwargs` that a request may state beside METok's own. No others: some reshape what
+    the tower gets, and stock vLLM's worker ends on them.
+    """
+
+    def check_kwargs(self, kwargs: Mapping[str, object]) -> None:
+        """Refuse values of `allowed_kwargs` that the stock processor or the tower would fail on.
+
+        Raises:
+            ValueError: in one sentence.
+        """
+
+    def aligner_frames(self, frames: Any) -> Any:
+        """Of a video's frames [F, ...] those that a dual tower looks at: one for each of the grid's T."""
+        return frames
+
     def text_behind(self, frames: int, metadata: Mapping[str, Any]) -> str:
         """What the model was trained to read right behind a video, as when its frames are; mostly nothing.
 
@@ -146,13 +162,14 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         stated = kwargs.pop(KEY, None)
         with refusing("setting"):
             settings = resolve_request(self._server.settings, stated)
-        if kwargs:
-            # The others reshape what the tower gets: with "do_resize" off its worker fails, and the engine
-            # with it.
-            others = ", ".join(map(repr, sorted(kwargs)))
-            raise refusal(
-                "setting", f"METok (mm_processor_kwargs): a request may state 'metok' alone, not {others:.80}."
+        if others := ", ".join(map(repr, sorted(set(kwargs) - set(self.allowed_kwargs)))):
+            # They reshape what the tower gets: with "do_resize" off its worker fails, and the engine with it.
+            may = (
+                "'metok' alone" if not self.allowed_kwargs else f"{KEY!r}, {', '.join(map(repr, self.allowed_kwargs))}"
             )
+            raise refusal("setting", f"METok (mm_processor_kwargs): a request may state {may}, not {others:.80}.")
+        with refusing("setting"):
+            self.check_kwargs(kwargs)
         videos = inputs.mm_data_items.get("video")
         aligner, question = "none", ""
         if videos is not None and len(videos):
@@ -355,12 +372,8 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
     # --- the items ---
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        scope: Any = dict(hf_kwargs.get(SCOPE) or {})  # type: ignore[call-overload]
-        stated = scope.pop(KEY, None)
-        stock_kwargs = {key: value for key, value in hf_kwargs.items() if key != SCOPE}
-        if scope:
-            stock_kwargs[SCOPE] = scope
-        processed = super()._apply_hf_processor_main(mm_items, stock_kwargs)
+        stated = _own(hf_kwargs)
+        processed = super()._apply_hf_processor_main(mm_items, _stocks(hf_kwargs))
         videos = mm_items.get("video")
         if stated is not None and videos is not None and len(videos):
             processed.update(self._video_fields(videos, processed, stated))
@@ -369,7 +382,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
     def _video_fields(self, videos: Any, processed: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
         settings = None if stated.get("off") else RequestSettings.model_validate(stated)
         aligner = "none" if settings is None else settings.aligner
-        grids = [self.video_grid(videos.get_num_frames(i), processed, i) for i in range(len(videos))]
+        grids = [self.video_grid(len(frames_of(videos, i)), processed, i) for i in range(len(videos))]
         texts = [self.frame_text(grid, processed, i) for i, grid in enumerate(grids)]
         with refusing("setting"):
             plans = [
@@ -381,14 +394,15 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
             fields[FRAME_TEXT_FIELD] = [to_field(text) for text in texts]
         if aligner == "dual-tower":
             dtype: Any = self.info.ctx.model_config.dtype
-            pixels = (self._aligner_processor.pixels(videos.get(i), dtype) for i in range(len(videos)))
-            fields[PIXELS_FIELD] = list(pixels)
+            seen = (self.aligner_frames(frames_of(videos, i)) for i in range(len(videos)))
+            fields[PIXELS_FIELD] = [self._aligner_processor.pixels(frames, dtype) for frames in seen]
         return fields
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        stock = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[safe-super]  # a mixin
+        stocks = _stocks(hf_processor_mm_kwargs)
+        stock = super()._get_mm_fields_config(hf_inputs, stocks)  # type: ignore[safe-super]  # a mixin
         return {
             **stock,
             PLAN_FIELD: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
@@ -403,7 +417,8 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
         # A mixin: the family's own class comes next in the method resolution order.
-        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[safe-super]
+        stocks = _stocks(hf_processor_mm_kwargs)
+        updates = super()._get_prompt_updates(mm_items, stocks, out_mm_kwargs)  # type: ignore[safe-super]
 
         def placeholders(target: Any) -> Any:
             def replacement(item_idx: int) -> list[int]:
@@ -418,3 +433,22 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
             else update
             for update in updates
         ]
+
+
+def frames_of(videos: Any, index: int) -> Any:
+    """The frames of a parsed video, [F, ...]. Some models get them with the metadata, in a pair."""
+    item = videos.get(index)
+    return item[0] if isinstance(item, tuple) else item
+
+
+def _own(hf_kwargs: Mapping[str, object]) -> Any:
+    """What `apply` has put beside the stock processor's arguments; None where it has put nothing."""
+    scope: Any = hf_kwargs.get(SCOPE) or {}
+    return scope.get(KEY)
+
+
+def _stocks(hf_kwargs: Mapping[str, object]) -> dict[str, object]:
+    """The stock processor's arguments: what `apply` has put beside them would be a processor of its own."""
+    scope: Any = {key: value for key, value in dict(hf_kwargs.get(SCOPE) or {}).items() if key != KEY}  # type: ignore[call-overload]
+    rest = {key: value for key, value in hf_kwargs.items() if key != SCOPE}
+    return {**rest, SCOPE: scope} if scope else rest

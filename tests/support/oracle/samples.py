@@ -38,6 +38,10 @@ class Sample:
         """The question alone, without special tokens."""
         return list(self.processor.tokenizer(question, add_special_tokens=False).input_ids)
 
+    def as_sent(self, video: Any) -> Any:
+        """A case's video as vLLM is given it."""
+        return video
+
     def pixels(self, video: NDArray[np.uint8]) -> Tensor:
         """Pixel values [T, 3, height, width] of frames [T, h, w, 3]."""
         return self.processor.video_processor([video], return_tensors="pt")["pixel_values_videos"][0]
