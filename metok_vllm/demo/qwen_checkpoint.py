@@ -35,6 +35,9 @@ PATCH, MERGE = 14, 2
 MOST_TOKENS = 64
 """Visual tokens of a picture or a pair of frames; larger ones are scaled down."""
 
+ROTARY_BASE = 20.0
+"""Published ones have a million, with which these narrow heads would hardly see rows, and columns not at all."""
+
 SPECIALS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>"),
     *("<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
@@ -104,8 +107,8 @@ def _config(kind: QwenKind, text: dict[str, Any], tokenizer: PreTrainedTokenizer
     del text["architectures"]
     text |= {
         "model_type": "qwen2_vl_text" if kind == "qwen2-vl" else "qwen2_5_vl_text",
-        "rope_theta": 1_000_000.0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [4, 6, 6]},
+        "rope_theta": ROTARY_BASE,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROTARY_BASE, "mrope_section": [4, 6, 6]},
     }
     tower: dict[str, Any] = {
         "depth": 4,

@@ -20,7 +20,7 @@ from tests.support.guards.host_reads import waits_of_metok
 from tests.support.harness import Case, Engine, engine, observed
 from tests.support.oracle import OracleResult, assert_same
 from tests.support.oracle import qwen as qwen_oracle
-from tests.support.oracle.qwen_samples import STRIDES, QwenSample, load_qwen
+from tests.support.oracle.qwen_samples import QwenSample, load_qwen
 from tests.support.oracle.samples import picture, scene_video
 
 # Seed and server settings of each.
@@ -80,7 +80,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     seed, server = KINDS[request.param]
     sample = load_qwen(tmp_path_factory.mktemp("model"), request.param, seed=seed)
     limits = {"max_num_batched_tokens": 272, "max_num_seqs": 12, "max_model_len": 832, "num_gpu_blocks_override": 62}
-    with engine(sample, server, STRIDES, **limits) as started:
+    with engine(sample, server, **limits) as started:
         yield started
 
 
@@ -162,7 +162,7 @@ def test_text_is_served_from_the_prefix_cache_and_a_pruned_video_never(running: 
 
 def test_positions_matter(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison would notice tokens that stand in a corner of their window, or are numbered anew."""
-    case = cases(6)[5]
+    case = Case((film(16, 7, 7),), metok={"strides": [3, 4, 5], "key_frames": 1, "decode_retention": 1}, max_tokens=6)
     right = running.oracle(case)
     honest = qwen_oracle.centres
 

@@ -184,16 +184,8 @@ def observed(output: Any) -> OracleResult:
 
 
 @contextmanager
-def engine(
-    sample: Sample,
-    server: dict[str, Any] | None = None,
-    strides: tuple[int, int, int] = (2, 4, 8),
-    **llm_kwargs: Any,
-) -> Iterator[Engine]:
-    """Start the engine on a checkpoint with METok on; shut it down at the end.
-
-    `strides` are what the oracle takes where nobody says otherwise; the engine must know its family's own.
-    """
+def engine(sample: Sample, server: dict[str, Any] | None = None, **llm_kwargs: Any) -> Iterator[Engine]:
+    """Start the engine on a checkpoint with METok on; shut it down at the end."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -212,7 +204,7 @@ def engine(
     oracle_keys = {k: v for k, v in server.items() if k not in of_the_engine}
     if server.get("preset") == "balanced":
         oracle_keys.setdefault("decode_retention", 1.0)
-    oracle_keys.setdefault("strides", strides)
+    oracle_keys.setdefault("strides", sample.strides)
     running = Engine(llm, sample, OracleSettings(**oracle_keys))
     try:
         yield running

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL for the oracle: their tower, and positions on three axes, written from the method."""
+"""Qwen2-VL and Qwen2.5-VL for the oracle: their tower, and positions on three axes, from the method."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -16,14 +16,13 @@ from metok_vllm.demo.qwen_checkpoint import QwenKind, build_qwen_checkpoint
 from tests.support.oracle.qwen import LAYOUT, Pixels
 from tests.support.oracle.samples import QUESTION, Sample
 
-STRIDES = (1, 2, 4)
-
 
 @dataclass(frozen=True)
 class QwenSample(Sample):
     """As `Sample`; videos are frames [F, h, w, 3], or such frames and their metadata."""
 
     kind: QwenKind = "qwen2.5-vl"
+    strides: ClassVar[tuple[int, int, int]] = (1, 2, 4)
 
     def prompt_ids(self, question: str = QUESTION, *, videos: int = 1, images: int = 0, between: str = "") -> list[int]:
         """The chat prompt, one placeholder an item, images first; `between` follows the first video."""

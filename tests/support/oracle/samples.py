@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ class Sample:
     path: Path
     model: Any
     processor: Any
+    strides: ClassVar[tuple[int, int, int]] = (2, 4, 8)  # where nobody says otherwise; the engine must know them
 
     def prompt_ids(self, question: str = QUESTION, *, videos: int = 1, images: int = 0, between: str = "") -> list[int]:
         """The chat prompt, one placeholder an item, images first; `between` follows the first video."""

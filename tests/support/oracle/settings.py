@@ -58,7 +58,7 @@ def retained_count(settings: OracleSettings, survivors: int) -> int:
 
 
 def frame_tokens(side: int | tuple[int, int], stride: int, newline: str = "event") -> int:
-    """Tokens of one frame of `side` x `side` patches, or height x width, pooled with `stride`, which rounds up.
+    """Tokens of one frame of `side` x `side` (or height x width) patches, pooled with `stride`, rounded up.
 
     With `newline` "row" each pooled row has one more.
     """
