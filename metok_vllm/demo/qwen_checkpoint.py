@@ -36,7 +36,7 @@ MOST_TOKENS = 64
 """Visual tokens of a picture or a pair of frames; larger ones are scaled down."""
 
 ROTARY_BASE = 20.0
-"""Published ones have a million, with which these narrow heads would hardly see rows, and columns not at all."""
+"""Published ones have a million, with which these narrow heads would not see columns, and rows hardly."""
 
 SPECIALS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>"),

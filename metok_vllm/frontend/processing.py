@@ -32,7 +32,8 @@ from metok_vllm.contract.admission import check_requests, forget_unsent, mark
 from metok_vllm.contract.advice import fewer_frames
 from metok_vllm.contract.beside import Beside
 from metok_vllm.contract.budgets import bytes_per_token, deferral_limit
-from metok_vllm.contract.fields import FRAME_TEXT_FIELD, PIXELS_FIELD, PLAN_FIELD
+from metok_vllm.contract.extents import most_positions, too_far
+from metok_vllm.contract.fields import EXTENT_FIELD, FRAME_TEXT_FIELD, PIXELS_FIELD, PLAN_FIELD
 from metok_vllm.contract.frame_text import FrameText, text_tokens, to_field
 from metok_vllm.contract.refusals import refusal, refusing
 from metok_vllm.contract.server_choices import ServerChoices, server_choices
@@ -78,6 +79,13 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
     def stock_video_tokens(self, grid: VideoGrid) -> int:
         """Visual tokens that the stock model takes for a video."""
         raise NotImplementedError
+
+    def video_extent(self, grid: VideoGrid, fields: Mapping[str, Any], item: int) -> float | None:
+        """Positions that a video takes on its longest rotary axis, METok on or off.
+
+        None where a token takes one. Arguments as of `frame_text`.
+        """
+        return None
 
     allowed_kwargs: tuple[str, ...] = ()
     """Keys of `mm_processor_kwargs` that a request may state beside METok's own. No others: some reshape what
@@ -392,6 +400,13 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         fields: dict[str, Any] = {PLAN_FIELD: torch.stack([plan.to_tensor() for plan in plans])}
         if any(texts):
             fields[FRAME_TEXT_FIELD] = [to_field(text) for text in texts]
+        extents = [self.video_extent(grid, processed, i) for i, grid in enumerate(grids)]
+        if stated_extents := [extent for extent in extents if extent is not None]:
+            most = most_positions(self.info.ctx.model_config)
+            for extent in stated_extents:
+                if not extent <= most:  # what is not a number neither
+                    raise refusal("video", f"METok: the request has a video {too_far(extent, most)}")
+            fields[EXTENT_FIELD] = torch.tensor([int(extent) for extent in stated_extents])
         if aligner == "dual-tower":
             dtype: Any = self.info.ctx.model_config.dtype
             seen = (self.aligner_frames(frames_of(videos, i)) for i in range(len(videos)))
@@ -407,6 +422,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
             **stock,
             PLAN_FIELD: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             FRAME_TEXT_FIELD: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
+            EXTENT_FIELD: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             PIXELS_FIELD: MultiModalFieldConfig.batched("video"),
         }
 

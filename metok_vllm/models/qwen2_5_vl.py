@@ -55,6 +55,12 @@ class QwenProcessing(MetokProcessing):
         """The first of each pair."""
         return frames[:: self._pair]
 
+    def video_extent(self, grid: VideoGrid, fields: Mapping[str, Any], item: int) -> float | None:
+        vision = self.info.get_hf_config().vision_config
+        seconds = fields.get("second_per_grid_ts")
+        factor = 1.0 if seconds is None else float(seconds[item]) * float(getattr(vision, "tokens_per_second", 1.0))
+        return max((grid.frames - 1) * factor + 1, grid.height, grid.width)
+
     def check_kwargs(self, kwargs: Mapping[str, object]) -> None:
         if kwargs:
             check_stated(kwargs, self.info.get_hf_processor().video_processor.size)
