@@ -38,7 +38,7 @@ def taken(features: Iterable[MultiModalFeatureSpec] | None) -> int:
         if feature.modality == "video" and item is not None and EXTENT_FIELD in item:
             data = item[EXTENT_FIELD].data
             if isinstance(data, torch.Tensor) and data.dtype == torch.int64 and data.numel() == 1:
-                found += max(int(data), 0)
+                found += max(*data.flatten().tolist(), 0)
     return found
 
 

@@ -18,7 +18,7 @@ from transformers import BatchFeature
 from vllm.inputs import MultiModalInput
 from vllm.multimodal.encoder_budget import get_mm_max_toks_per_item
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
-from vllm.multimodal.parse import MultiModalDataItems, VideoEmbeddingItems
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems, MultiModalDataItems
 from vllm.multimodal.processing import (
     BaseMultiModalProcessor,
     ProcessorInputs,
@@ -40,13 +40,11 @@ from metok_vllm.contract.server_choices import ServerChoices, server_choices
 from metok_vllm.contract.settings import RequestSettings, resolve_request
 from metok_vllm.contract.video_plan import VideoGrid, VideoPlan, plan_video
 from metok_vllm.frontend.aligner_inputs import AlignerProcessor
+from metok_vllm.frontend.item_kwargs import KEY, SCOPE, frames_of, own_kwargs, stock_kwargs
 from metok_vllm.frontend.question import NO_MARKERS, TurnMarkers, fitting_markers, last_user_text, templates_markers
 from metok_vllm.log import metok_logger
 
 logger = metok_logger(__name__)
-
-KEY = "metok"
-SCOPE = "videos_kwargs"
 
 
 class _Dummy(str):
@@ -181,7 +179,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         videos = inputs.mm_data_items.get("video")
         aligner, question = "none", ""
         if videos is not None and len(videos):
-            if isinstance(videos, VideoEmbeddingItems):
+            if isinstance(videos, EmbeddingItems | DictEmbeddingItems):
                 raise refusal(
                     "embeddings", "METok: precomputed video embeddings are not supported; send the video itself."
                 )
@@ -380,8 +378,8 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
     # --- the items ---
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        stated = _own(hf_kwargs)
-        processed = super()._apply_hf_processor_main(mm_items, _stocks(hf_kwargs))
+        stated = own_kwargs(hf_kwargs)
+        processed = super()._apply_hf_processor_main(mm_items, stock_kwargs(hf_kwargs))
         videos = mm_items.get("video")
         if stated is not None and videos is not None and len(videos):
             processed.update(self._video_fields(videos, processed, stated))
@@ -416,7 +414,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        stocks = _stocks(hf_processor_mm_kwargs)
+        stocks = stock_kwargs(hf_processor_mm_kwargs)
         stock = super()._get_mm_fields_config(hf_inputs, stocks)  # type: ignore[safe-super]  # a mixin
         return {
             **stock,
@@ -433,7 +431,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
         # A mixin: the family's own class comes next in the method resolution order.
-        stocks = _stocks(hf_processor_mm_kwargs)
+        stocks = stock_kwargs(hf_processor_mm_kwargs)
         updates = super()._get_prompt_updates(mm_items, stocks, out_mm_kwargs)  # type: ignore[safe-super]
 
         def placeholders(target: Any) -> Any:
@@ -449,22 +447,3 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
             else update
             for update in updates
         ]
-
-
-def frames_of(videos: Any, index: int) -> Any:
-    """The frames of a parsed video, [F, ...]. Some models get them with the metadata, in a pair."""
-    item = videos.get(index)
-    return item[0] if isinstance(item, tuple) else item
-
-
-def _own(hf_kwargs: Mapping[str, object]) -> Any:
-    """What `apply` has put beside the stock processor's arguments; None where it has put nothing."""
-    scope: Any = hf_kwargs.get(SCOPE) or {}
-    return scope.get(KEY)
-
-
-def _stocks(hf_kwargs: Mapping[str, object]) -> dict[str, object]:
-    """The stock processor's arguments: what `apply` has put beside them would be a processor of its own."""
-    scope: Any = {key: value for key, value in dict(hf_kwargs.get(SCOPE) or {}).items() if key != KEY}  # type: ignore[call-overload]
-    rest = {key: value for key, value in hf_kwargs.items() if key != SCOPE}
-    return {**rest, SCOPE: scope} if scope else rest

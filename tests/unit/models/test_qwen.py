@@ -18,17 +18,21 @@ from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGenera
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.transformers_utils.config import get_config
+from vllm.v1.worker.encoder_cudagraph_defs import EncoderCudaGraphConfig
 
 import metok_vllm
 from metok_vllm.compression.pooling import PoolStyle
 from metok_vllm.contract.extents import most_positions, taken
-from metok_vllm.contract.fields import EXTENT_FIELD, PLAN_FIELD
+from metok_vllm.contract.fields import EXTENT_FIELD, PIXELS_FIELD, PLAN_FIELD
 from metok_vllm.contract.server_choices import server_choices
 from metok_vllm.contract.settings import RequestSettings
 from metok_vllm.contract.video_plan import VideoGrid, VideoPlan, plan_video
+from metok_vllm.demo.checkpoint import ALIGNER_FOLDER, build_checkpoint
 from metok_vllm.demo.qwen_checkpoint import QwenKind, build_qwen_checkpoint
 from metok_vllm.frontend.checkpoint_format import register_formats
+from metok_vllm.models import qwen2_5_vl
 from metok_vllm.models.mrope import MropePositions
+from metok_vllm.models.qwen2_5_vl import QwenModel
 from metok_vllm.models.registry import FORMAT, metok_architecture
 from metok_vllm.worker.requests import VideoTags
 from tests.support import fakes
@@ -306,6 +310,72 @@ def test_videos_that_reach_too_far_together(configs: dict[str, Any]) -> None:
     assert taken(features[:1]) <= most < taken(features)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_embeddings_are_refused(configs: dict[str, Any], kind: str) -> None:
+    sent = {"video_embeds": torch.zeros(4, 128), "video_grid_thw": torch.tensor([[1, 4, 4]])}
+    config = configs[kind].model_config
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
+    items = processor.info.get_data_parser().parse_mm_data({"video": sent})
+    with pytest.raises(ValueError, match=r"^METok: precomputed video embeddings are not supported"):
+        processor("<|video_pad|>What?", items)
+
+
+def test_a_dual_tower_looks_at_the_first_frame_of_each_pair(folders: dict[str, Path], tmp_path: Path) -> None:
+    tower = build_checkpoint(tmp_path, layers=3, aligner="siglip") / ALIGNER_FOLDER
+    config = config_of(folders["qwen2.5-vl"], metok={"aligner_model": str(tower)})
+    frames, metadata = video(5)
+    frames[:] = np.arange(5, dtype=np.uint8)[:, None, None, None] * 40
+    (item,) = processed(config, [(frames, metadata)])["mm_kwargs"]["video"]
+    pixels = item[PIXELS_FIELD].data
+    assert pixels.shape[0] == VideoPlan.from_tensor(item[PLAN_FIELD].data).frames == 3
+    seen = (pixels.float().mean((1, 2, 3)) + 1) / 2 * 255
+    assert torch.allclose(seen, torch.tensor([0.0, 80, 160]), atol=1.5)
+
+
 def test_older_qwen_takes_frames_without_a_rate(configs: dict[str, Any]) -> None:
     result = processed(configs["qwen2-vl"], [video(4)[0]])
     assert len(result["mm_placeholders"]["video"]) == 1
+
+
+def test_graphs_of_the_tower_are_for_pictures_alone() -> None:
+    """They bypass `embed_multimodal`, and with it stage 1."""
+
+    class Tower:
+        def get_encoder_cudagraph_config(self) -> Any:
+            return EncoderCudaGraphConfig(["image", "video"], ["pixel_values"], 128, max_frames_per_video=4)
+
+    class Model(QwenModel, Tower):
+        pass
+
+    model: Any = object.__new__(Model)
+    assert model.get_encoder_cudagraph_config().modalities == ["image"]
+
+
+def test_a_tower_takes_long_videos_in_blocks_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block's pixels are its own, of the right video; where ranks share the work, all in one call."""
+    monkeypatch.setattr(qwen2_5_vl, "PATCHES_PER_BLOCK", 3 * 24)
+    calls: list[list[int]] = []
+
+    class Tower:
+        config, use_data_parallel = CONFIG, False
+
+        def _process_video_input(self, given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+            grids = given["video_grid_thw"]
+            calls.append(grids[:, 0].tolist())
+            merged = given["pixel_values_videos"].view(-1, 4, 1).mean(1)
+            return merged.split((grids.prod(1) // 4).tolist())
+
+    class Model(QwenModel, Tower):
+        pass
+
+    grids = torch.tensor([[2, 4, 4], [8, 4, 6]])
+    pixels = torch.arange(2 * 16 + 8 * 24, dtype=torch.float32)[:, None]
+    fields = {"video_grid_thw": grids, "pixel_values_videos": pixels}
+    expected = pixels[32:].view(-1, 4).mean(1).view(8, 2, 3, 1)
+    for shared, blocks in ((False, [[3], [3], [2]]), (True, [[3, 3, 2]])):
+        model: Any = object.__new__(Model)
+        model.use_data_parallel = shared
+        calls.clear()
+        assert torch.equal(model.video_features(fields, 1), expected)
+        assert calls == blocks
+        assert torch.equal(model.stock_video(expected), expected.view(-1, 1))
