@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLDummyInputsBuilder,
     Qwen2_5_VLForConditionalGeneration,
@@ -79,6 +80,8 @@ class QwenModel(MropePositions, MetokModel):
         area = rows * columns
         pixels = fields["pixel_values_videos"][before : before + pairs * area]
         at_once = max(PATCHES_PER_BLOCK // area, 1)
+        if stock.use_data_parallel:
+            at_once = min(at_once, -(-pairs // get_tensor_model_parallel_world_size()))
         blocks = [min(at_once, pairs - start) for start in range(0, pairs, at_once)]
         # Ranks that share the tower's work out by items take blocks for items, all in one call.
         calls = [blocks] if stock.use_data_parallel else [[block] for block in blocks]

@@ -354,6 +354,7 @@ def test_graphs_of_the_tower_are_for_pictures_alone() -> None:
 def test_a_tower_takes_long_videos_in_blocks_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block's pixels are its own, of the right video; where ranks share the work, all in one call."""
     monkeypatch.setattr(qwen2_5_vl, "PATCHES_PER_BLOCK", 3 * 24)
+    monkeypatch.setattr(qwen2_5_vl, "get_tensor_model_parallel_world_size", lambda: 4)
     calls: list[list[int]] = []
 
     class Tower:
@@ -372,7 +373,7 @@ def test_a_tower_takes_long_videos_in_blocks_of_pairs(monkeypatch: pytest.Monkey
     pixels = torch.arange(2 * 16 + 8 * 24, dtype=torch.float32)[:, None]
     fields = {"video_grid_thw": grids, "pixel_values_videos": pixels}
     expected = pixels[32:].view(-1, 4).mean(1).view(8, 2, 3, 1)
-    for shared, blocks in ((False, [[3], [3], [2]]), (True, [[3, 3, 2]])):
+    for shared, blocks in ((False, [[3], [3], [2]]), (True, [[2, 2, 2, 2]])):
         model: Any = object.__new__(Model)
         model.use_data_parallel = shared
         calls.clear()
