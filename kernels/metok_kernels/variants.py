@@ -57,9 +57,10 @@ class Model:
     heads: int
     kv_heads: int
     head_dim: int
-    grid: int
+    grid: int | tuple[int, int]
     mode: Mode
     separators: Literal["event", "row", "none"] = "event"
+    axes: int = 1  # of rotary positions
 
 
 ONEVISION_SMALL = Model("LLaVA-OneVision-0.5B", 896, 14, 2, 64, 27, "bilinear")
@@ -67,6 +68,8 @@ ONEVISION = Model("LLaVA-OneVision-7B", 3584, 28, 4, 128, 27, "bilinear")
 ONEVISION_SPLIT = Model("LLaVA-OneVision-7B, tensor parallel 4", 3584, 7, 1, 128, 27, "bilinear")
 LONGVA = Model("LongVA-7B", 3584, 28, 4, 128, 24, "average", "none")
 VIDEO = Model("LLaVA-Video-7B", 3584, 28, 4, 128, 27, "bilinear", "row")
+QWEN_SMALL = Model("Qwen2.5-VL-3B", 2048, 16, 2, 128, (20, 36), "average", "none", 3)
+QWEN = Model("Qwen2.5-VL-7B", 3584, 28, 4, 128, (20, 36), "average", "none", 3)
 
 IN_USE = (
     (ONEVISION_SMALL, BF16),
@@ -77,6 +80,8 @@ IN_USE = (
     (ONEVISION_SPLIT, BF16),
     (LONGVA, BF16),
     (VIDEO, BF16),
+    (QWEN_SMALL, BF16),
+    (QWEN, BF16),
 )
 
 
@@ -89,7 +94,8 @@ def launches(model: Model, dtype: torch.dtype) -> Iterator[Launch]:
     `slots.py` there call the operations; some share a variant.
     """
     # Stage 1.
-    frames = _meta(64, model.grid, model.grid, model.hidden, dtype=dtype)
+    height, width = model.grid if isinstance(model.grid, tuple) else (model.grid, model.grid)
+    frames = _meta(64, height, width, model.hidden, dtype=dtype)
     yield from prepare_similarity(frames.flatten(1, 2))[0]
     separator, offsets = (_meta(model.hidden, dtype=dtype), _meta(5)) if model.separators != "none" else (None, None)
     per_frame, row_gap = (_meta(64), _meta(64)), model.separators == "row"
@@ -108,7 +114,8 @@ def launches(model: Model, dtype: torch.dtype) -> Iterator[Launch]:
     # Choice, and the rows that go on.
     yield prepare_select(_meta(9000, dtype=FP32), _meta(5), _meta(5), 5000)[0]
     hidden = _meta(8192, model.hidden, dtype=dtype)
-    yield prepare_gather(_meta(4000), hidden, hidden, _meta(8192))[0]
+    positions = _meta(8192) if model.axes == 1 else _meta(model.axes, 8192)
+    yield prepare_gather(_meta(4000), hidden, hidden, positions)[0]
     # Slots.
     narrow = torch.int32
     tables = [_meta(256, 2048, dtype=narrow) for _ in range(9)]
@@ -120,17 +127,13 @@ def launches(model: Model, dtype: torch.dtype) -> Iterator[Launch]:
 
 
 def variants() -> Iterator[Variant]:
-    """All variants in use, each once; and those of the next model families, whose rotary positions have three
-    axes. Needs kernels that are not interpreted only once one is compiled.
-    """
+    """All variants in use, each once. Needs kernels that are not interpreted only once one is compiled."""
     seen: set[Key] = set()
     for model, dtype in IN_USE:
         for launch in launches(model, dtype):
             if launch.key not in seen:
                 seen.add(launch.key)
                 yield Variant(f"{model.name} {dtype}", launch)
-    hidden = _meta(8192, ONEVISION.hidden, dtype=BF16)
-    yield Variant("three axes of positions", prepare_gather(_meta(4000), hidden, hidden, _meta(3, 8192))[0])
 
 
 def narrow_addresses(ttir: str) -> list[str]:

@@ -11,6 +11,12 @@ FRAME_TEXT_FIELD = "metok_frame_text"
 Every video has one, METok on or off, where the model labels its frames; read by the worker.
 """
 
+EXTENT_FIELD = "metok_extent"
+"""int64 [], positions that a video takes on its longest rotary axis, METok on or off; see `extents.py`.
+
+Every video has one where that can be more than its tokens; read by the scheduler.
+"""
+
 QUESTION_FIELD = "metok_question"
 """int64 [1 + tokens]: how many tokens, then the question's ids for
 the LLM. Read by the aligner `embedding`.

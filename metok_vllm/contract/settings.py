@@ -66,7 +66,7 @@ class MetokSettings(BaseModel):
     strides: tuple[StrictInt, StrictInt, StrictInt] = Field(
         default=(2, 4, 8),
         description="Pooling of the three tiers of frames, finest first, relative to the tower's grid: from 1 to 64, "
-        "none below the one before.",
+        "none below the one before. Not set, a model whose tower merges patches (Qwen) has 1, 2, 4.",
     )
     prune_layers: tuple[StrictInt, StrictInt, StrictInt] | Literal["cheap"] | None = Field(
         default=None,

@@ -75,7 +75,8 @@ class Client:
                 temperature=0,
                 extra_body={
                     "mm_processor_kwargs": {"metok": metok},
-                    "media_io_kwargs": {"video": {"num_frames": frames}},
+                    # As the demo has sampled them itself, whatever the model's own way is.
+                    "media_io_kwargs": {"video": {"num_frames": frames, "sampling": "uniform"}},
                 },
             )
             usage = response.usage

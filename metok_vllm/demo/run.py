@@ -20,7 +20,7 @@ from metok_vllm.demo.server import HOST, free_port, running_server, serve_comman
 from metok_vllm.demo.tables import answers_table, render
 from metok_vllm.demo.timeline import draw_timeline
 from metok_vllm.demo.video import SampledVideo, load_video
-from metok_vllm.demo.view import read_report
+from metok_vllm.demo.view import read_report, reported_frames
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> None:
         with contextlib.closing(client), console.status("Asking, with METok and without ..."):
             exchanges = [_ask(client, video, question) for question in questions]
     first = exchanges[0]
+    video = video.in_groups(reported_frames(first.report))
     view = read_report(first.report, video.times, video.duration)
     if len(exchanges) > 1:
         console.print(answers_table([(e.question, e.on, e.off) for e in exchanges]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,16 @@ class SampledVideo:
     """Seconds (frames where the rate is unknown)."""
     timed: bool
     """Whether `times` and `duration` are seconds."""
+
+    def in_groups(self, groups: int) -> SampledVideo:
+        """The first frame of each of `groups`, where the model takes its frames in pairs or more at a time.
+
+        Unchanged where the frames do not come out at that many groups.
+        """
+        size = -(-len(self.times) // groups) if groups else 1
+        if size < 2 or -(-len(self.times) // size) != groups:
+            return self
+        return replace(self, thumbnails=self.thumbnails[::size], times=self.times[::size])
 
     @property
     def data_url(self) -> str:

@@ -78,6 +78,15 @@ class ReportView:
         return self.visual_tokens[0][1] / len(self.frames)
 
 
+def reported_frames(report: dict[str, Any]) -> int:
+    """How many frames a report is about, or pairs of frames; 0 where it is none of a video."""
+    videos = report.get("videos")
+    entries = (
+        videos[0].get("per_frame") if isinstance(videos, list) and videos and isinstance(videos[0], dict) else None
+    )
+    return len(entries) if isinstance(entries, list) else 0
+
+
 def read_report(report: dict[str, Any], times: list[float], duration: float) -> ReportView:
     """Read the report of the plugin's endpoint.
 

@@ -18,7 +18,7 @@ from transformers import BatchFeature
 from vllm.inputs import MultiModalInput
 from vllm.multimodal.encoder_budget import get_mm_max_toks_per_item
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
-from vllm.multimodal.parse import MultiModalDataItems, VideoEmbeddingItems
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems, MultiModalDataItems
 from vllm.multimodal.processing import (
     BaseMultiModalProcessor,
     ProcessorInputs,
@@ -32,21 +32,20 @@ from metok_vllm.contract.admission import check_requests, forget_unsent, mark
 from metok_vllm.contract.advice import fewer_frames
 from metok_vllm.contract.beside import Beside
 from metok_vllm.contract.budgets import bytes_per_token, deferral_limit
-from metok_vllm.contract.fields import FRAME_TEXT_FIELD, PIXELS_FIELD, PLAN_FIELD
+from metok_vllm.contract.extents import most_positions, too_far
+from metok_vllm.contract.fields import EXTENT_FIELD, FRAME_TEXT_FIELD, PIXELS_FIELD, PLAN_FIELD
 from metok_vllm.contract.frame_text import FrameText, text_tokens, to_field
 from metok_vllm.contract.refusals import refusal, refusing
 from metok_vllm.contract.server_choices import ServerChoices, server_choices
 from metok_vllm.contract.settings import RequestSettings, resolve_request
 from metok_vllm.contract.video_plan import VideoGrid, VideoPlan, plan_video
 from metok_vllm.frontend.aligner_inputs import AlignerProcessor
+from metok_vllm.frontend.item_kwargs import KEY, SCOPE, frames_of, own_kwargs, stock_kwargs
 from metok_vllm.frontend.question import NO_MARKERS, TurnMarkers, fitting_markers, last_user_text, templates_markers
 from metok_vllm.frontend.question_rows import question_rows
 from metok_vllm.log import metok_logger
 
 logger = metok_logger(__name__)
-
-KEY = "metok"
-SCOPE = "videos_kwargs"
 
 
 class _Dummy(str):
@@ -80,6 +79,29 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
     def stock_video_tokens(self, grid: VideoGrid) -> int:
         """Visual tokens that the stock model takes for a video."""
         raise NotImplementedError
+
+    def video_extent(self, grid: VideoGrid, fields: Mapping[str, Any], item: int) -> float | None:
+        """Positions that a video takes on its longest rotary axis, METok on or off.
+
+        None where a token takes one. Arguments as of `frame_text`.
+        """
+        return None
+
+    allowed_kwargs: tuple[str, ...] = ()
+    """Keys of `mm_processor_kwargs` that a request may state beside METok's own. No others: some reshape what
+    the tower gets, and stock vLLM's worker ends on them.
+    """
+
+    def check_kwargs(self, kwargs: Mapping[str, object]) -> None:
+        """Refuse values of `allowed_kwargs` that the stock processor or the tower would fail on.
+
+        Raises:
+            ValueError: in one sentence.
+        """
+
+    def aligner_frames(self, frames: Any) -> Any:
+        """Of a video's frames [F, ...] those that a dual tower looks at: one for each of the grid's T."""
+        return frames
 
     def text_behind(self, frames: int, metadata: Mapping[str, Any]) -> str:
         """What the model was trained to read right behind a video, as when its frames are; mostly nothing.
@@ -148,17 +170,18 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         stated = kwargs.pop(KEY, None)
         with refusing("setting"):
             settings = resolve_request(self._server.settings, stated)
-        if kwargs:
-            # The others reshape what the tower gets: with "do_resize" off its worker fails, and the engine
-            # with it.
-            others = ", ".join(map(repr, sorted(kwargs)))
-            raise refusal(
-                "setting", f"METok (mm_processor_kwargs): a request may state 'metok' alone, not {others:.80}."
+        if others := ", ".join(map(repr, sorted(set(kwargs) - set(self.allowed_kwargs)))):
+            # They reshape what the tower gets: with "do_resize" off its worker fails, and the engine with it.
+            may = (
+                "'metok' alone" if not self.allowed_kwargs else f"{KEY!r}, {', '.join(map(repr, self.allowed_kwargs))}"
             )
+            raise refusal("setting", f"METok (mm_processor_kwargs): a request may state {may}, not {others:.80}.")
+        with refusing("setting"):
+            self.check_kwargs(kwargs)
         videos = inputs.mm_data_items.get("video")
         aligner, question = "none", ""
         if videos is not None and len(videos):
-            if isinstance(videos, VideoEmbeddingItems):
+            if isinstance(videos, EmbeddingItems | DictEmbeddingItems):
                 raise refusal(
                     "embeddings", "METok: precomputed video embeddings are not supported; send the video itself."
                 )
@@ -384,12 +407,8 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
     # --- the items ---
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        scope: Any = dict(hf_kwargs.get(SCOPE) or {})  # type: ignore[call-overload]
-        stated = scope.pop(KEY, None)
-        stock_kwargs = {key: value for key, value in hf_kwargs.items() if key != SCOPE}
-        if scope:
-            stock_kwargs[SCOPE] = scope
-        processed = super()._apply_hf_processor_main(mm_items, stock_kwargs)
+        stated = own_kwargs(hf_kwargs)
+        processed = super()._apply_hf_processor_main(mm_items, stock_kwargs(hf_kwargs))
         videos = mm_items.get("video")
         if stated is not None and videos is not None and len(videos):
             processed.update(self._video_fields(videos, processed, stated))
@@ -398,7 +417,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
     def _video_fields(self, videos: Any, processed: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
         settings = None if stated.get("off") else RequestSettings.model_validate(stated)
         aligner = "none" if settings is None else settings.aligner
-        grids = [self.video_grid(videos.get_num_frames(i), processed, i) for i in range(len(videos))]
+        grids = [self.video_grid(len(frames_of(videos, i)), processed, i) for i in range(len(videos))]
         texts = [self.frame_text(grid, processed, i) for i, grid in enumerate(grids)]
         with refusing("setting"):
             plans = [
@@ -408,20 +427,29 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         fields: dict[str, Any] = {PLAN_FIELD: torch.stack([plan.to_tensor() for plan in plans])}
         if any(texts):
             fields[FRAME_TEXT_FIELD] = [to_field(text) for text in texts]
+        extents = [self.video_extent(grid, processed, i) for i, grid in enumerate(grids)]
+        if stated_extents := [extent for extent in extents if extent is not None]:
+            most = most_positions(self.info.ctx.model_config)
+            for extent in stated_extents:
+                if not extent <= most:  # what is not a number neither
+                    raise refusal("video", f"METok: the request has a video {too_far(extent, most)}")
+            fields[EXTENT_FIELD] = torch.tensor([int(extent) for extent in stated_extents])
         if aligner == "dual-tower":
             dtype: Any = self.info.ctx.model_config.dtype
-            pixels = (self._aligner_processor.pixels(videos.get(i), dtype) for i in range(len(videos)))
-            fields[PIXELS_FIELD] = list(pixels)
+            seen = (self.aligner_frames(frames_of(videos, i)) for i in range(len(videos)))
+            fields[PIXELS_FIELD] = [self._aligner_processor.pixels(frames, dtype) for frames in seen]
         return fields
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        stock = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[safe-super]  # a mixin
+        stocks = stock_kwargs(hf_processor_mm_kwargs)
+        stock = super()._get_mm_fields_config(hf_inputs, stocks)  # type: ignore[safe-super]  # a mixin
         return {
             **stock,
             PLAN_FIELD: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             FRAME_TEXT_FIELD: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
+            EXTENT_FIELD: MultiModalFieldConfig.batched("video", keep_on_cpu=True),
             PIXELS_FIELD: MultiModalFieldConfig.batched("video"),
         }
 
@@ -432,7 +460,8 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
         # A mixin: the family's own class comes next in the method resolution order.
-        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[safe-super]
+        stocks = stock_kwargs(hf_processor_mm_kwargs)
+        updates = super()._get_prompt_updates(mm_items, stocks, out_mm_kwargs)  # type: ignore[safe-super]
 
         def placeholders(target: Any) -> Any:
             def replacement(item_idx: int) -> list[int]:

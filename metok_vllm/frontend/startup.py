@@ -5,7 +5,7 @@ before anything is loaded or allocated.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from metok_vllm.frontend.command_line import was_asked
 from metok_vllm.frontend.model_files import check_front_end
 from metok_vllm.log import metok_logger
 from metok_vllm.media.in_force import set_in_force
-from metok_vllm.models.registry import SUPPORTED
+from metok_vllm.models.registry import SUPPORTED, family_of
 
 if TYPE_CHECKING:
     from vllm.config import CacheConfig, ModelConfig, VllmConfig
@@ -74,7 +74,9 @@ def _configure(vllm_config: VllmConfig) -> None:
     choices = choose(vllm_config)
     model_config = vllm_config.model_config
     attach_choices(model_config.hf_config, choices)
-    set_in_force(model_config.get_multimodal_config().media_io_kwargs, choices.settings)
+    family = family_of(model_config.architectures)
+    media_io_kwargs = model_config.get_multimodal_config().media_io_kwargs
+    set_in_force(media_io_kwargs, choices.settings, family.sampling if family else {})
     check_front_end(model_config, choices.settings.chat_template)
     if vllm_config.scheduler_config.scheduler_cls is None:  # else a subclass of METok's, as the check has found
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
@@ -111,7 +113,9 @@ def choose(vllm_config: VllmConfig) -> ServerChoices:
     """
     model_config = vllm_config.model_config
     additional = vllm_config.additional_config
-    settings = parse_settings(additional.get("metok") if isinstance(additional, dict) else None)
+    settings = parse_settings(
+        _with_strides(model_config, additional.get("metok") if isinstance(additional, dict) else None)
+    )
     try:
         layers = chosen_layers(model_config.hf_text_config.num_hidden_layers, settings.prune_layers)
     except ValueError as error:
@@ -120,6 +124,14 @@ def choose(vllm_config: VllmConfig) -> ServerChoices:
     aligner, tower = resolve_aligner(model_config.model, settings.aligner, settings.aligner_model)
     scheduler = vllm_config.scheduler_config
     return ServerChoices(settings, layers, aligner, tower, step_tokens(scheduler), scheduler.encoder_cache_size)
+
+
+def _with_strides(model_config: ModelConfig, stated: object) -> object:
+    """What the user states, and the family's own strides where that says nothing of them."""
+    family = family_of(model_config.architectures)
+    if family is None or not isinstance(stated, Mapping | None):
+        return stated
+    return {"strides": family.strides, **(stated or {})}
 
 
 def _refuse_layers(model_config: ModelConfig, layers: PruneLayers) -> None:

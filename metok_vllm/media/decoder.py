@@ -19,7 +19,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from .orientation import orientation
-from .sampling import PacketTable, Run, decode_runs, sample_indices
+from .sampling import PacketTable, Run, decode_runs, qwen_indices, sample_indices
 from .settings import VideoError, VideoMemoryError, VideoSettings
 from .source import (
     Clock,
@@ -142,7 +142,10 @@ def _decode(data: bytes | mmap, settings: VideoSettings, memory: Memory) -> Deco
     if total == 0:
         raise VideoError("The video holds no frames; it is damaged or cut off.")
     duration = total / fps if fps > 0 else 0.0
-    indices = sample_indices(total, duration, settings.num_frames, settings.fps if fps > 0 else -1)
+    if settings.sampling == "qwen2_vl":
+        indices = qwen_indices(total, fps, settings.num_frames, settings.fps if fps > 0 else -1)
+    else:
+        indices = sample_indices(total, duration, settings.num_frames, settings.fps if fps > 0 else -1)
     _check_count(len(indices), size, settings)
 
     with clock.stopped():

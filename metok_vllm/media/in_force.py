@@ -44,18 +44,24 @@ _in_force = _InForce()
 _lock = threading.Lock()
 
 
-def set_in_force(media_io_kwargs: MutableMapping[str, dict[str, Any]], settings: MetokSettings) -> None:
+def set_in_force(
+    media_io_kwargs: MutableMapping[str, dict[str, Any]],
+    settings: MetokSettings,
+    sampling: Mapping[str, Any] | None = None,
+) -> None:
     """State what the operator has set, and make "metok" the loader where nothing else is chosen.
 
     Args:
         media_io_kwargs: of ``--media-io-kwargs``, changed in place. Keys for "video" are METok's; they are
             checked here, before requests come.
         settings: the server's; what all videos together may take counts.
+        sampling: the model's own sampling, for METok's loader, where the operator has stated no other. A
+            configuration that comes ready-made holds it already.
 
     Raises:
         VideoError: unknown or impossible keys.
     """
-    loader, server = prefer_loader(media_io_kwargs)
+    loader, server = prefer_loader(media_io_kwargs, sampling)
     pool_limits = PoolLimits(settings.videos_at_once, settings.videos_waiting, settings.video_memory_mib)
     with _lock:
         _in_force.server, _in_force.loader = server, loader
@@ -65,7 +71,9 @@ def set_in_force(media_io_kwargs: MutableMapping[str, dict[str, Any]], settings:
             _in_force.pool_limits, _in_force.pool = pool_limits, None
 
 
-def prefer_loader(media_io_kwargs: MutableMapping[str, dict[str, Any]]) -> tuple[str, VideoSettings]:
+def prefer_loader(
+    media_io_kwargs: MutableMapping[str, dict[str, Any]], sampling: Mapping[str, Any] | None = None
+) -> tuple[str, VideoSettings]:
     """Make "metok" the default loader in a server's `media_io_kwargs`, and check the keys meant for it.
 
     A loader that the operator chose, by the key ``video_backend`` or by ``VLLM_VIDEO_LOADER_BACKEND``, is
@@ -82,6 +90,12 @@ def prefer_loader(media_io_kwargs: MutableMapping[str, dict[str, Any]]) -> tuple
     if _LOADER_KEY not in video and not envs.is_set("VLLM_VIDEO_LOADER_BACKEND"):
         video[_LOADER_KEY] = LOADER_NAME
     loader = str(video.get(_LOADER_KEY) or envs.VLLM_VIDEO_LOADER_BACKEND)
+    if loader == LOADER_NAME and sampling:
+        # Of the two that say how many frames, one that is stated stands alone.
+        stated = {"fps", "num_frames"} & set(video)
+        for key, value in sampling.items():
+            if key not in ("fps", "num_frames") or not stated:
+                video.setdefault(key, value)
     return loader, check_video_kwargs(video) if loader == LOADER_NAME else VideoSettings()
 
 

@@ -14,6 +14,10 @@ JUMP_GAP = 8
 """Jump over packets only where more than this many are saved; fewer are cheaper to decode than a restart."""
 _KEYS_TO_TRY = 64
 
+QWEN_FRAMES = (4, 768)
+"""Fewest and most frames of a video that Qwen2-VL's own processor takes by `fps`."""
+_QWEN_MOST_FPS = 30
+
 
 @dataclass(frozen=True)
 class PacketTable:
@@ -73,6 +77,24 @@ def sample_indices(total: int, duration: float, num_frames: int, fps: float) -> 
         return list(range(total))
     # Truncated floats are part of vLLM's choice: exact integer arithmetic would differ now and then.
     return [int(index) for index in np.linspace(0, total - 1, count, dtype=int)]
+
+
+def qwen_indices(total: int, rate: float, num_frames: int, fps: float) -> list[int]:
+    """Frame indices to sample as Qwen2-VL's own video processor chooses them.
+
+    `total` >= 1 frames are shown at `rate` a second. An `fps` above 0 decides alone: so many a second, from
+    `QWEN_FRAMES[0]` to `QWEN_FRAMES[1]`. Else `num_frames` does, unless it is -1. Their number is even, since
+    the tower takes pairs; only a video of one frame gives one. Returns increasing indices in ``[0, total)``.
+    """
+    least, most = QWEN_FRAMES
+    count: float = total
+    if fps > 0:
+        count = min(max(total / rate * min(fps, _QWEN_MOST_FPS), least), most)
+    elif num_frames > 0:
+        count = round(num_frames / 2) * 2
+    pairs = max(int(min(count, total) / 2), 1)
+    # Exact, where transformers and vLLM add up a step in float32: one index in a long video may differ by 1.
+    return [place * total // (2 * pairs) for place in range(min(2 * pairs, total))]
 
 
 def decode_runs(table: PacketTable, indices: list[int], *, jump: bool = True) -> list[Run]:

@@ -27,6 +27,9 @@ _INT_RANGES: dict[str, tuple[int, int]] = {
     "threads": (1, 64),
 }
 
+SAMPLINGS = ("uniform", "qwen2_vl")
+"""Ways to choose frames: `media/sampling.py`."""
+
 
 def _setting(default: Any, description: str) -> Any:
     """A field with what `docs/options.md` says of it."""
@@ -45,6 +48,12 @@ class VideoSettings:
     )
     fps: float = _setting(
         -1, "Frames to sample per second; -1 for no limit. Of `num_frames` and this, the fewer frames count."
+    )
+    sampling: str = _setting(
+        "uniform",
+        "`uniform`, from the first frame to the last; or `qwen2_vl`, as Qwen2-VL's own processor: an even number of "
+        "frames, of 4 to 768 where `fps` says how many, and `num_frames` counts where `fps` is -1 alone. The model "
+        "decides where nobody says otherwise.",
     )
     max_frames: int = _setting(1024, "Refuse a request that would sample more frames than this.")
     max_pixels: int = _setting(8192 * 4320, "Refuse a video whose frames have more pixels (width x height) than this.")
@@ -72,6 +81,10 @@ class VideoSettings:
                 raise VideoError(
                     f"The video setting {name} must be {also}between {low} and {high}, not {_shown(value)}."
                 )
+        if self.sampling not in SAMPLINGS:
+            raise VideoError(
+                f"The video setting sampling must be one of {', '.join(SAMPLINGS)}, not {_shown(self.sampling)}."
+            )
         for name, most in (("fps", 1000), ("timeout_s", 3600)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

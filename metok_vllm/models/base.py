@@ -27,6 +27,7 @@ from metok_vllm.worker.decoder import Decoder
 from metok_vllm.worker.dual_tower import FRAMES_PER_BLOCK, DualTower
 from metok_vllm.worker.eager_layers import EagerLayers
 from metok_vllm.worker.requests import pack_tags
+from metok_vllm.worker.rotary import VideoAxes
 from metok_vllm.worker.timing import PartTimes
 
 if TYPE_CHECKING:
@@ -81,6 +82,18 @@ class MetokModel:
 
     def separator(self) -> torch.Tensor | None:
         """Embedding [D] that follows what `pool_style` says, or None where the model has none."""
+        raise NotImplementedError
+
+    rotary_axes = 1
+    """Axes of a token's rotary position; with more than one `video_axes` is needed (`models/mrope.py`)."""
+
+    def video_axes(self, features: Sequence[Any], device: torch.device) -> Sequence[VideoAxes]:
+        """Where the pruned videos of a prompt stand on several rotary axes, in the prompt's order.
+
+        Args:
+            features: the request's multimodal items.
+            device: for what is looked at when the tiers are known.
+        """
         raise NotImplementedError
 
     @contextmanager

@@ -7,7 +7,7 @@ serving densely.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -36,7 +36,15 @@ class SupportedModel:
     about: str  # the checkpoints, for a list of what is served
     own_format: OwnFormat | None = None  # None: as transformers reads it
     levels: Callable[[Any], int] = lambda hf_config: 0  # first layers behind which extra channels are added
+    strides: tuple[int, int, int] = (2, 4, 8)  # of the tiers, where nobody says otherwise
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # the loader's settings, where nobody says otherwise
 
+
+MERGED_STRIDES = (1, 2, 4)
+"""Where the tower has merged 2 x 2 patches into each of its tokens already."""
+
+QWEN_SAMPLING = {"sampling": "qwen2_vl", "fps": 2, "num_frames": -1}
+"""What Qwen2-VL's own processor takes: 2 frames a second, 4 to 768 of them."""
 
 SUPPORTED = (
     SupportedModel(
@@ -58,6 +66,24 @@ SUPPORTED = (
             complete="metok_vllm.models.original_llava.tokenizer:set_placeholders",
             unknown_types=("llava_qwen",),
         ),
+    ),
+    SupportedModel(
+        stock="Qwen2_5_VLForConditionalGeneration",
+        metok="METokQwen2_5_VLForConditionalGeneration",
+        module="metok_vllm.models.qwen2_5_vl:MetokQwen2_5_VLForConditionalGeneration",
+        model_types=("qwen2_5_vl",),
+        about="Qwen2.5-VL, and what is trained from it, as Cosmos-Reason1",
+        strides=MERGED_STRIDES,
+        sampling=QWEN_SAMPLING,
+    ),
+    SupportedModel(
+        stock="Qwen2VLForConditionalGeneration",
+        metok="METokQwen2VLForConditionalGeneration",
+        module="metok_vllm.models.qwen2_vl:MetokQwen2VLForConditionalGeneration",
+        model_types=("qwen2_vl",),
+        about="Qwen2-VL",
+        strides=MERGED_STRIDES,
+        sampling=QWEN_SAMPLING,
     ),
 )
 
@@ -106,6 +132,12 @@ def metok_architecture(architectures: list[str] | None, model: str) -> str:
     found = architectures[0] if architectures else "no architecture"
     can = ", ".join(supported.stock for supported in SUPPORTED)
     raise ValueError(f"METok cannot serve {model} ({found}); it can serve: {can}.")
+
+
+def family_of(architectures: list[str] | None) -> SupportedModel | None:
+    """The entry of a checkpoint of these architectures, under the stock name or METok's."""
+    names = architectures or [""]
+    return next((one for one in SUPPORTED if names[0] in (one.stock, one.metok)), None)
 
 
 def select_architecture(hf_config: Any) -> Any:

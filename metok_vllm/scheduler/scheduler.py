@@ -16,6 +16,7 @@ from vllm.outputs import RequestError
 from metok_vllm.contract.admission import asks_for_prompt_logprobs
 from metok_vllm.contract.beside import put_together
 from metok_vllm.contract.budgets import bytes_per_token, deferral_limit, ending_limit
+from metok_vllm.contract.extents import most_positions, taken, too_far
 from metok_vllm.contract.refusals import NO_SESSIONS, no_prompt_logprobs
 from metok_vllm.contract.request_ids import shown
 from metok_vllm.contract.spans import UnusableItem, pruned_spans
@@ -168,7 +169,7 @@ class MetokScheduler(QueueOrderScheduler):
     # --- refusals ---
 
     def _refusal(self, request: Request, spans: tuple[VideoSpan, ...]) -> tuple[Reason, str] | None:
-        """Why a request with pruned videos cannot be served.
+        """Why a request with videos cannot be served.
 
         The front end has refused most of these (`contract/admission.py`).
         """
@@ -176,6 +177,9 @@ class MetokScheduler(QueueOrderScheduler):
             return "session", NO_SESSIONS
         if spans and asks_for_prompt_logprobs(request.sampling_params):
             return "prompt_logprobs", no_prompt_logprobs()
+        positions = taken(request.mm_features)
+        if positions and positions > (most := most_positions(self.vllm_config.model_config)):
+            return "features", f"the prompt has videos {too_far(positions, most)}"
         return None
 
     def _end_refused(self, request: Request) -> None:

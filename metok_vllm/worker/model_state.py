@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from metok_vllm.contract.kv_layout import BlockShape, padding
 from metok_vllm.contract.kv_spec import DEEP_KINDS, EVERY_TOKEN, GROUP_KINDS, GroupKind, group_kind
+from metok_vllm.contract.spans import VideoSpan
 from metok_vllm.log import metok_logger
 from metok_vllm.worker.attn_metadata import Groups, once_a_kind, others_metadata, prompt_chunks, pruned_batch
 from metok_vllm.worker.memory import MemoryReserve
@@ -99,7 +100,10 @@ class MetokModelState(DefaultModelState):
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
-        self.pruned.add(new_req_data)
+        request = self.pruned.add(new_req_data)
+        if request is not None and self.rope_state is not None:
+            axes: Any = self.model.video_axes
+            request.axes = axes(new_req_data.mm_features, self.device)
         self._index[new_req_data.req_id] = req_index
         self.deep_slots.reset(req_index)
 
@@ -140,7 +144,18 @@ class MetokModelState(DefaultModelState):
             for video, span in enumerate(request.spans):
                 if request.tags[video] is None and span.start < end:
                     output = self.encoder_cache.encoder_outputs[features[span.start].identifier]
-                    request.tags[video] = VideoTags.unpack(output[:, self._encoded_width :], span.plan.text_tokens)
+                    tags = VideoTags.unpack(output[:, self._encoded_width :], span.plan.text_tokens)
+                    request.tags[video] = tags
+                    if self.rope_state is not None:
+                        self._place(self._index[req_id], span, request.axes[video].positions(tags))
+
+    def _place(self, req_index: int, span: VideoSpan, positions: torch.Tensor) -> None:
+        """Write the rotary positions of a video's tokens, int64 [axes, tokens], in the place of those that
+        vLLM got for them when the request came. This step reads them after this (`prepare_inputs`).
+        """
+        rope: Any = self.rope_state
+        row = rope.num_dims * req_index
+        rope.prefill_positions.gpu[row : row + rope.num_dims, span.start : span.end].copy_(positions)
 
     # --- attention metadata ---
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
     from vllm.v1.core.sched.output import NewRequestData
 
+    from metok_vllm.worker.rotary import VideoAxes
+
 TAG_CHANNELS = 7
 """Channels behind an encoded token: event (low, high byte), key event, frame (low, high byte), tier, text.
 
@@ -177,6 +179,7 @@ class PrunedRequest:
     scoring_np: NDArray[np.int64]  # the same on the host
     scoring_before: tuple[int, ...]  # for each video, how many scoring tokens stand before its end
     tags: list[VideoTags | None] = field(default_factory=list)
+    axes: Sequence[VideoAxes] = ()  # of each video, where rotary positions have several axes
     chunks: list[ChunkState] = field(default_factory=list)
     result: PruningResult | None = None  # set when the prompt has been pruned
     question: tuple[int, ...] = ()  # token ids of the question by which it is pruned; empty where none is used
@@ -260,10 +263,12 @@ class PrunedRequests:
         self.device = device
         self.by_id: dict[str, PrunedRequest] = {}
 
-    def add(self, data: NewRequestData) -> None:
+    def add(self, data: NewRequestData) -> PrunedRequest | None:
+        """Hold a request, and return it; None where nothing of it is pruned."""
         request = PrunedRequest.create(data, self.device)
         if request is not None:
             self.by_id[data.req_id] = request
+        return request
 
     def remove(self, req_id: str) -> PrunedRequest | None:
         return self.by_id.pop(req_id, None)

@@ -41,6 +41,7 @@ class ModelShapes:
     dtype: torch.dtype  # of the hidden state, the features, queries and keys
     style: PoolStyle
     extra_channels: int = 0  # of the vision features, behind as many as the hidden state has
+    axes: int = 1  # of rotary positions
     deep_layers: tuple[Any, ...] = ()  # attention layers from L1 up, their KV caches bound
 
     @classmethod
@@ -57,6 +58,7 @@ class ModelShapes:
             dtype=stack.decoder.norm.weight.dtype,
             style=model.pool_style,
             extra_channels=model.extra_channels,
+            axes=model.rotary_axes,
             deep_layers=tuple(stack.attention(index) for index in deep),
         )
 
@@ -140,7 +142,8 @@ def _choices(shapes: ModelShapes, device: torch.device) -> None:
     ops.smooth(torch.zeros(ROWS, device=device), one.cumsum(0) - 1, ROWS, MICRO)
     index = ops.select(torch.zeros(ROWS, device=device), one, one, ROWS)
     hidden = torch.zeros(ROWS, shapes.hidden, dtype=shapes.dtype, device=device)
-    ops.gather(index, hidden, hidden.clone(), positions)
+    rotary = positions if shapes.axes == 1 else positions.repeat(shapes.axes, 1)
+    ops.gather(index, hidden, hidden.clone(), rotary)
 
 
 def _attention(shapes: ModelShapes, device: torch.device) -> None:

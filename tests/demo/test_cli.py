@@ -56,7 +56,7 @@ def test_the_demo_asks_twice_and_shows_what_was_done(report: Any, tmp_path: Path
     for request in (on, off):
         assert request["model"] == "tiny"
         assert request["temperature"] == 0
-        assert request["media_io_kwargs"] == {"video": {"num_frames": 8}}
+        assert request["media_io_kwargs"] == {"video": {"num_frames": 8, "sampling": "uniform"}}
         video, text = request["messages"][0]["content"]
         assert base64.b64decode(video["video_url"]["url"].split(",")[1]) == CLIP.read_bytes()
         assert text["text"] == "Who wakes?"

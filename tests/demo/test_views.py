@@ -152,3 +152,20 @@ def test_a_report_of_something_else_is_refused(report: Any, video: SampledVideo,
 def test_bytes_are_told_in_a_unit_that_fits():
     told = [bytes_text(count) for count in (0, 1023, 1024, 3 * 2**20, 5 * 2**30)]
     assert told == ["0 B", "1023 B", "1.0 KiB", "3.0 MiB", "5.0 GiB"]
+
+
+@pytest.mark.parametrize(
+    ("frames", "groups", "shown"),
+    [
+        (8, 4, [0, 2, 4, 6]),
+        (7, 4, [0, 2, 4, 6]),
+        (8, 8, list(range(8))),
+        (8, 5, list(range(8))),
+        (8, 0, list(range(8))),
+    ],
+)
+def test_of_frames_that_a_model_takes_in_pairs_the_first_are_shown(frames: int, groups: int, shown: list[int]) -> None:
+    video = SampledVideo("a", b"", np.arange(frames, dtype=np.uint8), [float(i) for i in range(frames)], 8.0, True)
+    found = video.in_groups(groups)
+    assert found.times == shown
+    assert found.thumbnails.tolist() == shown

@@ -127,7 +127,7 @@ class Engine:
 
         data: dict[str, Any] = {}
         if case.videos:
-            data["video"] = list(case.videos)
+            data["video"] = [self.sample.as_sent(video) for video in case.videos]
         if case.images:
             data["image"] = list(case.images)
         prompt: dict[str, Any] = {"prompt_token_ids": self.prompt_ids(case)}
@@ -222,6 +222,7 @@ def engine(sample: Sample, server: dict[str, Any] | None = None, **llm_kwargs: A
     oracle_keys = {k: v for k, v in server.items() if k not in of_the_engine}
     if server.get("preset") == "balanced":
         oracle_keys = {"decode_retention": 1.0, "quota": "video"} | oracle_keys
+    oracle_keys.setdefault("strides", sample.strides)
     running = Engine(llm, sample, OracleSettings(**oracle_keys))
     try:
         yield running

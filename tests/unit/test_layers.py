@@ -36,6 +36,12 @@ BY_NAME = {
     ("models.registry", "metok_vllm.models.llava_qwen:MetokLlavaQwenForCausalLM"): (
         "vLLM imports a model's module when it builds one"
     ),
+    ("models.registry", "metok_vllm.models.qwen2_5_vl:MetokQwen2_5_VLForConditionalGeneration"): (
+        "vLLM imports a model's module when it builds one"
+    ),
+    ("models.registry", "metok_vllm.models.qwen2_vl:MetokQwen2VLForConditionalGeneration"): (
+        "vLLM imports a model's module when it builds one"
+    ),
     ("models.registry", "metok_vllm.models.original_llava.config:read_config"): "imported for such a checkpoint alone",
     ("models.registry", "metok_vllm.models.original_llava.tokenizer:load_tokenizer"): (
         "imported for such a checkpoint alone"

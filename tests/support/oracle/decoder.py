@@ -16,14 +16,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def project(model: Any, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q [heads, tokens, width], k and v [kv_heads, tokens, width] of `hidden` [tokens, D]; q, k rotated."""
+    """q [heads, tokens, width], k and v [kv_heads, tokens, width] of `hidden` [tokens, D]; q, k rotated.
+
+    `positions`: [tokens], or [axes, tokens].
+    """
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
 
     def heads_first(linear: Any) -> Tensor:
         return linear(normed).view(len(normed), -1, attention.head_dim).transpose(0, 1)
 
-    cos, sin = model.model.language_model.rotary_emb(hidden.unsqueeze(0), positions.unsqueeze(0))
+    cos, sin = model.model.language_model.rotary_emb(hidden.unsqueeze(0), positions.unsqueeze(-2))
     query, key = (rotate(heads_first(linear), cos[0], sin[0]) for linear in (attention.q_proj, attention.k_proj))
     return query, key, heads_first(attention.v_proj)
 

@@ -66,6 +66,7 @@ def run(
     ids, hidden, spans = lay_out(model, prompt_ids, [e.embeddings[:, :depth] for e in encoded], pictures)
     visual = {config.image_token_id, config.video_token_id}
     state = Prefill(model, hidden, [token not in visual for token in ids], settings)
+    state.rotary, state.next_position = positions(model, ids, list(videos), images, [e.strides for e in encoded])
     state.videos = [
         Video(start, e.event_of_token, e.key_events, [], [], e.frame_of_token)
         for (start, _), e in zip(spans, encoded, strict=True)
@@ -106,6 +107,17 @@ def lay_out(
     return ids, torch.cat(rows), spans
 
 
+def positions(
+    model: Any, ids: list[int], videos: list[Any], images: Any, strides: list[list[int]]
+) -> tuple[Tensor, int]:
+    """What the tokens `ids` are rotated by, [tokens] or [axes, tokens], and the position of the first answer.
+
+    `strides`: of each video's frames.
+    """
+    rotary = stage1.layout_of(model).rotary
+    return (torch.arange(len(ids)), len(ids)) if rotary is None else rotary(model, ids, videos, images, strides)
+
+
 class Prefill:
     """The prompt's way through the layers; afterwards `keys` and `values` hold what decoding may see."""
 
@@ -126,6 +138,8 @@ class Prefill:
         self.values: list[Tensor] = []
         self.margin = math.inf
         self.question: list[int] | None = None  # positions of the question's tokens, where they alone score
+        self.rotary = torch.arange(len(hidden))  # of every token of the prompt
+        self.next_position = len(hidden)  # of the first one behind it
 
     def run(self) -> None:
         """Run every layer on the tokens alive in it, dropping tokens before L1, L2 and L3."""
@@ -152,7 +166,7 @@ class Prefill:
 
     def rotary_positions(self) -> Tensor:
         """The positions that the tokens alive are rotated by: those they had in the whole prompt."""
-        return torch.tensor(self.alive)
+        return self.rotary[..., self.alive]
 
     def drop(self, stage: int, probabilities: Tensor) -> None:
         """2: take tokens out before L1, L2 or L3 (`stage` 1 to 3), by the attention of the layer before."""
@@ -212,9 +226,10 @@ def decode(model: Any, prefill: Prefill, steps: int, force_tokens: list[int] | N
     for step in range(steps - 1):
         fed = tokens[step] if force_tokens is None else force_tokens[step]
         position = torch.tensor([length + step])
+        turned = torch.full((*prefill.rotary.shape[:-1], 1), prefill.next_position + step)
         hidden = model.get_input_embeddings()(torch.tensor([fed]))
         for number, layer in enumerate(prefill.layers):
-            query, key, value = decoder.project(model, layer, hidden, position)
+            query, key, value = decoder.project(model, layer, hidden, turned)
             keys[number] = torch.cat([keys[number], key], dim=1)
             values[number] = torch.cat([values[number], value], dim=1)
             held[number] = torch.cat([held[number], position])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ class Sample:
     path: Path
     model: Any
     processor: Any
+    strides: ClassVar[tuple[int, int, int]] = (2, 4, 8)  # where nobody says otherwise; the engine must know them
 
     def prompt_ids(self, question: str = QUESTION, *, videos: int = 1, images: int = 0, between: str = "") -> list[int]:
         """The chat prompt, one placeholder an item, images first; `between` follows the first video."""
@@ -37,6 +38,10 @@ class Sample:
     def question_ids(self, question: str = QUESTION) -> list[int]:
         """The question alone, without special tokens."""
         return list(self.processor.tokenizer(question, add_special_tokens=False).input_ids)
+
+    def as_sent(self, video: Any) -> Any:
+        """A case's video as vLLM is given it."""
+        return video
 
     def pixels(self, video: NDArray[np.uint8]) -> Tensor:
         """Pixel values [T, 3, height, width] of frames [T, h, w, 3]."""

@@ -66,16 +66,18 @@ def final_count(settings: OracleSettings, survivors: int) -> int:
     return math.ceil(exact(settings.final_keep) * survivors)
 
 
-def frame_tokens(side: int, stride: int, newline: str = "event") -> int:
-    """Tokens of one frame of `side` x `side` patches pooled with `stride`, which rounds up.
+def frame_tokens(side: int | tuple[int, int], stride: int, newline: str = "event") -> int:
+    """Tokens of one frame of `side` x `side` (or height x width) patches, pooled with `stride`, rounded up.
 
     With `newline` "row" each pooled row has one more.
     """
-    pooled = math.ceil(side / stride)
-    return pooled * (pooled + (newline == "row"))
+    height, width = side if isinstance(side, tuple) else (side, side)
+    return math.ceil(height / stride) * (math.ceil(width / stride) + (newline == "row"))
 
 
-def quotas(settings: OracleSettings, frames: int, side: int, newline: str = "event") -> tuple[int, int, int]:
+def quotas(
+    settings: OracleSettings, frames: int, side: int | tuple[int, int], newline: str = "event"
+) -> tuple[int, int, int]:
     """Section 4: how many of the `frames` frames get each of the three strides, the token budget respected.
 
     Raises ValueError for a budget that even the coarsest stride on every frame exceeds.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,9 @@ class Layout:
     pool: str = "bilinear"  # or "average"
     newline: str = "event"  # or "row", "none"
     pictures: str = "spatial_unpad"  # as transformers lays them out; or "unires"
+    plain: int = 2  # stride of a video without METok
+    tower: Callable[[Any, Any], Tensor] | None = None  # model and pixels to V[T, H, W, D]; None: LLaVA's
+    rotary: Callable[..., tuple[Tensor, int]] | None = None  # see `run.positions`; None: a token's place is its own
 
 
 def layout_of(model: Any) -> Layout:
@@ -47,6 +51,9 @@ def layout_of(model: Any) -> Layout:
 
 def features(model: Any, pixels: Tensor) -> Tensor:
     """V[T, H, W, D]: the tower's chosen layer, projected, of frames [T, 3, height, width]."""
+    tower = layout_of(model).tower
+    if tower is not None:
+        return tower(model, pixels)
     config = model.config
     states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
     chosen = states[config.vision_feature_layer]
@@ -185,16 +192,16 @@ def gap(values: list[float], count: int) -> float:
 
 
 def encode_plain(model: Any, pixels: Tensor, labels: Labels = PLAIN) -> Stage1:
-    """The model without METok: every frame pooled with stride 2, what follows an event after the video."""
-    grid = features(model, pixels)
+    """The model without METok: every frame pooled with one stride, what follows an event after the video."""
+    grid, plain = features(model, pixels), layout_of(model).plain
     wide = torch.cat([grid, labels.extra(grid)], dim=-1)
     rows = [
         part
         for i, frame in enumerate(wide)
-        for part, _ in around(model, labels.text(i, len(grid)), pool(model, frame, 2))
+        for part, _ in around(model, labels.text(i, len(grid)), pool(model, frame, plain))
     ]
     rows += [widen(row, wide.shape[-1]) for row in separators(model)]
-    return Stage1([], [], [], [], [2] * len(grid), torch.cat(rows), [])
+    return Stage1([], [], [], [], [plain] * len(grid), torch.cat(rows), [])
 
 
 def encode(
@@ -216,7 +223,7 @@ def encode(
     if settings.aligner == "none":
         scores = [float(b - a) for a, b in events]
     key_events = pick_key_events(scores, settings.key_events)
-    counts = rules.quotas(settings, len(grid), grid.shape[1], layout_of(model).newline)
+    counts = rules.quotas(settings, len(grid), (grid.shape[1], grid.shape[2]), layout_of(model).newline)
     ranked = rank_frames(relevance, events, key_events, settings.key_frames)
     strides = assign_strides(ranked, counts, settings.strides)
 

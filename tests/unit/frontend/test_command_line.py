@@ -402,7 +402,10 @@ def test_templates_of_requests_are_warned_of(serve: Callable[..., Namespace], mo
 
 # --- what METok cannot serve ---
 
-CANNOT = r"^METok cannot serve {} \({}\); it can serve: LlavaOnevisionForConditionalGeneration, LlavaQwenForCausalLM\.$"
+CANNOT = (
+    r"^METok cannot serve {} \({}\); it can serve: LlavaOnevisionForConditionalGeneration, LlavaQwenForCausalLM, "
+    r"Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration\.$"
+)
 
 
 @pytest.mark.parametrize("place", ["positional", "--model", "--config"])

@@ -28,7 +28,10 @@ from tests.unit.conftest import METOK
 Make = Callable[..., Any]
 
 NO = "METok does not support "
-CAN = "LlavaOnevisionForConditionalGeneration, LlavaQwenForCausalLM"
+CAN = (
+    "LlavaOnevisionForConditionalGeneration, LlavaQwenForCausalLM, Qwen2_5_VLForConditionalGeneration, "
+    "Qwen2VLForConditionalGeneration"
+)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pipeline parallel": (
         {"pipeline_parallel_size": 2},

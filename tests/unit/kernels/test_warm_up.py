@@ -38,8 +38,9 @@ def unrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shapes_of(model: Model, dtype: torch.dtype) -> ModelShapes:
+    style = PoolStyle(model.mode, model.separators)
     return ModelShapes(
-        model.hidden, model.heads, model.kv_heads, model.head_dim, dtype, PoolStyle(model.mode, model.separators)
+        model.hidden, model.heads, model.kv_heads, model.head_dim, dtype, style, axes=model.axes
     )  # fmt: skip
 
 
@@ -71,6 +72,19 @@ def test_stage_1_with_extra_channels_compiles_nothing_later(device: torch.device
         ops.pool_video(features, tiers, (1, 2, 3), TierQuota(1, 1, 1, 4), SMALL.style, separator, event)
     assert seen
     assert set(seen) <= done.variants
+
+
+def test_rotary_positions_of_three_axes_compile_nothing_later(device: torch.device) -> None:
+    """A step's own are part of a longer buffer; those of a deferred prompt stand alone."""
+    done = warm_up(replace(SMALL, axes=3), device)
+    buffer = torch.arange(3 * 34, device=device).view(3, 34)
+    hidden, index = torch.zeros(11, SMALL.hidden, device=device), torch.tensor([1, 4, 10], device=device)
+    for positions in (buffer[:, :11], buffer[:, 3:14], buffer[:, :11].contiguous()):
+        with recorded_launches() as seen:
+            rows = ops.gather(index, hidden, hidden.clone(), positions)[2]
+        assert torch.equal(rows, positions[:, index])
+        assert seen
+        assert set(seen) <= done.variants
 
 
 def test_the_cache_update_of_each_deep_layer_sees_all_layouts_and_writes_nothing(device: torch.device) -> None:

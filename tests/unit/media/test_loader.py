@@ -136,6 +136,46 @@ def test_prefer_loader_sets_the_default_and_respects_the_operator(monkeypatch: p
     assert by_environment == {"video": {"num_frames": 4}}
 
 
+QWEN = {"sampling": "qwen2_vl", "fps": 2, "num_frames": -1}
+
+
+@pytest.mark.parametrize(
+    ("operator", "request_", "frames"),
+    [
+        ({}, {}, 20),  # ten seconds
+        ({}, {"fps": 1}, 10),  # vLLM passes 32 frames then, which must not count
+        ({}, {"fps": 4}, 40),
+        ({}, {"num_frames": 9}, 8),
+        ({}, {"num_frames": -1}, 50),
+        ({"fps": 0.1}, {}, 4),
+        ({"num_frames": 12}, {}, 12),
+        ({"num_frames": 12}, {"fps": 3}, 30),
+        ({"sampling": "uniform"}, {}, 20),
+    ],
+)
+def test_a_models_own_sampling(
+    monkeypatch: pytest.MonkeyPatch, operator: dict[str, Any], request_: dict[str, Any], frames: int
+) -> None:
+    monkeypatch.delenv("VLLM_VIDEO_LOADER_BACKEND", raising=False)
+    kwargs = {"video": dict(operator)}
+    prefer_loader(kwargs, QWEN)
+    merged = VideoMediaIO.merge_kwargs(kwargs["video"], request_)
+    loaded, metadata = media_io(**merged).load_bytes(clip(50, rate=5)).media
+    assert len(loaded) == len(metadata["frames_indices"]) == frames
+    assert metadata["total_num_frames"] == 50
+
+
+def test_another_loader_keeps_its_own_sampling() -> None:
+    theirs = {"video": {"video_backend": "opencv"}}
+    prefer_loader(theirs, QWEN)
+    assert theirs == {"video": {"video_backend": "opencv"}}
+
+
+def test_an_unknown_sampling_is_refused() -> None:
+    with pytest.raises(VideoError, match=r"sampling must be one of uniform, qwen2_vl, not 'fast'\."):
+        prefer_loader({"video": {"video_backend": "metok", "sampling": "fast"}})
+
+
 def test_wrong_keys_are_refused_at_the_start_and_in_a_request() -> None:
     with pytest.raises(VideoError, match="Unknown video setting 'frame_recovery'"):
         prefer_loader({"video": {"video_backend": "metok", "frame_recovery": True}})

@@ -7,8 +7,10 @@ from itertools import pairwise
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.multimodal.video import Qwen2VLVideoBackend
+from vllm.multimodal.video_decoders import VideoSourceMetadata, VideoTargetMetadata
 
-from metok_vllm.media.sampling import JUMP_GAP, PacketTable, decode_runs, sample_indices
+from metok_vllm.media.sampling import JUMP_GAP, QWEN_FRAMES, PacketTable, decode_runs, qwen_indices, sample_indices
 
 WISHES = st.one_of(st.just(-1), st.integers(1, 600))
 RATES = st.one_of(st.just(-1.0), st.floats(0.01, 60))
@@ -37,6 +39,30 @@ def test_sampled_indices_rise_and_are_as_many_as_asked(total: int, frames: int, 
     assert indices[-1] < total
     limits = [total, frames if frames > 0 else total, int(total / 25 * fps) if fps > 0 else total]
     assert len(indices) == max(1, min(limits))
+
+
+@given(st.integers(1, 20_000), st.floats(0.5, 120), WISHES, RATES)
+def test_qwens_sampling_takes_an_even_number(total: int, rate: float, frames: int, fps: float) -> None:
+    indices = qwen_indices(total, rate, frames, fps)
+    assert indices[0] == 0
+    assert all(a < b for a, b in pairwise(indices))
+    assert indices[-1] < total
+    assert len(indices) % 2 == 0 or total == 1
+    if fps > 0:
+        assert len(indices) <= QWEN_FRAMES[1]
+        assert len(indices) >= min(QWEN_FRAMES[0], total // 2 * 2)
+    elif frames > 0:
+        assert abs(len(indices) - frames) <= 1 or len(indices) in (1, 2, total // 2 * 2)
+
+
+@given(st.integers(2, 20_000), st.floats(0.5, 120), st.floats(0.01, 60))
+def test_qwens_sampling_is_vllms(total: int, rate: float, fps: float) -> None:
+    """But for rounding: vLLM adds up a step in float32, and may find one index more, the last one twice."""
+    source, target = VideoSourceMetadata(total, rate, total / rate), VideoTargetMetadata(-1, fps, -1)
+    theirs = Qwen2VLVideoBackend.compute_frames_index_to_sample(source, target)
+    ours = qwen_indices(total, rate, -1, fps)
+    assert 0 <= len(theirs) - len(ours) <= 1
+    assert all(abs(a - b) <= 1 for a, b in zip(ours, theirs, strict=False))
 
 
 @given(st.data(), tables())

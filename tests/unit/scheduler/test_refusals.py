@@ -13,9 +13,10 @@ from vllm.multimodal.inputs import PlaceholderRange
 from vllm.outputs import RequestError
 from vllm.v1.request import RequestStatus
 
-from metok_vllm.contract.fields import FRAME_TEXT_FIELD, PLAN_FIELD, QUESTION_FIELD
+from metok_vllm.contract.fields import EXTENT_FIELD, FRAME_TEXT_FIELD, PLAN_FIELD, QUESTION_FIELD
 from metok_vllm.contract.refusals import NO_SESSIONS, no_prompt_logprobs
 from metok_vllm.contract.spans import UnusableItem, pruned_spans
+from metok_vllm.scheduler import scheduler
 from tests.support.fakes import Limits, Prompt, item, plan
 from tests.unit.scheduler.test_scheduler import Run
 
@@ -186,6 +187,28 @@ def test_vllm_033_takes_the_sentence(busy: Run) -> None:
     assert scheduler()["refused"]["prompt_logprobs"] == 1
 
 
+@pytest.mark.parametrize("pruned", [True, False])
+def test_videos_that_reach_too_far_together(busy: Run, monkeypatch: pytest.MonkeyPatch, pruned: bool) -> None:
+    """Neither of them alone; METok on or off."""
+    monkeypatch.setattr(scheduler, "most_positions", lambda model_config: 336)
+    one = PLAN if pruned else plan(10, pruned=False)
+    request = Prompt((3, 2, 5), (one, one)).request("bad")
+    for extent, feature in zip((169, 168), request.mm_features, strict=True):
+        feature.data = item({**feature.data.get_data(), EXTENT_FIELD: torch.tensor(extent)})
+    add(busy, request)
+    sentence = "the prompt has videos with 337 positions in time, and this model has 336: send a shorter one, or fewer."
+    assert busy.scheduler._refusals == {"bad": ("features", sentence)}
+    ends_alone(busy, request)
+
+
+def test_videos_that_reach_as_far_as_they_may(busy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "most_positions", lambda model_config: 336)
+    request = GOOD.request("good")
+    request.mm_features[0].data = item({**request.mm_features[0].data.get_data(), EXTENT_FIELD: torch.tensor(336)})
+    add(busy, request)
+    assert not busy.scheduler._refusals
+
+
 ANYTHING = st.one_of(
     st.none(),
     st.integers(),
@@ -206,7 +229,7 @@ def test_ids_beyond_the_vocabulary(busy: Run) -> None:
 
 @given(
     fields=st.dictionaries(
-        st.sampled_from([PLAN_FIELD, QUESTION_FIELD, FRAME_TEXT_FIELD, "pixel_values_videos"]), ANYTHING
+        st.sampled_from([PLAN_FIELD, QUESTION_FIELD, FRAME_TEXT_FIELD, EXTENT_FIELD, "pixel_values_videos"]), ANYTHING
     ),
     place=st.tuples(st.integers(-3, 40), st.integers(0, 40)),
     moved=st.booleans(),
