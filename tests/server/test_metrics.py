@@ -75,7 +75,7 @@ def test_totals_are_the_sums_of_the_reports(server: Server) -> None:
     before = scrape(server)
     asked: list[tuple[bytes | None, Any]] = [
         (mp4(scene_video(60, 9)), {"report": True}),
-        (mp4(scene_video(61, 30)), {"report": True, "decode_retention": 1, "events": 7}),
+        (mp4(scene_video(61, 30)), {"report": True, "decode_retention": 1, "events": 7, "final_keep": 0.5}),
         (mp4(scene_video(62, 3, 1)), {"report": True, "decode_retention": 0}),
         (mp4(scene_video(63, 12)), "off"),
         (None, None),
