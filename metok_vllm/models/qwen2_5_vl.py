@@ -30,7 +30,7 @@ from metok_vllm.models.qwen_requests import ALLOWED, check_metadata, check_state
 STYLE = PoolStyle("average", "none")
 
 PATCHES_PER_BLOCK = 64 * 1024
-"""Patches that the tower takes at once, which bounds its memory: those of the largest picture as published."""
+"""Patches that the tower takes at once, which bounds its memory: those of the largest published picture."""
 
 
 class QwenProcessing(MetokProcessing):
