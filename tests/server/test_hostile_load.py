@@ -6,6 +6,7 @@ What is asserted are counts of what ran while something else did. Seconds only b
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import threading
 import time
@@ -264,7 +265,8 @@ def test_slow_readers_hold_nobody_up_and_get_all_of_it(strict: Server, expected:
             more = slow[0].read(65536)
             assert more, "the answer ends early"
             rest += more
-        assert rest.count(b'"logprobs":{') == 120
+        # By tokens: the server may send two in one event where it is slower than the engine.
+        assert sum(len(found.split(b",")) for found in re.findall(rb'"token_ids":\[([^\]]+)\]', rest)) == 120
     until(lambda: idle(strict))
 
 

@@ -76,7 +76,7 @@ def test_tokens_and_survivors_are_the_oracles(model, delta):
         tokens, _ = decode(llava, state, STEPS, None)
 
     assert state.limits == layers
-    for limit, after in zip(layers[:2], state.videos[0].after, strict=True):
+    for limit, after in zip(layers[:2], state.videos[0].after[:2], strict=True):
         assert 0 < len(after) < 30
         assert done.scores[limit][0].tolist() == after
     assert [sorted(p.tolist()) for p in cache.positions] == [sorted(p) for p in state.kv_positions]
