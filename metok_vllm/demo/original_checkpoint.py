@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from metok_vllm.demo.checkpoint import centre_projector, make_tokenizer, randomise, text_config
+from metok_vllm.models.original_llava.tokenizer import CHAT_TEMPLATE
 
 Kind = Literal["longva", "longva-dpo", "llava-onevision", "llava-video"]
 
@@ -28,13 +29,6 @@ SHARDS = 4
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SPARE_ROWS = 6
 """Of the vocabulary, behind the last token; the published ones have hundreds."""
-
-QWEN2_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 _OF_KIND: dict[Kind, dict[str, Any]] = {
     "longva": {"model_type": "qwen2", "mm_spatial_pool_mode": "average", "mm_spatial_pool_stride": 2},
@@ -111,7 +105,7 @@ def build_original_checkpoint(
     ends = {key: text[key] for key in ("bos_token_id", "pad_token_id", "eos_token_id")}
     (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
     # One folder leaves the template to its reader, so that both cases are there.
-    _save_tokenizer(folder, tokenizer, None if kind == "longva-dpo" else QWEN2_TEMPLATE)
+    _save_tokenizer(folder, tokenizer, None if kind == "longva-dpo" else CHAT_TEMPLATE)
     return folder
 
 

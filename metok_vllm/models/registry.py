@@ -94,12 +94,16 @@ def named(name: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
+def family_of(architectures: list[str] | None) -> SupportedModel | None:
+    """The entry of a checkpoint of these architectures, under the stock name or METok's."""
+    names = architectures or [""]
+    return next((one for one in SUPPORTED if names[0] in (one.stock, one.metok)), None)
+
+
 def with_own_format(architectures: list[str] | None) -> OwnFormat | None:
     """The format of a checkpoint of these architectures, or None where transformers reads it."""
-    for supported in SUPPORTED:
-        if architectures and architectures[0] in (supported.stock, supported.metok):
-            return supported.own_format
-    return None
+    family = family_of(architectures)
+    return None if family is None else family.own_format
 
 
 def read_own_format(config: Mapping[str, Any], model: str) -> Any:
@@ -126,18 +130,12 @@ def metok_architecture(architectures: list[str] | None, model: str) -> str:
     Raises:
         ValueError: METok cannot serve it; the message names the architectures that it can serve.
     """
-    for supported in SUPPORTED:
-        if architectures and architectures[0] in (supported.stock, supported.metok):
-            return supported.metok
+    family = family_of(architectures)
+    if family is not None:
+        return family.metok
     found = architectures[0] if architectures else "no architecture"
     can = ", ".join(supported.stock for supported in SUPPORTED)
     raise ValueError(f"METok cannot serve {model} ({found}); it can serve: {can}.")
-
-
-def family_of(architectures: list[str] | None) -> SupportedModel | None:
-    """The entry of a checkpoint of these architectures, under the stock name or METok's."""
-    names = architectures or [""]
-    return next((one for one in SUPPORTED if names[0] in (one.stock, one.metok)), None)
 
 
 def select_architecture(hf_config: Any) -> Any:

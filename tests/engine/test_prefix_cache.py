@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.families import ATOL, PREFACE, cached_tokens
 from tests.support.harness import Case, Engine, engine, observed
 from tests.support.oracle import assert_same
 from tests.support.oracle.samples import load_sample, scene_video
-
-ATOL = 1e-3
-PREFACE = "You watch a film with care and say only what you have seen in it. " * 18
 
 
 @pytest.fixture(scope="module")
@@ -22,17 +20,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     sample = load_sample(tmp_path_factory.mktemp("model"), seed=11)
     with engine(sample, max_num_batched_tokens=128, enable_prefix_caching=True) as started:
         yield started
-
-
-def cached_tokens(running: Engine, case: Case) -> int:
-    """Run one case against the oracle; how many tokens of its prompt came from the cache."""
-    request_id = running.add(case)
-    outputs: dict[str, Any] = {}
-    while running.llm.llm_engine.has_unfinished_requests():
-        outputs |= running.step()
-    assert_same(running.oracle(case), observed(outputs[request_id]), ATOL)
-    running.check_drained()
-    return int(outputs[request_id].num_cached_tokens)
 
 
 def test_a_text_request_hits_as_in_stock_vllm(running: Engine) -> None:

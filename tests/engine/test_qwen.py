@@ -15,10 +15,10 @@ import pytest
 
 from metok_vllm.demo.qwen_checkpoint import QwenKind
 from tests.engine.test_host_reads import ON_THE_HOST, THE_READ
-from tests.engine.test_oracle import ATOL
+from tests.support.families import ATOL, PREFACE, cached_tokens, check, check_in_chunks, check_preempted
 from tests.support.guards.host_reads import waits_of_metok
-from tests.support.harness import Case, Engine, engine, observed
-from tests.support.oracle import OracleResult, assert_same
+from tests.support.harness import Case, Engine, engine
+from tests.support.oracle import assert_same
 from tests.support.oracle import qwen as qwen_oracle
 from tests.support.oracle.qwen_samples import QwenSample, load_qwen
 from tests.support.oracle.samples import picture, scene_video
@@ -39,8 +39,6 @@ GRIDS_ON_THE_HOST = {
     "extents.py:taken tolist",  # the scheduler
     "qwen2_5_vl.py:video_features tolist",  # the worker, where the grid stays on the host (`keep_on_cpu`)
 }
-
-PREFACE = "You watch a film with care and say only what you have seen in it. " * 18
 
 
 def film(frames: int, rows: int, columns: int, scenes: int = 4) -> Any:
@@ -92,21 +90,8 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         yield started
 
 
-def check(running: Engine, asked: Sequence[Case], answers: Sequence[OracleResult]) -> None:
-    for case, answer in zip(asked, answers, strict=True):
-        expected = running.oracle(case)
-        # A decision closer than float32 can tell apart would make the comparison a coin toss, not a test.
-        assert expected.score_margin > 1e-5, f"choose another seed for {case}"
-        assert_same(expected, answer, ATOL)
-    running.check_drained()
-
-
 def test_a_mixed_batch_equals_the_oracle(running: Engine) -> None:
-    asked = sent(running, cases())
-    deferred: list[int] = []
-    answers = running.run(asked, lambda engine: deferred.append(len(engine.scheduler.deferral.held)))
-    assert max(deferred) > 0, "no prompt went over several chunks"
-    check(running, asked, answers)
+    check_in_chunks(running, sent(running, cases()))
 
 
 def sent(running: Engine, asked: Sequence[Case]) -> list[Case]:
@@ -130,41 +115,22 @@ def test_each_alone(running: Engine) -> None:
 
 
 def test_preempted_requests_continue_with_the_same_survivors(running: Engine) -> None:
-    preemptions: dict[str, int] = {}
-
-    def watch(engine: Engine) -> None:
-        preemptions.update((name, request.num_preemptions) for name, request in engine.scheduler.requests.items())
-
     asked = [
         Case((film(24 + 2 * place, 4, 5 + place % 2),), metok=metok, max_tokens=60)
         for place, metok in enumerate([{"decode_retention": 1}, {"decode_retention": 0.5}, "off", None, None])
     ]
-    first = running._next
-    answers = running.run(asked, watch)
-    pruned = [running.internal[f"r{first + i}"] for i, case in enumerate(asked) if case.metok != "off"]
-    assert sum(preemptions[name] for name in pruned) > 0, "no pruned request was preempted"
-    check(running, asked, answers)
+    check_preempted(running, asked)
 
 
 def test_text_is_served_from_the_prefix_cache_and_a_pruned_video_never(running: Engine) -> None:
     running.scheduler.reset_prefix_cache()
-
-    def cached(case: Case) -> int:
-        name = running.add(case)
-        outputs: dict[str, Any] = {}
-        while running.llm.llm_engine.has_unfinished_requests():
-            outputs |= running.step()
-        check(running, [case], [observed(outputs[name])])
-        return int(outputs[name].num_cached_tokens)
-
     text, video = Case((), PREFACE, max_tokens=4), Case((film(12, 4, 4),), "Who?", max_tokens=4)
-    assert (cached(text), cached(video), cached(video)) == (0, 0, 0)
-    assert cached(text) >= running.prefix_unit
-    off = replace(video, metok="off")
+    assert [cached_tokens(running, case) for case in (text, video, video)] == [0, 0, 0]
+    assert cached_tokens(running, text) >= running.prefix_unit
     # Longer than its video: the item's data come without its pixels then.
-    asked = replace(off, question="Who? " + PREFACE)
-    cached(asked)
-    assert cached(asked) >= running.prefix_unit
+    asked = replace(video, metok="off", question="Who? " + PREFACE)
+    cached_tokens(running, asked)
+    assert cached_tokens(running, asked) >= running.prefix_unit
     running.scheduler.reset_prefix_cache()
 
 

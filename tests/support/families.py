@@ -1,0 +1,56 @@
+"""What every family is asked of the engine, against the oracle: chunks, preemption, prefix cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tests.support.harness import Case, Engine, observed
+from tests.support.oracle import OracleResult, assert_same
+
+ATOL = 1e-3
+PREFACE = "You watch a film with care and say only what you have seen in it. " * 18
+"""So long that whole blocks of every group are shared."""
+
+
+def check(running: Engine, asked: Sequence[Case], answers: Sequence[OracleResult]) -> None:
+    """The answers are the oracle's, and nothing is left of the requests."""
+    for case, answer in zip(asked, answers, strict=True):
+        expected = running.oracle(case)
+        # A decision closer than float32 can tell apart would make the comparison a coin toss, not a test.
+        assert expected.score_margin > 1e-5, f"choose another seed for {case}"
+        assert_same(expected, answer, ATOL)
+    running.check_drained()
+
+
+def check_in_chunks(running: Engine, asked: list[Case]) -> None:
+    """At once, some prompts over several steps."""
+    deferred: list[int] = []
+    answers = running.run(asked, lambda engine: deferred.append(len(engine.scheduler.deferral.held)))
+    assert max(deferred) > 0, "no prompt went over several chunks"
+    check(running, asked, answers)
+
+
+def check_preempted(running: Engine, asked: list[Case]) -> None:
+    """At once, in a pool too small for all of them."""
+    preemptions: dict[str, int] = {}
+
+    def watch(engine: Engine) -> None:
+        preemptions.update((name, request.num_preemptions) for name, request in engine.scheduler.requests.items())
+
+    before = set(running.internal)
+    answers = running.run(asked, watch)
+    ours = [name for name in running.internal if name not in before]
+    pruned = [running.internal[name] for name, case in zip(ours, asked, strict=True) if case.metok != "off"]
+    assert sum(preemptions[name] for name in pruned) > 0, "no pruned request was preempted"
+    check(running, asked, answers)
+
+
+def cached_tokens(running: Engine, case: Case) -> int:
+    """Run one case against the oracle; how many tokens of its prompt came from the prefix cache."""
+    name = running.add(case)
+    outputs: dict[str, Any] = {}
+    while running.llm.llm_engine.has_unfinished_requests():
+        outputs |= running.step()
+    check(running, [case], [observed(outputs[name])])
+    return int(outputs[name].num_cached_tokens)
