@@ -43,6 +43,7 @@ from metok_vllm.frontend.aligner_inputs import AlignerProcessor
 from metok_vllm.frontend.item_kwargs import KEY, SCOPE, frames_of, own_kwargs, stock_kwargs
 from metok_vllm.frontend.question import NO_MARKERS, TurnMarkers, fitting_markers, last_user_text, templates_markers
 from metok_vllm.frontend.question_rows import question_rows
+from metok_vllm.frontend.text_behind import with_text_behind
 from metok_vllm.log import metok_logger
 
 logger = metok_logger(__name__)
@@ -315,37 +316,18 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         return last_user_text(text, markers, self._not_text)
 
     def _with_text_behind(self, prompt: Sequence[int], videos: Any) -> list[int]:
-        """The prompt with `text_behind` after the place of each video, on a line of its own.
-
-        Line ends that follow are tokenized once more with it, since a full stop and the end of its line may
-        be one token. All other tokens stay what they were.
-        """
-        tokenizer: Any = self.info.get_tokenizer()
+        """The prompt with `text_behind` after the place of each video."""
         processor: Any = self.info.get_hf_processor()
-        ids, video, at = [], 0, 0
-        while at < len(prompt):
-            ids.append(prompt[at])
-            at += 1
-            if ids[-1] != processor.video_token_id or video >= len(videos):
-                continue
-            if videos.get(video) is None:
-                raise refusal(
-                    "uuid",
-                    "METok: this model reads when a video's frames are, which a uuid alone does not say; send the data "
-                    "with it.",
-                )
-            text = self._text_behind(videos, video)
-            video += 1
-            if not text:
-                continue
-            ends = ""
-            while at < len(prompt) and (piece := str(tokenizer.decode([prompt[at]]))) and not piece.strip("\r\n"):
-                ends += piece
-                at += 1
-            ids += tokenizer.encode(f"\n{text}{ends or chr(10)}", add_special_tokens=False)
-        return ids
+        texts = [self._text_behind(videos, i) for i in range(len(videos))]
+        return with_text_behind(prompt, processor.video_token_id, texts, self.info.get_tokenizer())
 
     def _text_behind(self, videos: Any, item: int) -> str:
+        if videos.get(item) is None:
+            raise refusal(
+                "uuid",
+                "METok: this model reads when a video's frames are, which a uuid alone does not say; send the data "
+                "with it.",
+            )
         metadata = videos.metadata[item] if isinstance(videos.metadata, list) else videos.metadata
         return self.text_behind(videos.get_num_frames(item), metadata or {})
 

@@ -24,7 +24,7 @@ from metok_vllm.demo.checkpoint import make_tokenizer
 from metok_vllm.demo.original_checkpoint import SPECIALS, Kind, build_original_checkpoint
 from metok_vllm.frontend.checkpoint_format import register_formats
 from metok_vllm.frontend.command_line import rewritten
-from metok_vllm.frontend.processing import MetokProcessing
+from metok_vllm.frontend.text_behind import with_text_behind
 from metok_vllm.models.llava_qwen import MetokLlavaQwenMultiModalProcessor
 from metok_vllm.models.original_llava.config import Layout, layout_of, read_config
 from metok_vllm.models.original_llava.processor import build_processor
@@ -435,34 +435,11 @@ class Words:
         return "<special>" if ids[0] < 100 else "".join(self.known[number - 100] for number in ids)
 
 
-class Told(MetokProcessing):
-    """As little of a processor as the method needs."""
-
-    def __init__(self, told: list[str]) -> None:
-        self.words, self.told = Words(), iter(told)
-        processor = SimpleNamespace(image_token_id=90, video_token_id=91)
-        self.info = SimpleNamespace(get_tokenizer=lambda: self.words, get_hf_processor=lambda: processor)  # type: ignore
-
-    def text_behind(self, frames: int, metadata: Any) -> str:
-        return next(self.told)
-
-
-class Videos(list[Any]):
-    metadata: Any = None
-
-    def get(self, index: int) -> Any:
-        return self[index]
-
-    def get_num_frames(self, index: int) -> int:
-        return 1
-
-
 @pytest.mark.parametrize("follows", ["\nWho?", "Who?", "\n", ""])
 def test_the_end_of_the_told_line_is_tokenized_with_what_follows(follows: str) -> None:
-    told = Told(["At 0.00s."])
-    words = told.words
+    words = Words()
     prompt = [*words.encode("user\n", False), 91, *words.encode(follows, False), 90, *words.encode("x.", False)]
-    found = told._with_text_behind(prompt, Videos(["a video"]))
+    found = with_text_behind(prompt, 91, ["At 0.00s."], words)
     line = "" if follows.startswith("\n") else "\n"
     expected = words.encode(f"\nAt 0.00s.{line}{follows}", False)
     assert found == [*words.encode("user\n", False), 91, *expected, 90, *words.encode("x.", False)]
@@ -487,8 +464,7 @@ def test_nothing_is_told_where_times_are_not_known(metadata: dict[str, Any]) -> 
 
 
 def test_each_video_is_told_of_its_own_times_and_the_rest_is_left() -> None:
-    told = Told(["one", "", "three"])
-    words = told.words
+    words = Words()
     a, b = words.encode("\nA", False), words.encode("\nB", False)
-    found = told._with_text_behind([91, *a, 91, *b, 91, 90, 91], Videos(["v"] * 3))
+    found = with_text_behind([91, *a, 91, *b, 91, 90, 91], 91, ["one", "", "three"], words)
     assert found == [91, *words.encode("\none\nA", False), 91, *b, 91, *words.encode("\nthree\n", False), 90, 91]
