@@ -113,7 +113,7 @@ def _engines(folder: Folder, small: bool, model: str) -> Iterator[Stage]:
     yield Stage("engine-oracle", "METok's engine in float32 against the oracle",
                 _pytest("tests/engine/test_oracle.py", "-k", "mixed_batch and grouped"), 45, 120, exact)  # fmt: skip
     yield Stage("qwen-oracle", "the same of Qwen2.5-VL, with its rotary positions of three axes",
-                _pytest("tests/engine/test_qwen.py", "-k", "mixed_batch and cosmos"), 45, 120, exact)  # fmt: skip
+                _pytest("tests/engine/test_qwen.py", "-k", "mixed_batch and 5-vl"), 45, 120, exact)  # fmt: skip
     yield at_size("default-paper", "metok-paper", "", 75, 240)
     yield at_size("default-stock", "stock", "", 75, 240)
     yield at_size("default-more", "metok-balanced,fewer-frames", "", 120, 400)
