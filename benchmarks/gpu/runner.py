@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.common.paths import ROOT
@@ -59,6 +60,9 @@ def environment(small: bool, more: Mapping[str, str]) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
+    if find_spec("flashinfer") is None:
+        # vLLM on CUDA takes it for granted; its sampler is the only thing here that would use it.
+        settings["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     if small:
         settings |= {"TRITON_INTERPRET": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "CUDA_VISIBLE_DEVICES": ""}
     path = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]

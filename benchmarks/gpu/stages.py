@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.gpu.folder import Folder
 
 PUBLISHED = "7b"
-FRAMES, TEXT_TOKENS, CONCURRENCY = 64, 200, "1,8,32"
+FRAMES, TEXT_TOKENS, CONCURRENCY = 64, 200, "1,32"
 
 TINY = (
     "--model", "tiny", "--frames", "8", "--concurrency", "1,2", "--requests", "2", "--repeats", "1", "--videos", "1",
