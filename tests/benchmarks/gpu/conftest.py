@@ -20,6 +20,7 @@ case "$BROKEN $*" in
     engine*benchmarks.engine*custom_ops*) ;;
     engine*benchmarks.engine*|always*benchmarks.engine*) echo 'no such kernel'; exit 1 ;;
     FlashAttention*gpu_smoke.py*lib*) echo 'FlashAttention 3 prefill, 28/4 heads: relative error 1.00e+00 WRONG'; exit 1 ;;
+    vllm*gpu_smoke.py*llm*) exit 1 ;;
     llm*gpu_smoke.py*llm*) [ "$SMOKE" = safe ] || exit 1 ;;
     machine*benchmarks.gpu.machine*) echo 'there is no GPU here'; exit 2 ;;
 esac
