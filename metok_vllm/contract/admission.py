@@ -48,20 +48,30 @@ class OwnRange(PlaceholderRange):
     handed: Handed | None = None
 
 
-class PrunedRange(OwnRange):
-    """Where a video stands that METok prunes."""
+class CompressedRange(OwnRange):
+    """Where a video stands that METok compresses."""
 
 
-def mark(inputs: MultiModalInput, pruned: bool, beside: Beside | None = None, handed: Handed | None = None) -> None:
-    """Say of every item that METok's processor has made it, and of videos whether they are pruned.
+class PrunedRange(CompressedRange):
+    """Where one stands that it prunes, too."""
+
+
+def mark(
+    inputs: MultiModalInput,
+    video: type[OwnRange],
+    beside: Beside | None = None,
+    handed: Handed | None = None,
+) -> None:
+    """Say of every item that METok's processor has made it, and of videos what is done to them.
 
     Args:
+        video: what a video's place becomes.
         beside: what the request carries to the engine; hangs on the places, which vLLM passes on.
         handed: the items' data, until they are sent; lives as long as the places do.
     """
 
     def own(one: PlaceholderRange, modality: str) -> OwnRange:
-        place = (PrunedRange if pruned and modality == "video" else OwnRange)(one.offset, one.length, one.is_embed)
+        place = (video if modality == "video" else OwnRange)(one.offset, one.length, one.is_embed)
         # A frozen class of vLLM's. What is no field of it does not travel among processes.
         object.__setattr__(place, "beside", beside)
         object.__setattr__(place, "handed", handed)
@@ -183,7 +193,7 @@ class Admission:
         else:
             for one in handed:
                 one.sent()
-        beside = next((one.beside for one in ranges if isinstance(one, PrunedRange)), None)
+        beside = next((one.beside for one in ranges if isinstance(one, CompressedRange)), None)
         if beside is not None:
             beside.put(params)
 

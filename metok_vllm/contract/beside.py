@@ -46,6 +46,7 @@ class Beside:
 
     Attributes:
         prompt_tokens: length of the prompt, placeholders included.
+        pruned: whether its videos are pruned, or compressed by stage 1 alone.
         question: ids of the question's tokens for the language model; empty where nothing reads them.
         windows: the question in the windows of a dual tower's text side, each of equal length; None where the
             aligner is another.
@@ -53,6 +54,7 @@ class Beside:
     """
 
     prompt_tokens: int
+    pruned: bool = True
     question: tuple[int, ...] = ()
     windows: tuple[tuple[int, ...], ...] | None = None
     rows: tuple[int, ...] = ()
@@ -61,6 +63,7 @@ class Beside:
         """Hang it on a request's parameters. The caller's own dictionary is left as it is."""
         carried = Carried(
             prompt_tokens=self.prompt_tokens,
+            pruned=self.pruned,
             question=list(self.question),
             windows=None if self.windows is None else [list(window) for window in self.windows],
             rows=list(self.rows),
@@ -76,6 +79,7 @@ class Beside:
         windows = found["windows"]
         return cls(
             found["prompt_tokens"],
+            found["pruned"],
             tuple(found["question"]),
             None if windows is None else tuple(tuple(window) for window in windows),
             tuple(found["rows"]),
@@ -106,13 +110,19 @@ def take_back(params: Any) -> None:
 def put_together(request: Request) -> None:
     """Make a request what it would be had it come in one piece, in the engine's process.
 
-    Its videos' items get their fields. What follows the prompt becomes the answer so far, as vLLM itself
-    resumes a request that it has preempted. Does nothing for a request that nothing travels with.
+    Its videos' items get their fields. What follows the prompt of a pruned request becomes the answer so far, as
+    vLLM itself resumes a request that it has preempted. Where stage 1 alone compresses, an answer is a prompt like
+    any other, and the prefix cache serves it: by the names that the videos have now. Does nothing for a request
+    that nothing travels with.
     """
     beside = Beside.of(request.sampling_params)
     if beside is None:
         return
     request.mm_features = with_fields(request.mm_features, beside.fields())
+    if not beside.pruned:
+        request.block_hashes = []  # made of the names that the items came with (vllm/v1/request.py)
+        request.update_block_hashes()
+        return
     begun = request.num_prompt_tokens - beside.prompt_tokens
     if begun > 0:
         assert request.prompt_token_ids is not None

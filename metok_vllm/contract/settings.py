@@ -33,6 +33,12 @@ SERVER_ONLY = (
 or what the operator's status page shows.
 """
 
+OF_THE_LATER_STAGES = (
+    *("prune_layers", "keep_ratio", "decode_retention", "quota", "score_rows", "frame_smoothing", "final_keep"),
+    *("preset", "max_deferred_bytes"),
+)
+"""Keys that say nothing of stage 1: with `stages` 1 nobody may state them."""
+
 BALANCED: dict[str, Any] = {"decode_retention": 1.0, "quota": "video"}
 """What the preset `balanced` is, where nothing else is stated."""
 
@@ -67,6 +73,12 @@ class MetokSettings(BaseModel):
         default=(2, 4, 8),
         description="Pooling of the three tiers of frames, finest first, relative to the tower's grid: from 1 to 64, "
         "none below the one before. Not set, a model whose tower merges patches (Qwen) has 1, 2, 4.",
+    )
+    stages: Literal[1, 3] = Field(
+        default=3,
+        description="1: events, tiers and pooling alone. Fewer tokens enter the language model; inside it all is stock's, "
+        "and prefix caching works for videos. A server of `stages` 1 also takes pipeline parallelism, and no request "
+        "can ask it for 3.",
     )
     prune_layers: tuple[StrictInt, StrictInt, StrictInt] | Literal["cheap"] | None = Field(
         default=None,
@@ -180,6 +192,12 @@ class RequestSettings(MetokSettings):
         default=False, description="Keep a report of this request: `GET /v1/metok/reports/{id of the response}`."
     )
 
+    @model_validator(mode="after")
+    def _has_a_report(self) -> RequestSettings:
+        if self.report and self.stages == 1:
+            raise ValueError("a report is about pruning, and with stages 1 there is none: leave out report")
+        return self
+
     @field_validator("query")
     @classmethod
     def _is_text(cls, query: str | None) -> str | None:
@@ -230,10 +248,24 @@ def parse_settings(value: object, where: str = "additional_config") -> MetokSett
         value = {}
     if not isinstance(value, Mapping):
         raise ValueError(f"METok ({where}): the settings must be an object of keys and values, not {value!r}.")
+    _refuse_later_stages(value, value.get("stages", 3), where)
     try:
         return MetokSettings.model_validate(dict(value))
     except ValidationError as error:
         raise ValueError(explain(error, where)) from None
+
+
+def _refuse_later_stages(stated: Mapping[str, object], stages: object, where: str) -> None:
+    """Refuse keys without effect.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    if stages == 1 and (idle := [key for key in OF_THE_LATER_STAGES if key in stated]):
+        raise ValueError(
+            f"METok ({where}): with stages 1 nothing is pruned inside the model, so '{idle[0]}' has no effect: leave it "
+            "out, or let stages be 3."
+        )
 
 
 def resolve_request(server: MetokSettings, value: object) -> RequestSettings | None:
@@ -259,6 +291,9 @@ def resolve_request(server: MetokSettings, value: object) -> RequestSettings | N
     for key in SERVER_ONLY:
         if key in value:
             raise ValueError(f"METok ({where}): '{key}' belongs to the server; set it with --additional-config.")
+    if server.stages == 1 and value.get("stages", 1) != 1:
+        raise ValueError(f"METok ({where}): this server was started with stages 1, so no request can have the others.")
+    _refuse_later_stages(value, value.get("stages", server.stages), where)
     base = server.model_dump()
     if "preset" in value:  # stated by the request, it decides what a preset is about
         base = {key: stated for key, stated in base.items() if key not in BALANCED}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VideoSpan:
-    """Where a pruned video's placeholders stand in the prompt, and its plan.
+    """Where a compressed video's placeholders stand in the prompt, and its plan.
 
     Some of them may be text that labels the frames (`plan.text_tokens`). Where those stand follows from the
     tiers, and so is known on the device alone.
@@ -76,9 +76,9 @@ def pruned_spans(
     Args:
         features: the request's multimodal items.
         prompt_len: tokens of its prompt.
-        computed: tokens that the request took from the prefix cache. vLLM drops the data of items that lie
-            among them on their way to the worker. Those are never pruned ones, since pruned requests read
-            nothing from that cache.
+        computed: tokens that the request took from the prefix cache. Of items that lie among them vLLM drops the
+            data on their way to the worker, or what of it lives on the device. Those are never pruned ones, since
+            pruned requests read nothing from that cache.
         vocabulary: token ids of text inside a video are below it; None where they were looked at before.
 
     Raises:
@@ -86,13 +86,15 @@ def pruned_spans(
             that does not fit it, or its place in the prompt.
     """
     spans: list[VideoSpan] = []
+    stages: set[tuple[bool, bool]] = set()
     for feature in features or ():
         item, position = feature.data, feature.mm_position
-        if feature.modality != "video" or (item is None and position.offset + position.length <= computed):
+        if feature.modality != "video" or position.offset + position.length <= computed:
             continue
         plan = _plan(item, vocabulary)
         if plan.tokens != position.get_num_embeds():
             raise UnusableItem(f"a video's plan has {plan.tokens} tokens and its place {position.get_num_embeds()}.")
+        stages.add((plan.compressed, plan.pruned))
         if not plan.pruned:
             continue
         if item is not None and ROWS_FIELD in item:
@@ -105,8 +107,26 @@ def pruned_spans(
         spans.append(span)
     if spans and not _text_behind(features or (), spans[-1].end, prompt_len):
         raise UnusableItem("no text stands behind the last video.")
+    if len(stages) > 1:
+        raise UnusableItem("the videos of a request differ in their stages.")
     if len({(span.plan.retention_micro, span.plan.final_micro) for span in spans}) > 1:
         raise UnusableItem("the videos of a request differ in decode_retention or final_keep.")
+    return tuple(spans)
+
+
+def compressed_spans(features: Sequence[MultiModalFeatureSpec]) -> tuple[VideoSpan, ...]:
+    """The videos of a request that stage 1 compresses, in prompt order, whatever the prefix cache has of them.
+
+    Args:
+        features: multimodal items that `pruned_spans` let pass, with the fields that live on the host.
+    """
+    spans = []
+    for feature in sorted(features, key=lambda feature: feature.mm_position.offset):
+        if feature.modality == "video":
+            item: Any = feature.data
+            plan = VideoPlan.from_tensor(item[PLAN_FIELD].data)
+            if plan.compressed:
+                spans.append(VideoSpan(feature.mm_position.offset, feature.mm_position.length, plan))
     return tuple(spans)
 
 
@@ -128,7 +148,7 @@ def _plan(item: Mapping[str, Any] | None, vocabulary: int | None) -> VideoPlan:
             raise UnusableItem("a video item has come without the text of its frames.")
         if not fits(_integers(item[FRAME_TEXT_FIELD].data), plan, vocabulary):
             raise UnusableItem("the text of a video's frames is not what its plan says.")
-    if not plan.pruned:
+    if not plan.compressed:
         return plan
     needed = {"embedding": (QUESTION_FIELD,), "dual-tower": (WINDOWS_FIELD, PIXELS_FIELD), "none": ()}[plan.aligner]
     missing = [name for name in needed if name not in item]

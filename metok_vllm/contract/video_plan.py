@@ -23,7 +23,7 @@ ALIGNERS = ("dual-tower", "embedding", "none")
 """Aligners that a plan can name; "auto" has been resolved by then."""
 
 _TRIPLES = ("strides", "frames_per_tier")
-_BOOLEANS = ("pruned", "whole_video", "report")
+_BOOLEANS = ("compressed", "pruned", "whole_video", "report")
 
 
 class VideoGrid(NamedTuple):
@@ -38,7 +38,8 @@ class VideoGrid(NamedTuple):
 class VideoPlan:
     """One video's settings and exact counts; shares in millionths."""
 
-    pruned: bool  # False: METok is off for this video, and the counts below are stock's
+    compressed: bool  # False: METok is off for this video, and the counts below are stock's
+    pruned: bool  # whether the stages inside the language model follow stage 1
     frames: int
     events: int  # min(events, frames)
     key_events: int
@@ -62,6 +63,7 @@ class VideoPlan:
     def unpruned(cls, frames: int, stock_tokens: int, text_tokens: int = 0) -> VideoPlan:
         """The plan of a video with METok off."""
         return cls(
+            compressed=False,
             pruned=False,
             frames=frames,
             events=1,
@@ -136,6 +138,7 @@ class VideoPlan:
             and all(stride >= 1 for stride in self.strides)
             and all(frames >= 0 for frames in self.frames_per_tier)
             and sum(self.frames_per_tier) == self.frames
+            and self.pruned <= self.compressed
             and 0 <= self.text_tokens < self.tokens
             and self.stock_tokens >= 1
             and 0 <= self.most_after_l2 <= self.most_after_l1 <= self.visual_tokens
@@ -180,7 +183,8 @@ def plan_video(
             raise ValueError(f"METok ({settings_place()}): {error}.") from None
     bounds = survivor_bounds(counts, per_frame, separators, settings.key_events, settings.keep_ratio_micro)
     return VideoPlan(
-        pruned=True,
+        compressed=True,
+        pruned=settings.stages == 3,
         frames=frames,
         events=counts.events,
         key_events=settings.key_events,

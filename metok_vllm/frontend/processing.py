@@ -28,7 +28,7 @@ from vllm.multimodal.processing import (
 )
 
 from metok_vllm.compression.pooling import PoolStyle
-from metok_vllm.contract.admission import check_requests, forget_unsent, mark
+from metok_vllm.contract.admission import CompressedRange, OwnRange, PrunedRange, check_requests, forget_unsent, mark
 from metok_vllm.contract.advice import fewer_frames
 from metok_vllm.contract.beside import Beside
 from metok_vllm.contract.budgets import bytes_per_token, deferral_limit
@@ -198,8 +198,9 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         if self.reads_text_behind and videos is not None:
             inputs = replace(inputs, prompt=self._with_text_behind(inputs.prompt, videos))
         result = self._made(inputs, timing_ctx)
+        pruned = settings is not None and settings.stages == 3
         try:
-            self._check_prompt(result, is_pruned=settings is not None)
+            self._check_prompt(result, pruned)
         except ValueError:
             forget_unsent(self._admission.caches, result)
             raise
@@ -208,10 +209,13 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         if room <= 0 or not self._is_in_vocabulary(result["prompt_token_ids"]):
             forget_unsent(self._admission.caches, result)  # vLLM refuses it by itself, and later
         handed = self._admission.unsent.hand_out(self._admission.caches, result, room)
-        beside = None if settings is None else self._beside(length, aligner, question)
-        if beside is not None and settings is not None and settings.score_rows == "question":
+        if settings is None:
+            mark(result, OwnRange, None, handed)
+            return result
+        beside = self._beside(length, pruned, aligner, question)
+        if pruned and settings.score_rows == "question":
             beside = replace(beside, rows=self._question_rows(result, videos, settings.query))
-        mark(result, settings is not None, beside, handed)
+        mark(result, PrunedRange if pruned else CompressedRange, beside, handed)
         return result
 
     def _made(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
@@ -272,15 +276,15 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
             return {"off": True}
         return {**settings.model_dump(mode="json", exclude={"query", "score_rows"}), "aligner": aligner}
 
-    def _beside(self, prompt_tokens: int, aligner: str, question: str) -> Beside:
+    def _beside(self, prompt_tokens: int, pruned: bool, aligner: str, question: str) -> Beside:
         # The aligner "embedding" reads the ids; so does the status page, where the operator lets it show
-        # questions.
-        needed = aligner == "embedding" or self._server.settings.status_shows_questions
+        # questions of pruned requests.
+        needed = aligner == "embedding" or (pruned and self._server.settings.status_shows_questions)
         ids = self.info.get_tokenizer().encode(question, add_special_tokens=False) if needed else []
         windows = None
         if aligner == "dual-tower":
             windows = tuple(map(tuple, self._aligner_processor.windows(question).tolist()))
-        return Beside(prompt_tokens, tuple(ids), windows)
+        return Beside(prompt_tokens, pruned, tuple(ids), windows)
 
     def _question_rows(self, result: MultiModalInput, videos: Any, query: str | None) -> tuple[int, ...]:
         """Positions of the question's own tokens in the processed prompt; empty where they cannot be told."""

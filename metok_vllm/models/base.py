@@ -190,7 +190,7 @@ class MetokModel:
             text have zeros in the extra channels.
         """
         times = self.decoder_stack.times
-        if not plan.pruned:
+        if not plan.compressed:
             return self._stock(plan, kwargs, item)
         with times.part("tower"):
             features = self.video_features(kwargs, item)

@@ -28,7 +28,7 @@ class Place(NamedTuple):
     times: NDArray[np.int64]  # [T], of each frame from `first` on
     height: int  # of the tower's merged grid
     width: int
-    plan: VideoPlan | None  # of a pruned video
+    plan: VideoPlan | None  # of a compressed video
 
 
 def frame_times(frames: int, factor: float) -> NDArray[np.int64]:
@@ -45,14 +45,14 @@ def extent(times: NDArray[np.int64], height: int, width: int) -> int:
 class MropePositions:
     """Mixed in before a stock model that has `iter_mm_grid_thw`.
 
-    A pruned video takes as many positions as it would unpruned, so the text behind it stands where it would,
+    A compressed video takes as many positions as it would untouched, so the text behind it stands where it would,
     and so does the answer.
     """
 
     rotary_axes = AXES
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
-        """As stock; a pruned video's tokens all have its first position until its tags are read."""
+        """As stock; a compressed video's tokens all have its first position until its tags are read."""
         places = list(self._places(mm_features))
         if not any(place.plan for place in places):
             stock: tuple[torch.Tensor, int] = super().get_mrope_input_positions(  # type: ignore[misc]  # a mixin
@@ -75,7 +75,7 @@ class MropePositions:
         return torch.from_numpy(np.concatenate(parts, axis=1)), position + behind - len(input_tokens)
 
     def video_axes(self, features: Sequence[Any], device: torch.device) -> tuple[VideoAxes, ...]:
-        """The pruned videos of a prompt, in its order."""
+        """The compressed videos of a prompt, in its order."""
         return tuple(
             VideoAxes(
                 first=place.first,
@@ -106,7 +106,7 @@ class MropePositions:
                 times=times,
                 height=height,
                 width=width,
-                plan=plan if plan is not None and plan.pruned else None,
+                plan=plan if plan is not None and plan.compressed else None,
             )
             yield place
             token, position = offset + place.length, position + place.extent

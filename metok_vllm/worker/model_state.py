@@ -20,12 +20,13 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from metok_vllm.contract.kv_layout import BlockShape, padding
 from metok_vllm.contract.kv_spec import DEEP_KINDS, EVERY_TOKEN, GROUP_KINDS, GroupKind, group_kind
-from metok_vllm.contract.spans import VideoSpan
+from metok_vllm.contract.spans import VideoSpan, compressed_spans
 from metok_vllm.log import metok_logger
 from metok_vllm.worker.attn_metadata import Groups, once_a_kind, others_metadata, prompt_chunks, pruned_batch
 from metok_vllm.worker.memory import MemoryReserve
 from metok_vllm.worker.report import Reports
 from metok_vllm.worker.requests import PrunedRequests, VideoTags
+from metok_vllm.worker.rotary import VideoAxes
 from metok_vllm.worker.slots import DeepSlots
 from metok_vllm.worker.step import PrunedStep
 from metok_vllm.worker.warm_up import ModelShapes, WarmUp, warm_up
@@ -65,6 +66,8 @@ class MetokModelState(DefaultModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.pruned = PrunedRequests(device)
+        # Videos of requests that stage 1 alone compresses, whose tokens still have no rotary positions.
+        self.unplaced: dict[str, list[tuple[VideoSpan, VideoAxes]]] = {}
         stack: Any = model.decoder_stack
         self.reports = Reports(vllm_config, stack.times)
         self._index: dict[str, int] = {}
@@ -101,9 +104,15 @@ class MetokModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
         request = self.pruned.add(new_req_data)
-        if request is not None and self.rope_state is not None:
-            axes: Any = self.model.video_axes
-            request.axes = axes(new_req_data.mm_features, self.device)
+        if self.rope_state is not None and (spans := compressed_spans(new_req_data.mm_features)):
+            video_axes: Any = self.model.video_axes
+            axes = video_axes(new_req_data.mm_features, self.device)
+            if request is not None:
+                request.axes = axes
+            else:  # what the prefix cache has needs none
+                computed = new_req_data.num_computed_tokens
+                waiting = [(span, of_video) for span, of_video in zip(spans, axes, strict=True) if span.end > computed]
+                self.unplaced[new_req_data.req_id] = waiting
         self._index[new_req_data.req_id] = req_index
         self.deep_slots.reset(req_index)
 
@@ -111,6 +120,7 @@ class MetokModelState(DefaultModelState):
         super().remove_request(req_id)
         self._index.pop(req_id, None)
         self.pruned.remove(req_id)
+        self.unplaced.pop(req_id, None)
 
     # --- embeddings ---
 
@@ -134,20 +144,30 @@ class MetokModelState(DefaultModelState):
         return [embed[:, : self._encoded_width] for embed in embeds], is_mm_embed
 
     def _read_tags(self, input_batch: InputBatch) -> None:
-        """Keep the tags of every pruned video that this step reaches for the first time."""
+        """Keep the tags of every pruned video that this step reaches for the first time, and place the tokens of
+        every compressed one.
+        """
         for i, req_id in enumerate(input_batch.req_ids):
-            request = self.pruned.get(req_id)
-            if request is None or request.result is not None:
+            request, unplaced = self.pruned.get(req_id), self.unplaced.get(req_id)
+            if (request is None or request.result is not None) and not unplaced:
                 continue
             end = int(input_batch.num_computed_tokens_np[i] + input_batch.num_scheduled_tokens[i])
-            features = {f.mm_position.offset: f for f in self.encoder_cache.mm_features[req_id]}
+            if request is None:
+                assert unplaced is not None
+                while unplaced and unplaced[0][0].start < end:
+                    span, axes = unplaced.pop(0)
+                    self._place(self._index[req_id], span, axes.positions(self._tags(req_id, span)))
+                continue
             for video, span in enumerate(request.spans):
                 if request.tags[video] is None and span.start < end:
-                    output = self.encoder_cache.encoder_outputs[features[span.start].identifier]
-                    tags = VideoTags.unpack(output[:, self._encoded_width :], span.plan.text_tokens)
-                    request.tags[video] = tags
+                    request.tags[video] = tags = self._tags(req_id, span)
                     if self.rope_state is not None:
                         self._place(self._index[req_id], span, request.axes[video].positions(tags))
+
+    def _tags(self, req_id: str, span: VideoSpan) -> VideoTags:
+        (feature,) = (one for one in self.encoder_cache.mm_features[req_id] if one.mm_position.offset == span.start)
+        output = self.encoder_cache.encoder_outputs[feature.identifier]
+        return VideoTags.unpack(output[:, self._encoded_width :], span.plan.text_tokens)
 
     def _place(self, req_index: int, span: VideoSpan, positions: torch.Tensor) -> None:
         """Write the rotary positions of a video's tokens, int64 [axes, tokens], in the place of those that

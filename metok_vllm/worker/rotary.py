@@ -1,6 +1,6 @@
-"""Where the tokens of a pruned video stand on several rotary axes, on the worker.
+"""Where the tokens of a compressed video stand on several rotary axes, on the worker.
 
-vLLM works out a prompt's positions when the request arrives. Of a pruned video only the extent is known then,
+vLLM works out a prompt's positions when the request arrives. Of a compressed video only the extent is known then,
 and with it the positions of all text. Its visual tokens get theirs when its tags are read, before the first
 step that runs them.
 """
@@ -18,7 +18,7 @@ from metok_vllm.worker.requests import VideoTags
 
 @dataclass(frozen=True)
 class VideoAxes:
-    """One pruned video's place on the axes time, height and width."""
+    """One compressed video's place on the axes time, height and width."""
 
     first: int  # position of its first token, on every axis
     times: torch.Tensor  # int64 [T] on the device: time of each frame, 0 for the first

@@ -45,6 +45,7 @@ def plan(
     `text` of the `tokens` are text inside the span.
     """
     return VideoPlan(
+        compressed=pruned,
         pruned=pruned,
         frames=4,
         events=2,

@@ -143,7 +143,7 @@ class Prefill:
 
     def run(self) -> None:
         """Run every layer on the tokens alive in it, dropping tokens before L1, L2 and L3."""
-        pruned = bool(self.videos) and not self.settings.off
+        pruned = bool(self.videos) and not self.settings.off and self.settings.stages == 3
         if pruned:
             self.limits = rules.prune_layers(self.settings, len(self.layers))
             if not self.is_text[-1]:

@@ -28,6 +28,7 @@ class OracleSettings:
     final_keep: float = 0.0
     token_budget: int | None = None  # visual tokens of one video, separators included
     aligner: AlignerMode = "embedding"
+    stages: Literal[1, 3] = 3  # 1: sections 2 and 3 do not happen
     off: bool = False
 
 

@@ -33,7 +33,7 @@ def items(modality: str = "video", made_here: bool = True, pruned: bool = True) 
     ranges = {modality: [PlaceholderRange(2, 5)]}
     inputs = mm_input([1] * 9, MultiModalKwargsItems({modality: []}), {modality: ["name"]}, ranges)
     if made_here:
-        mark(inputs, pruned)
+        mark(inputs, PrunedRange if pruned else OwnRange)
     return inputs
 
 
@@ -138,7 +138,7 @@ def test_an_item_of_a_request_that_vllm_refuses_later_is_forgotten(admission: Ad
     inputs["mm_kwargs"] = {"image": [object()]}
     admission.caches.add(cache)  # type: ignore[arg-type]
     handed = admission.unsent.hand_out(admission.caches, inputs, room=5)
-    mark(inputs, pruned=False, handed=handed)
+    mark(inputs, OwnRange, handed=handed)
     admission(inputs, params)
     assert cache.forgotten == (["name"] if is_refused else [])
     assert handed.names == (frozenset({"name"}) if is_refused else frozenset())
@@ -162,7 +162,7 @@ def test_a_mark_keeps_the_place_and_travels_as_vllms_own(admission: Admission) -
     embeds = torch.tensor([True, False, True])
     inputs = items(made_here=False)
     inputs["mm_placeholders"] = {"video": [PlaceholderRange(4, 3, embeds)], "image": [PlaceholderRange(9, 1)]}
-    mark(inputs, pruned=True)
+    mark(inputs, PrunedRange)
     (video,), (image,) = inputs["mm_placeholders"].values()
     assert (type(video), type(image)) == (PrunedRange, OwnRange)
     assert (video.offset, video.length, video.get_num_embeds(), video.is_embed) == (4, 3, 2, embeds)

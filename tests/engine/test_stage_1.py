@@ -1,0 +1,115 @@
+"""Stage 1 alone: fewer tokens enter, and inside the language model all is stock vLLM's, its prefix cache too.
+
+In a server of three stages, asked for by a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.support.families import check
+from tests.support.harness import Case, Engine, deep_managers, engine, observed
+from tests.support.oracle.qwen_samples import load_qwen
+from tests.support.oracle.samples import Sample, load_sample, picture, scene_video
+
+ONE = {"stages": 1}
+LONG = "Who is it that comes in last, and what do they carry, and where do they put it down when all are gone? " * 3
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen"])
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = tmp_path_factory.mktemp("model")
+    sample: Sample = load_sample(folder, seed=11) if request.param == "llava" else load_qwen(folder, "qwen2.5-vl", seed=41)
+    longest, blocks = (512, 42) if request.param == "llava" else (832, 62)
+    limits = {"max_num_batched_tokens": 272, "max_model_len": longest, "num_gpu_blocks_override": blocks}
+    with engine(sample, enable_prefix_caching=True, **limits) as started:
+        yield started
+
+
+def video(running: Engine, seed: int, frames: int) -> Any:
+    return scene_video(seed, frames, side=84 if running.sample.strides[0] == 2 else 28 * seed)
+
+
+def test_a_mixed_batch_equals_the_oracle(running: Engine) -> None:
+    asked = [
+        Case((video(running, 5, 24),), metok=ONE),
+        Case((video(running, 3, 17),), metok={**ONE, "aligner": "none"}),
+        Case((video(running, 7, 20),), "Where?", metok={**ONE, "events": 7, "key_events": 2, "key_frames": 1}),
+        Case((video(running, 4, 14),), metok={**ONE, "token_budget": 110}),
+        Case((video(running, 4, 14),), metok={"decode_retention": 1}),
+        Case((video(running, 5, 12),), metok="off"),
+        Case((), "Say something without a video."),
+        Case((video(running, 3, 9), video(running, 5, 11)), between="\nand then\n", metok=ONE),
+        Case((video(running, 4, 10),), images=(picture(3, 90, 60),), metok=ONE),
+        Case((video(running, 4, 16),), metok={**ONE, "query": "Who plays the drums?"}),
+    ]
+    preempted: set[str] = set()
+
+    def watch(seen: Engine) -> None:
+        preempted.update(name for name, request in seen.scheduler.requests.items() if request.num_preemptions)
+
+    answers = running.run(asked, watch)
+    check(running, asked, answers)
+    assert preempted, "nobody was preempted"
+
+
+def test_nothing_is_pruned(running: Engine) -> None:
+    case = Case((video(running, 5, 20),), metok=ONE, max_tokens=4)
+    name = running.add(case)
+    running.step()
+    assert running.scheduler.slot_counts == {}
+    request = running.scheduler.requests[running.internal[name]]
+    while running.llm.llm_engine.has_unfinished_requests():
+        running.step()
+    most = [max(column) for column in zip(*running.groups_seen[running.internal[name]], strict=True)]
+    for manager, blocks in zip(running.managers, most, strict=True):
+        assert blocks == -(-(request.num_prompt_tokens + 3) // manager.kv_cache_spec.block_size)
+    assert deep_managers(running)
+
+
+def hit(running: Engine, case: Case) -> tuple[int, int]:
+    """Run one case against the oracle; how many tokens came from the prefix cache, and where its video ends."""
+    name = running.add(case)
+    place = running.scheduler.requests[running.internal[name]].mm_features[0].mm_position
+    outputs: dict[str, Any] = {}
+    while running.llm.llm_engine.has_unfinished_requests():
+        outputs |= running.step()
+    check(running, [case], [observed(outputs[name])])
+    return int(outputs[name].num_cached_tokens), place.offset + place.length
+
+
+def test_a_video_is_shared_by_all_that_see_it_alike(running: Engine) -> None:
+    running.scheduler.reset_prefix_cache()
+    seen, blind = video(running, 4, 20), {**ONE, "aligner": "none"}
+    case = Case((seen,), LONG + "Who?", metok=blind, max_tokens=6)
+    assert hit(running, case)[0] == 0
+    cached, end = hit(running, case)
+    assert cached > end
+    # Nothing of it depends on the question, so another question finds it, too.
+    assert hit(running, replace(case, question=LONG + "Where?"))[0] > end
+    # Other settings are other tokens.
+    assert hit(running, replace(case, metok={**blind, "events": 2}))[0] <= running.prefix_unit
+    assert hit(running, replace(case, metok={"aligner": "none"}))[0] == 0
+    assert hit(running, replace(case, metok="off"))[0] <= running.prefix_unit
+
+
+def test_a_video_that_the_question_has_shaped_is_for_that_question(running: Engine) -> None:
+    running.scheduler.reset_prefix_cache()
+    case = Case((video(running, 4, 20),), LONG + "Who?", metok=ONE, max_tokens=6)
+    assert hit(running, case)[0] == 0
+    cached, end = hit(running, case)
+    assert cached > end
+    # Another question, the same text in front of it: at most what stands before the video.
+    assert hit(running, replace(case, question=LONG + "Where?"))[0] <= running.prefix_unit
+
+
+def test_a_hit_may_end_inside_the_video(running: Engine) -> None:
+    running.scheduler.reset_prefix_cache()
+    case = Case((video(running, 5, 24),), "Who?", metok={**ONE, "aligner": "none"}, max_tokens=2)
+    hit(running, case)
+    cached, end = hit(running, case)
+    assert 0 < cached < end
