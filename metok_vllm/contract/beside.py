@@ -110,10 +110,10 @@ def take_back(params: Any) -> None:
 def put_together(request: Request) -> None:
     """Make a request what it would be had it come in one piece, in the engine's process.
 
-    Its videos' items get their fields. What follows the prompt of a pruned request becomes the answer so far, as
-    vLLM itself resumes a request that it has preempted. Where stage 1 alone compresses, an answer is a prompt like
-    any other, and the prefix cache serves it: by the names that the videos have now. Does nothing for a request
-    that nothing travels with.
+    Its videos' items get their fields. What follows the prompt of a pruned request becomes the answer so far,
+    as vLLM itself resumes a request that it has preempted. Where stage 1 alone compresses, an answer is a
+    prompt like any other, and the prefix cache serves it: by the names that the videos have now. Does nothing
+    for a request that nothing travels with.
     """
     beside = Beside.of(request.sampling_params)
     if beside is None:

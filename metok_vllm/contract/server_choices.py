@@ -20,7 +20,7 @@ class ServerChoices:
     """The settings, and what they come to for this model and this server."""
 
     settings: MetokSettings
-    prune_layers: PruneLayers
+    prune_layers: PruneLayers | None  # None with `stages` 1: nothing is pruned in this server
     aligner: str  # what requests get that do not choose: one of `video_plan.ALIGNERS`
     tower: str | None  # name or path of the dual tower that is loaded
     step_tokens: int  # longest prompt that one step always takes, see `budgets.step_tokens`
@@ -29,7 +29,8 @@ class ServerChoices:
 
 def attach_choices(hf_config: Any, choices: ServerChoices) -> None:
     """Store the choices with the model's config, as plain data so that it stays serialisable."""
-    plain = {**vars(choices), "settings": choices.settings.model_dump(), "prune_layers": list(choices.prune_layers)}
+    layers = None if choices.prune_layers is None else list(choices.prune_layers)
+    plain = {**vars(choices), "settings": choices.settings.model_dump(), "prune_layers": layers}
     setattr(hf_config, ATTRIBUTE, plain)
 
 
@@ -40,6 +41,17 @@ def server_choices(hf_config: Any) -> ServerChoices:
         AttributeError: the start-up check has not run for this model.
     """
     plain = dict(getattr(hf_config, ATTRIBUTE))
-    first, second, third = plain.pop("prune_layers")
+    layers = plain.pop("prune_layers")
     settings = MetokSettings.model_validate(plain.pop("settings"))
-    return ServerChoices(settings=settings, prune_layers=(first, second, third), **plain)
+    return ServerChoices(settings=settings, prune_layers=None if layers is None else _three(*layers), **plain)
+
+
+def pruning_layers(hf_config: Any) -> PruneLayers:
+    """The layers before which this server prunes; only what a server of three stages runs may ask."""
+    layers = server_choices(hf_config).prune_layers
+    assert layers is not None, "a server of stage 1 alone prunes nowhere"
+    return layers
+
+
+def _three(first: int, second: int, third: int) -> PruneLayers:
+    return first, second, third

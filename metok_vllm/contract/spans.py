@@ -76,9 +76,9 @@ def pruned_spans(
     Args:
         features: the request's multimodal items.
         prompt_len: tokens of its prompt.
-        computed: tokens that the request took from the prefix cache. Of items that lie among them vLLM drops the
-            data on their way to the worker, or what of it lives on the device. Those are never pruned ones, since
-            pruned requests read nothing from that cache.
+        computed: tokens that the request took from the prefix cache. Of items that lie among them vLLM drops
+            the data on their way to the worker, or what of it lives on the device. Those are never pruned
+            ones, since pruned requests read nothing from that cache.
         vocabulary: token ids of text inside a video are below it; None where they were looked at before.
 
     Raises:
@@ -115,7 +115,7 @@ def pruned_spans(
 
 
 def compressed_spans(features: Sequence[MultiModalFeatureSpec]) -> tuple[VideoSpan, ...]:
-    """The videos of a request that stage 1 compresses, in prompt order, whatever the prefix cache has of them.
+    """The videos of a request that stage 1 compresses, in prompt order, also what the prefix cache has.
 
     Args:
         features: multimodal items that `pruned_spans` let pass, with the fields that live on the host.

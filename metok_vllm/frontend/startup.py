@@ -18,7 +18,7 @@ from metok_vllm.contract.attention_backends import refused_backend
 from metok_vllm.contract.budgets import step_tokens
 from metok_vllm.contract.kv_layout import chosen_layers
 from metok_vllm.contract.server_choices import ServerChoices, attach_choices
-from metok_vllm.contract.settings import parse_settings
+from metok_vllm.contract.settings import MetokSettings, parse_settings
 from metok_vllm.frontend.aligner_choice import resolve_aligner
 from metok_vllm.frontend.checkpoint_format import complete_config
 from metok_vllm.frontend.command_line import was_asked
@@ -70,8 +70,9 @@ def _one_sentence() -> Iterator[None]:
 
 
 def _configure(vllm_config: VllmConfig) -> None:
-    refuse_unsupported(vllm_config)
-    choices = choose(vllm_config)
+    settings = server_settings(vllm_config)
+    refuse_unsupported(vllm_config, settings.stages)
+    choices = choose(vllm_config, settings)
     model_config = vllm_config.model_config
     attach_choices(model_config.hf_config, choices)
     family = family_of(model_config.architectures)
@@ -81,6 +82,10 @@ def _configure(vllm_config: VllmConfig) -> None:
     if vllm_config.scheduler_config.scheduler_cls is None:  # else a subclass of METok's, as the check has found
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
     vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
+    tower = f" ({choices.tower})" if choices.tower else ""
+    if choices.prune_layers is None:
+        logger.info("METok: stage 1 alone, aligner %s%s", choices.aligner, tower)
+        return
     choose_kv_cache_layout(vllm_config.cache_config)
     logger.info(
         "METok: prunes before layers %s of %d, keep_ratio %s, decode_retention %s, aligner %s%s",
@@ -89,7 +94,7 @@ def _configure(vllm_config: VllmConfig) -> None:
         choices.settings.keep_ratio,
         choices.settings.decode_retention,
         choices.aligner,
-        f" ({choices.tower})" if choices.tower else "",
+        tower,
     )
 
 
@@ -105,22 +110,31 @@ def choose_kv_cache_layout(cache_config: CacheConfig) -> None:
         cache_config.kv_cache_layout = layout
 
 
-def choose(vllm_config: VllmConfig) -> ServerChoices:
+def server_settings(vllm_config: VllmConfig) -> MetokSettings:
+    """What the user states, the family's own strides where that says nothing of them.
+
+    Raises:
+        ValueError: a setting is wrong, in one sentence.
+    """
+    additional = vllm_config.additional_config
+    stated = additional.get("metok") if isinstance(additional, dict) else None
+    return parse_settings(_with_strides(vllm_config.model_config, stated))
+
+
+def choose(vllm_config: VllmConfig, settings: MetokSettings) -> ServerChoices:
     """What the user's settings come to for this model and this server.
 
     Raises:
-        ValueError: a setting is wrong or cannot be met, in one sentence.
+        ValueError: a setting cannot be met, in one sentence.
     """
     model_config = vllm_config.model_config
-    additional = vllm_config.additional_config
-    settings = parse_settings(
-        _with_strides(model_config, additional.get("metok") if isinstance(additional, dict) else None)
-    )
-    try:
-        layers = chosen_layers(model_config.hf_text_config.num_hidden_layers, settings.prune_layers)
-    except ValueError as error:
-        raise ValueError(f"METok (additional_config): {error}.") from None
-    _refuse_layers(model_config, layers)
+    layers: PruneLayers | None = None
+    if settings.stages == 3:
+        try:
+            layers = chosen_layers(model_config.hf_text_config.num_hidden_layers, settings.prune_layers)
+        except ValueError as error:
+            raise ValueError(f"METok (additional_config): {error}.") from None
+        _refuse_layers(model_config, layers)
     aligner, tower = resolve_aligner(model_config.model, settings.aligner, settings.aligner_model)
     scheduler = vllm_config.scheduler_config
     return ServerChoices(settings, layers, aligner, tower, step_tokens(scheduler), scheduler.encoder_cache_size)
@@ -150,8 +164,12 @@ def _refuse_layers(model_config: ModelConfig, layers: PruneLayers) -> None:
         )
 
 
-def refuse_unsupported(vllm_config: VllmConfig) -> None:
+def refuse_unsupported(vllm_config: VllmConfig, stages: int = 3) -> None:
     """Refuse what METok cannot do right, each in one sentence that names the flag to change.
+
+    Args:
+        stages: 1 where nothing is pruned inside the language model, whose layers, KV cache and attention are
+            stock's then.
 
     Raises:
         ValueError: with that sentence; vLLM ends the start with it.
@@ -159,11 +177,18 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
     _refuse_interpreter()
     _refuse_model(vllm_config.model_config)
     _refuse_parallelism(vllm_config)
+    _refuse_transfers(vllm_config)
+    _refuse_scheduling(vllm_config)
+    _refuse_runner(vllm_config)
+    if stages == 1:
+        _refuse_split_positions(vllm_config)
+        return
+    _refuse_stages_of_layers(vllm_config)
     _refuse_experts(vllm_config)
     _refuse_attention(vllm_config)
     _refuse_caches(vllm_config)
-    _refuse_scheduling(vllm_config)
-    _refuse_runner(vllm_config)
+    _refuse_short_chunks(vllm_config)
+    _refuse_graphs()
 
 
 def _refuse_interpreter() -> None:
@@ -195,13 +220,25 @@ def _refuse_model(model_config: ModelConfig) -> None:
         )
 
 
+def _refuse_stages_of_layers(vllm_config: VllmConfig) -> None:
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(
+            "METok does not support pipeline parallelism with all its stages: use --tensor-parallel-size instead of "
+            "--pipeline-parallel-size, or the setting stages 1."
+        )
+
+
+def _refuse_split_positions(vllm_config: VllmConfig) -> None:
+    """Where a compressed video's tokens stand on several rotary axes is known where they are encoded."""
+    if vllm_config.parallel_config.pipeline_parallel_size > 1 and vllm_config.model_config.uses_mrope:
+        raise ValueError(
+            "METok does not support pipeline parallelism for a model with rotary positions of three axes: use "
+            "--tensor-parallel-size instead of --pipeline-parallel-size."
+        )
+
+
 def _refuse_parallelism(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
-    if parallel.pipeline_parallel_size > 1:
-        raise ValueError(
-            "METok does not support pipeline parallelism: "
-            "use --tensor-parallel-size instead of --pipeline-parallel-size."
-        )
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise ValueError(
             "METok does not support context parallelism: leave --decode-context-parallel-size and "
@@ -248,18 +285,22 @@ def _refuse_attention(vllm_config: VllmConfig) -> None:
         raise ValueError("METok does not support tensor descriptors in TRITON_ATTN: unset VLLM_TRITON_USE_TD.")
 
 
-def _refuse_caches(vllm_config: VllmConfig) -> None:
+def _refuse_transfers(vllm_config: VllmConfig) -> None:
     cache = vllm_config.cache_config
-    if cache.kv_cache_dtype_skip_layers:  # the layers of a group would differ in bytes, and in metadata
-        raise ValueError(
-            "METok does not support several types of KV cache in one model: remove --kv-cache-dtype-skip-layers."
-        )
     if vllm_config.kv_transfer_config is not None:
         raise ValueError("METok does not support KV transfer: remove --kv-transfer-config.")
     if cache.kv_offloading_size is not None:  # vLLM turns this option into a KV transfer after it has called us
         raise ValueError("METok does not support KV offloading: remove --kv-offloading-size.")
     if vllm_config.ec_transfer_config is not None:
         raise ValueError("METok does not support an encoder cache transfer: remove --ec-transfer-config.")
+
+
+def _refuse_caches(vllm_config: VllmConfig) -> None:
+    cache = vllm_config.cache_config
+    if cache.kv_cache_dtype_skip_layers:  # the layers of a group would differ in bytes, and in metadata
+        raise ValueError(
+            "METok does not support several types of KV cache in one model: remove --kv-cache-dtype-skip-layers."
+        )
     if cache.kv_sharing_fast_prefill:
         raise ValueError("METok does not support KV sharing fast prefill: remove --kv-sharing-fast-prefill.")
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager is True:
@@ -274,9 +315,12 @@ def _refuse_scheduling(vllm_config: VllmConfig) -> None:
         raise ValueError(
             "METok needs its own worker extension, which METok sets itself: remove --worker-extension-cls."
         )
+
+
+def _refuse_short_chunks(vllm_config: VllmConfig) -> None:
     # A pruned prompt takes no chunk of one token and leaves none behind, so steps of two tokens may never end
     # it.
-    if 0 < scheduler.long_prefill_token_threshold < 3:
+    if 0 < vllm_config.scheduler_config.long_prefill_token_threshold < 3:
         raise ValueError("METok needs chunks of 3 tokens or more: raise --long-prefill-token-threshold.")
 
 
@@ -287,14 +331,17 @@ def _refuse_runner(vllm_config: VllmConfig) -> None:
         raise ValueError("METok needs the language model beside the encoder: remove --mm-encoder-only.")
     if vllm_config.lora_config is not None:
         raise ValueError("METok does not support LoRA: remove --enable-lora.")
-    if envs.VLLM_USE_BREAKABLE_CUDAGRAPH or envs.VLLM_BATCH_INVARIANT:
-        raise ValueError(
-            "METok does not support breakable CUDA graphs: unset VLLM_USE_BREAKABLE_CUDAGRAPH and VLLM_BATCH_INVARIANT."
-        )
     if envs.VLLM_USE_V2_MODEL_RUNNER is False:
         raise ValueError("METok needs Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER=0.")
     if not vllm_config.use_v2_model_runner:
         raise ValueError("METok needs Model Runner V2, but vLLM chose V1: its warning above this says why.")
+
+
+def _refuse_graphs() -> None:
+    if envs.VLLM_USE_BREAKABLE_CUDAGRAPH or envs.VLLM_BATCH_INVARIANT:
+        raise ValueError(
+            "METok does not support breakable CUDA graphs: unset VLLM_USE_BREAKABLE_CUDAGRAPH and VLLM_BATCH_INVARIANT."
+        )
 
 
 def _is_metok_scheduler(scheduler_cls: object) -> bool:

@@ -22,7 +22,7 @@ from metok_vllm.contract.server_choices import server_choices
 from metok_vllm.contract.video_plan import VideoPlan
 from metok_vllm.worker import ops
 from metok_vllm.worker.attention import LayerRole, MetokAttention, RunningStep
-from metok_vllm.worker.batch import DecoderStack
+from metok_vllm.worker.batch import DecoderStack, ModelParts
 from metok_vllm.worker.decoder import Decoder
 from metok_vllm.worker.dual_tower import FRAMES_PER_BLOCK, DualTower
 from metok_vllm.worker.eager_layers import EagerLayers
@@ -41,7 +41,7 @@ class MetokModel:
     """
 
     pool_style: PoolStyle
-    decoder_stack: DecoderStack
+    decoder_stack: ModelParts  # a `DecoderStack` unless the server has stage 1 alone
     metok_aligner: DualTower | None
 
     # --- what a family states ---
@@ -116,20 +116,23 @@ class MetokModel:
         self._init_metok(vllm_config)
 
     def _init_metok(self, vllm_config: VllmConfig) -> None:
-        """Give the decoder's attention layers their roles and load the aligner."""
+        """Give the decoder's attention layers their roles, where any of them prunes, and load the aligner."""
         model_config, decoder = vllm_config.model_config, self.decoder()
         choices = server_choices(model_config.hf_config)
-        prune_layers, running = choices.prune_layers, RunningStep()
-        for index in range(len(decoder.layers)):
-            role = LayerRole(index, len(decoder.layers), prune_layers, running)
-            MetokAttention.adopt(decoder.attention(index), role)
         times = PartTimes(torch.get_default_device())
-        eager = EagerLayers(
-            decoder,
-            int(vllm_config.scheduler_config.max_num_batched_tokens),
-            vllm_config.compilation_config.custom_ops,
-        )
-        self.decoder_stack = DecoderStack(decoder, prune_layers, running, times, eager)
+        if choices.prune_layers is None:
+            self.decoder_stack = ModelParts(decoder, times)
+        else:
+            running = RunningStep()
+            for index in range(len(decoder.layers)):
+                role = LayerRole(index, len(decoder.layers), choices.prune_layers, running)
+                MetokAttention.adopt(decoder.attention(index), role)
+            eager = EagerLayers(
+                decoder,
+                int(vllm_config.scheduler_config.max_num_batched_tokens),
+                vllm_config.compilation_config.custom_ops,
+            )
+            self.decoder_stack = DecoderStack(decoder, times, choices.prune_layers, running, eager)
         self.metok_aligner = None
         if choices.tower is not None:
             dtype = model_config.dtype
@@ -143,11 +146,12 @@ class MetokModel:
             return loaded
         return loaded | {f"metok_aligner.{name}" for name, _ in self.metok_aligner.named_parameters()}
 
-    @classmethod
-    def get_model_state_cls(cls) -> type[Any]:
+    def get_model_state_cls(self) -> type[Any]:
+        """vLLM asks the model itself (vllm/v1/worker/gpu/model_states/__init__.py)."""
+        from metok_vllm.worker.encoded_state import EncodedModelState
         from metok_vllm.worker.model_state import MetokModelState
 
-        return MetokModelState
+        return MetokModelState if isinstance(self.decoder_stack, DecoderStack) else EncodedModelState
 
     # --- one batch ---
 

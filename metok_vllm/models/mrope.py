@@ -45,8 +45,8 @@ def extent(times: NDArray[np.int64], height: int, width: int) -> int:
 class MropePositions:
     """Mixed in before a stock model that has `iter_mm_grid_thw`.
 
-    A compressed video takes as many positions as it would untouched, so the text behind it stands where it would,
-    and so does the answer.
+    A compressed video takes as many positions as it would untouched, so the text behind it stands where it
+    would, and so does the answer.
     """
 
     rotary_axes = AXES

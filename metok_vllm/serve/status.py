@@ -90,7 +90,7 @@ def _server(state: Any) -> dict[str, Any]:
         "architecture": model_config.architecture,
         "version": version("metok-vllm"),
         "layers": model_config.hf_text_config.num_hidden_layers,
-        "pruned_before_layers": list(choices.prune_layers),
+        "pruned_before_layers": list(choices.prune_layers or ()),
         "settings": choices.settings.model_dump(mode="json"),
     }
 

@@ -18,13 +18,19 @@ from metok_vllm.worker.timing import PartTimes
 
 
 @dataclass(frozen=True)
-class DecoderStack:
-    """The language model's layers as a pruned step runs them."""
+class ModelParts:
+    """What stage 1 needs of a model beside its tower."""
 
     decoder: Decoder
+    times: PartTimes
+
+
+@dataclass(frozen=True)
+class DecoderStack(ModelParts):
+    """The language model's layers as a pruned step runs them."""
+
     prune_layers: PruneLayers
     running: RunningStep  # where the layers find the step that runs through them
-    times: PartTimes
     eager: EagerLayers  # what the layers' modules do inside such a step
 
     @property

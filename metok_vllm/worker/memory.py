@@ -21,7 +21,7 @@ import torch
 from vllm.utils.mem_utils import format_gib
 
 from metok_vllm.contract.budgets import bytes_per_token, deferral_limit, ending_limit
-from metok_vllm.contract.server_choices import server_choices
+from metok_vllm.contract.server_choices import pruning_layers
 from metok_vllm.log import metok_logger
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class PruningMemory:
     def of(cls, vllm_config: VllmConfig) -> PruningMemory:
         """By the sizes of the model and the scheduler."""
         model = vllm_config.model_config
-        first, second, _ = server_choices(model.hf_config).prune_layers
+        first, second, _ = pruning_layers(model.hf_config)
         deferred = deferral_limit(model) // bytes_per_token(model)
         batched = int(vllm_config.scheduler_config.max_num_batched_tokens)
         # Rule 4 of `scheduler/chunking.py`.

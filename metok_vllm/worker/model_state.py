@@ -15,18 +15,13 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
-from vllm.v1.worker.gpu.model_states.default import DefaultModelState
-from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from metok_vllm.contract.kv_layout import BlockShape, padding
 from metok_vllm.contract.kv_spec import DEEP_KINDS, EVERY_TOKEN, GROUP_KINDS, GroupKind, group_kind
-from metok_vllm.contract.spans import VideoSpan, compressed_spans
 from metok_vllm.log import metok_logger
 from metok_vllm.worker.attn_metadata import Groups, once_a_kind, others_metadata, prompt_chunks, pruned_batch
+from metok_vllm.worker.encoded_state import EncodedModelState
 from metok_vllm.worker.memory import MemoryReserve
-from metok_vllm.worker.report import Reports
-from metok_vllm.worker.requests import PrunedRequests, VideoTags
-from metok_vllm.worker.rotary import VideoAxes
 from metok_vllm.worker.slots import DeepSlots
 from metok_vllm.worker.step import PrunedStep
 from metok_vllm.worker.warm_up import ModelShapes, WarmUp, warm_up
@@ -58,25 +53,16 @@ def say_groups(kv_cache_config: KVCacheConfig) -> None:
         )
 
 
-class MetokModelState(DefaultModelState):
-    """Adds to the stock state: which requests are pruned, and where their tokens lie in the deep groups."""
+class MetokModelState(EncodedModelState):
+    """Adds to what stage 1 needs: the pruned steps, and where their tokens lie in the deep groups."""
 
     def __init__(
         self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: EncoderCache | None, device: torch.device
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        self.pruned = PrunedRequests(device)
-        # Videos of requests that stage 1 alone compresses, whose tokens still have no rotary positions.
-        self.unplaced: dict[str, list[tuple[VideoSpan, VideoAxes]]] = {}
-        stack: Any = model.decoder_stack
-        self.reports = Reports(vllm_config, stack.times)
-        self._index: dict[str, int] = {}
         self.deep_slots = DeepSlots(self.max_num_reqs, device)
         self._step: PrunedStep | None = None
         self._reserve = MemoryReserve(vllm_config, device)
-        # Of what the encoder gives; behind these channels are a pruned video's tags. The extra ones are the
-        # stock model's to read.
-        self._encoded_width = self.inputs_embeds_size + int(model.extra_channels)  # type: ignore[arg-type]
         self.warm_up: WarmUp | None = None
 
     # --- start ---
@@ -103,79 +89,7 @@ class MetokModelState(DefaultModelState):
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
-        request = self.pruned.add(new_req_data)
-        if self.rope_state is not None and (spans := compressed_spans(new_req_data.mm_features)):
-            video_axes: Any = self.model.video_axes
-            axes = video_axes(new_req_data.mm_features, self.device)
-            if request is not None:
-                request.axes = axes
-            else:  # what the prefix cache has needs none
-                computed = new_req_data.num_computed_tokens
-                waiting = [(span, of_video) for span, of_video in zip(spans, axes, strict=True) if span.end > computed]
-                self.unplaced[new_req_data.req_id] = waiting
-        self._index[new_req_data.req_id] = req_index
         self.deep_slots.reset(req_index)
-
-    def remove_request(self, req_id: str) -> None:
-        super().remove_request(req_id)
-        self._index.pop(req_id, None)
-        self.pruned.remove(req_id)
-        self.unplaced.pop(req_id, None)
-
-    # --- embeddings ---
-
-    def prepare_inputs_embeds(
-        self, scheduled_encoder_inputs: dict[str, list[int]], input_batch: InputBatch, req_states: RequestState
-    ) -> torch.Tensor:
-        """As in the stock state, with the tag channels taken off the encoder's output."""
-        self.execute_mm_encoder(scheduled_encoder_inputs)
-        self._read_tags(input_batch)
-        # The stock state calls the base class here, past any override, so its whole method is replaced.
-        embeds, is_mm_embed = self.gather_mm_embeddings(input_batch)
-        inputs_embeds = self.encoder_runner.get_inputs_embeds(
-            input_batch.input_ids[: input_batch.num_tokens], embeds, is_mm_embed
-        )
-        return inputs_embeds[: input_batch.num_tokens_after_padding]
-
-    def gather_mm_embeddings(
-        self, input_batch: InputBatch, draft_lookahead: int = 0
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        embeds, is_mm_embed = ModelState.gather_mm_embeddings(self, input_batch, draft_lookahead)
-        return [embed[:, : self._encoded_width] for embed in embeds], is_mm_embed
-
-    def _read_tags(self, input_batch: InputBatch) -> None:
-        """Keep the tags of every pruned video that this step reaches for the first time, and place the tokens of
-        every compressed one.
-        """
-        for i, req_id in enumerate(input_batch.req_ids):
-            request, unplaced = self.pruned.get(req_id), self.unplaced.get(req_id)
-            if (request is None or request.result is not None) and not unplaced:
-                continue
-            end = int(input_batch.num_computed_tokens_np[i] + input_batch.num_scheduled_tokens[i])
-            if request is None:
-                assert unplaced is not None
-                while unplaced and unplaced[0][0].start < end:
-                    span, axes = unplaced.pop(0)
-                    self._place(self._index[req_id], span, axes.positions(self._tags(req_id, span)))
-                continue
-            for video, span in enumerate(request.spans):
-                if request.tags[video] is None and span.start < end:
-                    request.tags[video] = tags = self._tags(req_id, span)
-                    if self.rope_state is not None:
-                        self._place(self._index[req_id], span, request.axes[video].positions(tags))
-
-    def _tags(self, req_id: str, span: VideoSpan) -> VideoTags:
-        (feature,) = (one for one in self.encoder_cache.mm_features[req_id] if one.mm_position.offset == span.start)
-        output = self.encoder_cache.encoder_outputs[feature.identifier]
-        return VideoTags.unpack(output[:, self._encoded_width :], span.plan.text_tokens)
-
-    def _place(self, req_index: int, span: VideoSpan, positions: torch.Tensor) -> None:
-        """Write the rotary positions of a video's tokens, int64 [axes, tokens], in the place of those that
-        vLLM got for them when the request came. This step reads them after this (`prepare_inputs`).
-        """
-        rope: Any = self.rope_state
-        row = rope.num_dims * req_index
-        rope.prefill_positions.gpu[row : row + rope.num_dims, span.start : span.end].copy_(positions)
 
     # --- attention metadata ---
 

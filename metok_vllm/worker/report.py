@@ -251,13 +251,15 @@ class Reports:
             retained=result.retained,
             after_l3=result.after_l3,
         )
-        costs = account(self.shape, self.layers, text, visual, kv_element_bytes=self.kv_element_bytes)
+        layers = self.layers
+        assert layers is not None, "a server of stage 1 alone prunes no request"
+        costs = account(self.shape, layers, text, visual, kv_element_bytes=self.kv_element_bytes)
         return {
             "request_id": name,
             "time": time.time(),
             "prompt_tokens": request.prompt_len,
             "text_tokens": text,
-            "prune_layers": list(self.layers),
+            "prune_layers": list(layers),
             "score_rows": request.score_rows,
             "visual_tokens": {
                 "stock": visual.stock,

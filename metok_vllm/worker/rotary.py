@@ -1,8 +1,8 @@
 """Where the tokens of a compressed video stand on several rotary axes, on the worker.
 
-vLLM works out a prompt's positions when the request arrives. Of a compressed video only the extent is known then,
-and with it the positions of all text. Its visual tokens get theirs when its tags are read, before the first
-step that runs them.
+vLLM works out a prompt's positions when the request arrives. Of a compressed video only the extent is known
+then, and with it the positions of all text. Its visual tokens get theirs when its tags are read, before the
+first step that runs them.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def pruned_step(tokens: int, seen: list[Any]) -> PrunedStep:
         layer.mlp = nn.Identity()
     decoder = Decoder(SimpleNamespace(layers=layers, norm=nn.Identity()))
     times = PartTimes(torch.device("cpu"))
-    stack = DecoderStack(decoder, (1, 2, 3), RunningStep(), times, EagerLayers(decoder, tokens, ()))
+    stack = DecoderStack(decoder, times, (1, 2, 3), RunningStep(), EagerLayers(decoder, tokens, ()))
     return PrunedStep(
         stack, PrunedBatch([], tokens, torch.arange(tokens), {}, {}, torch.empty(2, 0, dtype=torch.int64), ())
     )

@@ -159,6 +159,6 @@ def check(survivors: Survivors, text: list[int], alive: list[int]) -> None:
 @pytest.mark.parametrize("layers", [(1, 2, 3), (3, 10, 19)])
 def test_the_layers_that_score_are_those_right_before_l1_and_l2(layers: tuple[int, int, int]) -> None:
     decoder = Decoder(SimpleNamespace(layers=[], norm=torch.nn.Identity()))
-    stack = DecoderStack(decoder, layers, RunningStep(), PartTimes(), EagerLayers(decoder, 8, []))
+    stack = DecoderStack(decoder, PartTimes(), layers, RunningStep(), EagerLayers(decoder, 8, []))
     assert stack.scoring_layers == (layers[0] - 1, layers[1] - 1)
     assert stack.final_scoring_layer == layers[2] - 1
