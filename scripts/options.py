@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -84,7 +85,7 @@ def taken(schema: dict[str, Any]) -> str:
     """What a setting takes, from its JSON schema."""
     kinds = [part for part in schema.get("anyOf", [schema]) if part.get("type") != "null"]
     if "enum" in schema:
-        return ", ".join(f'`"{value}"`' for value in schema["enum"])
+        return ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
     first = kinds[0]
     if first.get("type") == "array":
         named = [f"`{kind['const']}`" for kind in kinds if "const" in kind]

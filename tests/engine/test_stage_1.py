@@ -21,8 +21,8 @@ LONG = "Who is it that comes in last, and what do they carry, and where do they 
 
 
 KINDS = {"llava": (3, 832, 90), "qwen": (3, 832, 62), "llava-alone": (1, 512, 24), "qwen-alone": (1, 832, 30)}
-"""The stages of the servers, their longest prompt, and blocks of all groups: too few for all requests at once,
-but for the first. A group for all tokens needs fewer.
+"""The stages of the servers, their longest prompt, and blocks of all groups: too few for all requests at
+once, but for the first. A group for all tokens needs fewer.
 """
 
 
@@ -122,7 +122,8 @@ def test_a_video_that_the_question_has_shaped_is_for_that_question(running: Engi
 
 def test_a_hit_may_end_inside_the_video(running: Engine) -> None:
     running.scheduler.reset_prefix_cache()
-    case = Case((video(running, 5, 25 if running.sample.strides[0] == 2 else 24),), "Who?", metok={**ONE, "aligner": "none"}, max_tokens=2)
+    frames = 25 if running.sample.strides[0] == 2 else 24
+    case = Case((video(running, 5, frames),), "Who?", metok={**ONE, "aligner": "none"}, max_tokens=2)
     hit(running, case)
     cached, end = hit(running, case)
     assert 0 < cached < end

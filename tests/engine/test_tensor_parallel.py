@@ -1,4 +1,7 @@
-"""Two tensor-parallel ranks give the answers of one: the scores are averaged over the heads of both."""
+"""Two tensor-parallel ranks give the answers of one: the scores are averaged over the heads of both.
+
+So do two halves of the layers (pipeline parallel), where stage 1 alone runs.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ from vllm import LLM, SamplingParams
 
 def main():
     folder, ids, videos, options = sys.argv[1], json.loads(sys.argv[2]), np.load(sys.argv[3]), json.loads(sys.argv[4])
-    llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=2048, block_size=32, tensor_parallel_size=2,
-              max_num_batched_tokens=128, **options, **metok_vllm.enable(**json.loads(sys.argv[6])))
+    llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=2048, block_size=32, max_num_batched_tokens=128,
+              **options, **metok_vllm.enable(**json.loads(sys.argv[6])))
     known = json.loads(sys.argv[5])
     sent = [(videos[name], known[name]) if known else videos[name] for name in videos.files]
     prompts = [{"prompt_token_ids": ids, "multi_modal_data": {"video": [video]}} for video in sent]
@@ -47,11 +50,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "llava-onevision-hf": {"decode_retention": 0.5, "quota": "video", "frame_smoothing": 0.5, "final_keep": 0.3},
     "longva": {"decode_retention": 0.5},
     "qwen2.5-vl, tower by data": {"decode_retention": 0.5},
+    "llava-onevision-hf, pipeline": {"stages": 1},
 }
 
 
 def _load(family: str, folder: Path) -> Sample:
-    if family == "llava-onevision-hf":
+    if family.startswith("llava-onevision-hf"):
         return load_sample(folder, seed=19)
     if family.startswith("qwen2.5-vl"):
         return load_qwen(folder, "qwen2.5-vl", seed=21)
@@ -66,7 +70,8 @@ def test_two_ranks_equal_the_oracle(tmp_path: Path, family: str) -> None:
     sample = _load(family, tmp_path / "model")
     videos = {"a": scene_video(1, 18), "b": scene_video(2, 27)}
     # Ranks share the work of one video's tower out by blocks of its frames then.
-    options = {"mm_encoder_tp_mode": "data"} if family.endswith("by data") else {}
+    options: dict[str, Any] = {"mm_encoder_tp_mode": "data"} if family.endswith("by data") else {}
+    options["pipeline_parallel_size" if family.endswith("pipeline") else "tensor_parallel_size"] = 2
     sent = {name: sample.as_sent(video) for name, video in videos.items()}
     known = {name: video[1] for name, video in sent.items() if isinstance(video, tuple)}
     np.savez(tmp_path / "videos.npz", **videos)  # type: ignore[arg-type]

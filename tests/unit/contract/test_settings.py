@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import metok_vllm
 from metok_vllm.compression.ratios import MICRO
 from metok_vllm.contract.settings import (
+    OF_THE_LATER_STAGES,
     SERVER_ONLY,
     MetokSettings,
     RequestSettings,
@@ -26,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "key_events": 3,
     "key_frames": 6,
     "strides": (2, 4, 8),
+    "stages": 3,
     "prune_layers": None,
     "keep_ratio": 0.76,
     "decode_retention": 0.0,
@@ -51,6 +53,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "key_events": [0, 1024],
     "key_frames": [0, 65536],
     "strides": [[1, 1, 1], (2, 4, 8), [64, 64, 64], [1, 64, 64]],
+    "stages": [1, 3],
     "prune_layers": [None, [1, 2, 3], (3, 10, 19), "cheap"],
     "keep_ratio": [0.000001, 0.5, 1, 1.0, 0.999999],
     "decode_retention": [0, 0.0, 0.123456, 1, 1.0],
@@ -95,6 +98,7 @@ REFUSED: dict[str, list[tuple[Any, str]]] = {
             for value in ([4, 2, 8], [0, 4, 8], [2, 4, 65], [-1, 1, 1])
         ),
     ],
+    "stages": [(value, "input should be 1 or 3") for value in (0, 2, 4, "1", None, [1])],
     "prune_layers": [
         *((value, THREE) for value in ([], [1, 2], [1, 2, 3, 4], "off", 3, {})),
         *(([1, 2, value], WHOLE) for value in (True, "3", 3.0)),
@@ -292,6 +296,46 @@ def test_a_share_is_taken_as_it_prints_or_refused(value: float) -> None:
     else:
         with pytest.raises(ValueError, match="at most six decimals"):
             parse_settings({"keep_ratio": value})
+
+
+@pytest.mark.parametrize("key", OF_THE_LATER_STAGES)
+def test_stage_1_alone_has_no_use_for_the_keys_of_the_others(key: str) -> None:
+    why = (
+        f"with stages 1 nothing is pruned inside the model, so '{key}' has no effect: leave it out, or let stages be 3"
+    )
+    value = ACCEPTED[key][-1]
+    with pytest.raises(ValueError, match=why):
+        parse_settings({"stages": 1, key: value})
+    assert parse_settings({"stages": 3, key: value})
+    if key in SERVER_ONLY:
+        return
+    for server, stated in ((MetokSettings(), {"stages": 1, key: value}), (MetokSettings(stages=1), {key: value})):
+        with pytest.raises(ValueError, match=why):
+            resolve_request(server, stated)
+    # What a server of all stages says of them is no contradiction: other requests use it.
+    request_ = resolve_request(parse_settings({key: value}), {"stages": 1})
+    assert request_ is not None
+    assert request_.stages == 1
+
+
+def test_a_server_of_stage_1_has_no_others() -> None:
+    server = parse_settings({"stages": 1})
+    for stated in (None, {}, {"events": 2}, {"stages": 1}):
+        request_ = resolve_request(server, stated)
+        assert request_ is not None
+        assert request_.stages == 1
+    assert resolve_request(server, "off") is None
+    with pytest.raises(
+        ValueError, match=r"this server was started with stages 1, so no request can have the others\.$"
+    ):
+        resolve_request(server, {"stages": 3})
+
+
+def test_stage_1_alone_has_no_report() -> None:
+    with pytest.raises(
+        ValueError, match="a report is about pruning, and with stages 1 there is none: leave out report"
+    ):
+        resolve_request(MetokSettings(), {"stages": 1, "report": True})
 
 
 def test_settings_cannot_be_changed() -> None:

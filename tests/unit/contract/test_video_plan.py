@@ -28,8 +28,8 @@ def make(frames: int, aligner: str = "embedding", style: PoolStyle = STYLE, **se
 numbers = st.integers(-(2**63), 2**63 - 1)
 triples = st.tuples(numbers, numbers, numbers)
 KINDS: dict[str, st.SearchStrategy[Any]] = {
-    "pruned": st.booleans(), "whole_video": st.booleans(), "report": st.booleans(), "aligner": st.sampled_from(ALIGNERS),
-    "strides": triples, "frames_per_tier": triples,
+    "compressed": st.booleans(), "pruned": st.booleans(), "whole_video": st.booleans(), "report": st.booleans(),
+    "aligner": st.sampled_from(ALIGNERS), "strides": triples, "frames_per_tier": triples,
 }  # fmt: skip
 NAMES = [field.name for field in fields(VideoPlan)]
 plans = st.builds(VideoPlan, **{name: KINDS.get(name, numbers) for name in NAMES})
@@ -52,6 +52,7 @@ made = st.builds(
     final_keep=shares,
     report=st.booleans(),
 )
+made |= st.builds(make, st.integers(1, 2000), st.sampled_from(ALIGNERS), stages=st.just(1))
 
 
 @given(made)
@@ -161,9 +162,17 @@ def test_auto_must_have_been_resolved() -> None:
         make(9, "auto")
 
 
+def test_stage_1_alone_has_the_same_tokens() -> None:
+    every, first = make(40), make(40, stages=1)
+    assert (every.compressed, every.pruned) == (True, True)
+    assert (first.compressed, first.pruned) == (True, False)
+    assert replace(first, pruned=True) == every
+
+
 @pytest.mark.parametrize("frames", [1, 2, 31, 1024])
 def test_off_is_stock(frames: int) -> None:
     plan = plan_video(VideoGrid(frames, *GRID), STYLE, 196 * frames + 1, None, "none")
+    assert not plan.compressed
     assert not plan.pruned
     assert plan.tokens == plan.stock_tokens == 196 * frames + 1
     assert (plan.most_after_l1, plan.most_after_l2, plan.retention_micro, plan.report) == (0, 0, 0, False)

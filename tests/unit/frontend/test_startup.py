@@ -35,7 +35,8 @@ CAN = (
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pipeline parallel": (
         {"pipeline_parallel_size": 2},
-        f"{NO}pipeline parallelism: use --tensor-parallel-size instead of --pipeline-parallel-size.",
+        f"{NO}pipeline parallelism with all its stages: use --tensor-parallel-size instead of --pipeline-parallel-size, "
+        "or the setting stages 1.",
     ),
     "decode context parallel": (
         {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
@@ -188,7 +189,7 @@ def test_every_flag_that_a_sentence_names_exists() -> None:
     ServeSubcommand().subparser_init(parser.add_subparsers())
     known = parser._subparsers._group_actions[0].choices["serve"]._option_string_actions  # type: ignore[union-attr]
     sentences = [*(sentence for _, sentence in REFUSED.values()), EXPERTS, ROUTED_EXPERTS]
-    named = {word.rstrip(".:") for sentence in sentences for word in sentence.split() if word.startswith("--")}
+    named = {word.rstrip(".:,") for sentence in sentences for word in sentence.split() if word.startswith("--")}
     assert len(named) > 15
     assert named <= set(known)
 
@@ -234,6 +235,50 @@ def test_plugins_that_vllm_may_load(monkeypatch: pytest.MonkeyPatch, listed: str
     )
     monkeypatch.setenv("VLLM_PLUGINS", f"{listed},metok")
     assert metok_vllm.enable()
+
+
+# --- stage 1 alone ---
+
+OF_PRUNING = (
+    *("pipeline parallel", "no hybrid manager", "KV cache types", "fast prefill", "attention backend"),
+    *("attention backend, by the config", "attention backend, by kind", "chunks of 2"),
+)
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_a_server_of_stage_1_takes(make_config: Make, what: str) -> None:
+    """Nothing is pruned there, so only what concerns the video itself is refused."""
+    arguments, sentence = REFUSED[what]
+    arguments = {**arguments, "additional_config": {"metok": {"stages": 1}}}
+    if what not in OF_PRUNING:
+        assert refusal(make_config, **arguments) == sentence
+        return
+    said = ""
+    try:
+        config = make_config(**arguments)
+    except ValueError as error:  # vLLM's own
+        said = str(error)
+    else:
+        assert server_choices(config.model_config.hf_config).prune_layers is None
+        assert config.cache_config.kv_cache_layout is None
+        assert config.scheduler_config.get_scheduler_cls() is MetokScheduler
+    assert "METok" not in said
+
+
+def test_a_pipeline_and_rotary_positions_of_three_axes(make_config: Make, tmp_path: Path) -> None:
+    from metok_vllm.demo.qwen_checkpoint import build_qwen_checkpoint
+
+    sentence = refusal(
+        make_config,
+        model=str(build_qwen_checkpoint(tmp_path, "qwen2.5-vl")),
+        hf_overrides={"architectures": ["METokQwen2_5_VLForConditionalGeneration"]},
+        pipeline_parallel_size=2,
+        additional_config={"metok": {"stages": 1}},
+    )
+    assert sentence == (
+        "METok does not support pipeline parallelism for a model with rotary positions of three axes: use "
+        "--tensor-parallel-size instead of --pipeline-parallel-size."
+    )
 
 
 # --- the model ---

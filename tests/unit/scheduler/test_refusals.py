@@ -53,6 +53,8 @@ BAD_ITEMS: dict[str, Any] = {
     "a plan for fewer tokens": video(plan(9, 4).to_tensor()),
     "a plan for more tokens": video(plan(11, 4).to_tensor()),
     "a plan without METok for more tokens": video(plan(11, pruned=False).to_tensor()),
+    "pruned without stage 1": video(replace(PLAN, compressed=False).to_tensor()),
+    "other stages than its neighbour": video(replace(PLAN, pruned=False).to_tensor()),
     "more survivors than tokens": video(replace(PLAN, most_after_l1=11, most_after_l2=11).to_tensor()),
     "negative survivors": video(replace(PLAN, most_after_l2=-1).to_tensor()),
     "more than all retained": video(replace(PLAN, retention_micro=2_000_000).to_tensor()),
