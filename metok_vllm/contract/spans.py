@@ -86,7 +86,7 @@ def pruned_spans(
             that does not fit it, or its place in the prompt.
     """
     spans: list[VideoSpan] = []
-    stages: set[tuple[bool, bool]] = set()
+    stages: set[bool] = set()
     for feature in features or ():
         item, position = feature.data, feature.mm_position
         if feature.modality != "video" or position.offset + position.length <= computed:
@@ -94,7 +94,8 @@ def pruned_spans(
         plan = _plan(item, vocabulary)
         if plan.tokens != position.get_num_embeds():
             raise UnusableItem(f"a video's plan has {plan.tokens} tokens and its place {position.get_num_embeds()}.")
-        stages.add((plan.compressed, plan.pruned))
+        if plan.compressed:
+            stages.add(plan.pruned)
         if not plan.pruned:
             continue
         if item is not None and ROWS_FIELD in item:
