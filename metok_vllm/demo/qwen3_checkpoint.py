@@ -40,9 +40,6 @@ MOST_TOKENS = 64
 MOST_FRAME_TOKENS = 1024
 """Visual tokens of all frames of a video, before two frames become one; larger ones are scaled down."""
 
-DEEPSTACK = (0, 1, 2)
-"""Blocks of the tower whose output is added behind the language model's first layers."""
-
 
 def build_qwen3_checkpoint(
     path: str | Path,
@@ -54,10 +51,13 @@ def build_qwen3_checkpoint(
     heads: int = 4,
     kv_heads: int = 2,
     intermediate: int = 256,
+    deepstack: tuple[int, ...] = (2,),
 ) -> Path:
     """Write a random tiny checkpoint into folder `path`; the same arguments always write the same tensors.
 
-    The heads have 32 channels. With experts, each token takes two of four. Returns `path`.
+    The heads have 32 channels. With experts, each token takes two of four. `deepstack`: blocks of the tower, 0
+    to 3, whose output is added behind the language model's first layers. With more than one, METok's first
+    pruning layer has to be stated: by default it is 1 of 8. Returns `path`.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def build_qwen3_checkpoint(
     text = text_config(tokenizer, layers, hidden, heads, kv_heads, intermediate, "float32")
     has_experts = kind == "qwen3-vl-moe"
     model: Any = (Qwen3VLMoeForConditionalGeneration if has_experts else Qwen3VLForConditionalGeneration)(
-        _config(kind, text, tokenizer)
+        _config(kind, text, deepstack, tokenizer)
     )
     model.float().eval()
     generator = torch.Generator().manual_seed(seed)
@@ -93,7 +93,9 @@ def build_qwen3_checkpoint(
     return folder
 
 
-def _config(kind: Qwen3Kind, text: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> Any:
+def _config(
+    kind: Qwen3Kind, text: dict[str, Any], deepstack: tuple[int, ...], tokenizer: PreTrainedTokenizerFast
+) -> Any:
     ids: Any = tokenizer.convert_tokens_to_ids(list(SPECIALS))
     of = dict(zip(SPECIALS, ids, strict=True))
     for name in ("architectures", "use_sliding_window"):
@@ -123,7 +125,7 @@ def _config(kind: Qwen3Kind, text: dict[str, Any], tokenizer: PreTrainedTokenize
         "temporal_patch_size": 2,
         "num_position_embeddings": 64,
         "out_hidden_size": text["hidden_size"],
-        "deepstack_visual_indexes": list(DEEPSTACK),
+        "deepstack_visual_indexes": list(deepstack),
     }
     config_class: Any = Qwen3VLMoeConfig if kind == "qwen3-vl-moe" else Qwen3VLConfig
     return config_class(

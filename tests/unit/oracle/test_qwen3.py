@@ -16,7 +16,7 @@ from tests.support.oracle.samples import greedy, picture, scene_video
 @pytest.mark.parametrize("kind", get_args(Qwen3Kind))
 def test_without_metok_it_is_transformers(tmp_path_factory: pytest.TempPathFactory, kind: Qwen3Kind) -> None:
     """Text around the frames, its positions, and what the tower adds to pictures and videos."""
-    sample = load_qwen3(tmp_path_factory.mktemp("tiny"), kind, seed=5)
+    sample = load_qwen3(tmp_path_factory.mktemp("tiny"), kind, seed=5, deepstack=(1, 2, 3))
     config = sample.model.config
     video, image = scene_video(3, 7, side=224)[:, :150], picture(2, 90, 150)
     pixels, pictures = sample.pixels(video), sample.image_inputs([image])
