@@ -1,8 +1,8 @@
 """How far the videos of a prompt reach on the axis of time, where rotary positions have several axes.
 
 A frame stands on that axis by the second at which it is shown, or takes as many positions as it has rows or
-columns, so a long video takes more positions than METok leaves it tokens, and a file that lies about its frame
-rate any number. Behind the model's table of positions there
+columns. So a long video takes more positions than METok leaves it tokens, and a file that lies about its
+frame rate any number. Behind the model's table of positions there
 is foreign memory: one video too long is refused by the front end, several together by the scheduler, which
 alone has the data of all of them.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TABLE_FACTOR = 4
 """vLLM's table of rotary positions is so many times `max_position_embeddings` long, where they have several
-axes (vllm/model_executor/layers/rotary_embedding/mrope.py). Qwen3-VL's is once, and METok's Qwen3-VL has this.
+axes (vllm/model_executor/layers/rotary_embedding/mrope.py). Stock Qwen3-VL's is not, METok's is.
 """
 
 

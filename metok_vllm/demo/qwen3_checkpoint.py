@@ -55,8 +55,8 @@ def build_qwen3_checkpoint(
 ) -> Path:
     """Write a random tiny checkpoint into folder `path`; the same arguments always write the same tensors.
 
-    The heads have 32 channels. With experts, each token takes two of four. `deepstack`: blocks of the tower, 0
-    to 3, whose output is added behind the language model's first layers. With more than one, METok's first
+    The heads have 32 channels. With experts, each token takes two of four. `deepstack`: blocks of the tower,
+    0 to 3, whose output is added behind the language model's first layers. With more than one, METok's first
     pruning layer has to be stated: by default it is 1 of 8. Returns `path`.
     """
     folder = Path(path)
@@ -144,7 +144,7 @@ _EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 
 def _transpose_experts(file: Path) -> None:
-    """To [experts, in, out], as they are published; transformers leaves those of a model that it has built."""
+    """To [experts, in, out], as they are published; transformers writes them otherwise."""
     weights = load_file(file)
     for name in weights:
         if name.endswith(_EXPERTS):
@@ -153,8 +153,8 @@ def _transpose_experts(file: Path) -> None:
 
 
 def _spread_experts(model: nn.Module, generator: torch.Generator) -> None:
-    """Experts' weights as those of a dense MLP: `randomise` takes the spread by the size of all that is behind
-    the first axis.
+    """Experts' weights as those of a dense MLP: `randomise` takes the spread by the size of all that is
+    behind the first axis.
     """
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):

@@ -104,9 +104,9 @@ def qwen3_indices(total: int, rate: float, num_frames: int, fps: float) -> list[
     """Frame indices to sample as Qwen3-VL's own video processor chooses them
     (vllm/multimodal/video.py: `Qwen3VLVideoBackend`, which takes an `fps` alone).
 
-    `total` >= 1 frames are shown at `rate` a second. An `fps` above 0 decides alone: so many a second, rounded
-    down, from `QWEN_FRAMES[0]` to `QWEN_FRAMES[1]`. Else `num_frames` does, unless it is -1. From the first frame
-    to the last. Returns increasing indices in ``[0, total)``.
+    `total` >= 1 frames are shown at `rate` a second. An `fps` above 0 decides alone: so many a second,
+    rounded down, from `QWEN_FRAMES[0]` to `QWEN_FRAMES[1]`. Else `num_frames` does, unless it is -1. From the
+    first frame to the last. Returns increasing indices in ``[0, total)``.
     """
     least, most = QWEN_FRAMES
     count = total

@@ -21,7 +21,7 @@ Integers = NDArray[np.int64]
 
 
 class Frames(NamedTuple):
-    """Where the T frames of a picture or a video stand when nobody has pruned it, from its first position on."""
+    """Where the T frames of a picture or a video stand unpruned, counted from its first position."""
 
     times: Integers  # [T], of each frame
     corners: Integers  # [T], first row and column of each frame
@@ -148,7 +148,7 @@ class PrunedPositions:
 
 
 class MropePositions(PrunedPositions):
-    """For a stock model that has `iter_mm_grid_thw`: its videos are grids and nothing else, as Qwen2-VL's are."""
+    """For a stock model with `iter_mm_grid_thw`: its videos are grids and nothing else, as Qwen2-VL's are."""
 
     def frames_of_items(self, features: Sequence[Any]) -> Iterator[Frames]:
         """Frames stand in time as stock has it."""

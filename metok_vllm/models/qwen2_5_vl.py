@@ -69,7 +69,7 @@ class QwenProcessing(MetokProcessing):
 
 
 class QwenTower(MetokModel):
-    """A stock model whose tower takes frames in pairs, of any size; its rotary positions are another class's."""
+    """A stock model whose tower takes pairs of frames of any size; its rotary positions are elsewhere."""
 
     pool_style = STYLE
 

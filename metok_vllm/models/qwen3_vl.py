@@ -68,7 +68,7 @@ class MetokQwen3VLMultiModalProcessor(QwenProcessing, Qwen3VLMultiModalProcessor
         return frame_labels(fields["timestamps"][item], self.info.get_tokenizer(), self.info.get_hf_config())
 
     def aligner_frames(self, videos: Any, grid: VideoGrid, fields: Mapping[str, Any], item: int) -> Any:
-        """The first of each pair; where transformers samples from the frames, those in the middle of its pairs."""
+        """The first of each pair; where transformers samples from them, those in the middle of its pairs."""
         frames = frames_of(videos, item)
         if -(-len(frames) // self._pair) == grid.frames:
             return frames[:: self._pair]
@@ -126,7 +126,7 @@ class Qwen3Model(PrunedPositions, QwenTower):
                 yield frames_in_text(*self._text_around(feature), rows // merge, columns // merge)
 
     def _text_around(self, feature: Any) -> tuple[list[int], list[int]]:
-        """How many tokens of text stand before and behind each pair of a video, as the front end has laid them."""
+        """How much text stands before and behind each pair of a video, as the front end has laid it."""
         plan = pruned_plan(feature)
         if plan is not None:
             laid = of_field(feature.data[FRAME_TEXT_FIELD].data.flatten(), plan.frames)

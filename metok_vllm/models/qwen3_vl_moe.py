@@ -12,5 +12,7 @@ from metok_vllm.models.qwen3_vl import MetokQwen3VLMultiModalProcessor, Qwen3Mod
 @MULTIMODAL_REGISTRY.register_processor(
     MetokQwen3VLMultiModalProcessor, info=Qwen3VLMoeProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder
 )
-class MetokQwen3VLMoeForConditionalGeneration(Qwen3Model, Qwen3VLMoeForConditionalGeneration):
+class MetokQwen3VLMoeForConditionalGeneration(  # type: ignore[misc]  # vLLM's two bases differ by themselves
+    Qwen3Model, Qwen3VLMoeForConditionalGeneration
+):
     """Qwen3-VL with experts."""

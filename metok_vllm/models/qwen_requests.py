@@ -72,7 +72,9 @@ def check_timed(videos: Any, stated: Mapping[str, Any], limits: tuple[int, int])
         frames, metadata = item
         for name in ("fps", "total_num_frames", "frames_indices"):
             if metadata.get(name) is None:
-                raise refusal("video", f"METok: this model reads when a video's frames are, and this one has no {name}.")
+                raise refusal(
+                    "video", f"METok: this model reads when a video's frames are, and this one has no {name}."
+                )
         if len(frames) < 2:
             raise refusal("video", f"METok: this model takes videos of 2 frames or more, not of {len(frames)}.")
         if not metadata.get("do_sample_frames"):

@@ -25,7 +25,6 @@ from tests.support.guards.host_reads import waits_of_metok
 from tests.support.harness import Case, Engine, engine
 from tests.support.oracle import assert_same, labelled, stage1
 from tests.support.oracle import qwen3 as qwen3_oracle
-
 from tests.support.oracle.qwen3_samples import load_qwen3
 from tests.support.oracle.samples import picture, scene_video
 
@@ -61,7 +60,7 @@ def film(frames: int, rows: int, columns: int, scenes: int = 4) -> Any:
 
 
 def timed(frames: Any, seconds: float, rate: float = 25.0, resampled: bool = False) -> Any:
-    """The frames and when they are, out of a longer video; or all that there are, for transformers to sample."""
+    """Frames and when they are, out of a longer video; or all that there are, for transformers to sample."""
     total = len(frames) if resampled else int(seconds * rate)
     indices = np.linspace(0, total - 1, len(frames), dtype=int).tolist()
     known = {"fps": rate, "total_num_frames": total, "frames_indices": indices, "duration": total / rate}
@@ -107,7 +106,7 @@ def test_each_alone(running: Engine) -> None:
 
 
 def test_a_prompt_may_be_cut_anywhere(running: Engine) -> None:
-    """A chunk ends inside a frame, inside a timestamp, and between two pairs; each alone, so where is known."""
+    """A chunk ends inside a frame, inside a timestamp, and between two pairs."""
     film_, step = film(20, 3, 5), 272
 
     def asked(words: int) -> Case:
@@ -131,7 +130,7 @@ def test_a_prompt_may_be_cut_anywhere(running: Engine) -> None:
 
 
 def kind_of_border(expected: Any, border: int) -> str:
-    """What stands on both sides of a prompt's token `border`. Without retention, what keeps KV is text."""
+    """What stands on both sides of a prompt's token `border`. Without retention only text keeps KV."""
     start, stop = expected.videos[0].span
     if not start + 1 < border < stop:
         return "elsewhere"
@@ -216,12 +215,18 @@ def a_timestamp_that_may_be_pruned(running: Engine, patch: pytest.MonkeyPatch) -
 
 def deepstack_one_row_late(running: Engine, patch: pytest.MonkeyPatch) -> None:
     honest = labelled.levels
-    patch.setattr(import_module("tests.support.oracle.run"), "levels", lambda *given: [level.roll(1, 0) for level in honest(*given)])
+    patch.setattr(
+        import_module("tests.support.oracle.run"),
+        "levels",
+        lambda *given: [level.roll(1, 0) for level in honest(*given)],
+    )
 
 
 def deepstack_one_level_late(running: Engine, patch: pytest.MonkeyPatch) -> None:
     honest = labelled.levels
-    patch.setattr(import_module("tests.support.oracle.run"), "levels", lambda *given: honest(*given)[-1:] + honest(*given)[:-1])
+    patch.setattr(
+        import_module("tests.support.oracle.run"), "levels", lambda *given: honest(*given)[-1:] + honest(*given)[:-1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -240,7 +245,9 @@ def test_the_comparison_would_notice(running: Engine, monkeypatch: pytest.Monkey
 def test_positions_of_lost_tokens_have_their_place_in_the_table(running: Engine) -> None:
     """vLLM's own is as long as the longest prompt, of which every token takes a position at most."""
     text = running.runner.model_config.hf_text_config
-    tables = {id(layer.self_attn.rotary_emb): layer.self_attn.rotary_emb for layer in running.runner.model.decoder().layers}
+    tables = {
+        id(layer.self_attn.rotary_emb): layer.self_attn.rotary_emb for layer in running.runner.model.decoder().layers
+    }
     assert [len(one.cos_sin_cache) for one in tables.values()] == [TABLE_FACTOR * text.max_position_embeddings]
 
 

@@ -32,7 +32,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield server, sample
 
 
-def expected(sample: Qwen3Sample, off: bool = False, videos: int = 1, image: Any = None, **sampling: Any) -> OracleResult:
+def expected(
+    sample: Qwen3Sample, off: bool = False, videos: int = 1, image: Any = None, **sampling: Any
+) -> OracleResult:
     film = decode_video(VIDEO, VideoSettings(sampling="qwen3_vl", **sampling))
     metadata = {"fps": film.fps, "total_num_frames": film.total_frames, "frames_indices": film.indices}
     # Where all frames are there, transformers samples from them, as behind vLLM's own loader.

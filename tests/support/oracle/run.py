@@ -96,7 +96,7 @@ def run(
 def lay_out(
     model: Any, prompt_ids: list[int], videos: list[Tensor], images: list[Tensor]
 ) -> tuple[list[int], Tensor, list[tuple[int, int]], list[tuple[int, int]]]:
-    """Write every placeholder out: the prompt's ids, its input rows [tokens, D], the spans of videos, of images."""
+    """Write every placeholder out: the prompt's ids, its rows [tokens, D], the spans of videos, of images."""
     config = model.config
     queues = {config.video_token_id: iter(videos), config.image_token_id: iter(images)}
     ids: list[int] = []

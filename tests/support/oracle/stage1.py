@@ -45,7 +45,7 @@ class Layout:
     tower: Callable[[Any, Any], Tensor] | None = None  # model and pixels to V[T, H, W, D]; None: LLaVA's
     rotary: Callable[..., tuple[Tensor, int]] | None = None  # see `run.positions`; None: a token's place is its own
     labels: Callable[[Any, Any], Labels] | None = None
-    """Model and pixels to a video's own labels and extra channels. Without METok the prompt's ids are the text's."""
+    """Model and pixels to a video's labels and extra channels. METok off, the prompt has the text's ids."""
     encode_pictures: Callable[..., list[Tensor]] | None = None  # as the function of that name
 
 
@@ -164,7 +164,8 @@ def separators(model: Any) -> list[Tensor]:
 
 
 def encode_pictures(model: Any, pixels: Tensor, sizes: Tensor) -> list[Tensor]:
-    """Tokens [n, D], or with extra channels, of each picture, whose whole and whose tiles are `pixels` [pictures, 1 + tiles, 3, h, w].
+    """Tokens [n, D] of each picture, whose whole and whose tiles are `pixels` [pictures, 1 + tiles, 3, h, w];
+    [n, D + extra channels] where the model has its own way.
 
     "unires" (LongVA's paper): only the tiles, each pooled by 2, in the order in which one reads.
     """

@@ -1,4 +1,4 @@
-"""Qwen3-VL: positions of a whole prompt, the text of its frames, and what is read and refused without a model."""
+"""Qwen3-VL: positions of a whole prompt, text of the frames, what is read and refused without a model."""
 
 from __future__ import annotations
 
@@ -280,7 +280,9 @@ def test_the_prompt_is_stocks_for_videos_of_any_rate(
     plan = VideoPlan.from_tensor(item[PLAN_FIELD].data)
     laid = of_field(item[FRAME_TEXT_FIELD].data, plan.frames)
     written = tokenizer.decode(laid.ids)
-    assert written == text[text.index("<|vision_start|>") + 16 : text.rindex("<|vision_end|>")].replace("<|video_pad|>", "")
+    assert written == text[text.index("<|vision_start|>") + 16 : text.rindex("<|vision_end|>")].replace(
+        "<|video_pad|>", ""
+    )
     assert laid.behind.tolist() == [1] * plan.frames
     assert plan.text_tokens == len(laid.ids)
     ids = result["prompt_token_ids"][place.offset : place.offset + place.length]
