@@ -31,8 +31,8 @@ This page is made by `scripts/options.py` from the settings' own descriptions; a
 
 - A request overrides the server, if the server was started with `--trust-request-mm-kwargs`. Without it vLLM
   answers a request that states settings with HTTP 400; all others use the server's.
-- In `mm_processor_kwargs` a request may state `metok` and nothing else. With Qwen2.5-VL and Qwen2-VL it may state
-  `fps`, `num_frames` and `size` too, as in stock vLLM.
+- In `mm_processor_kwargs` a request may state `metok` and nothing else. With Qwen's models it may state `fps`,
+  `num_frames` and `size` too, as in stock vLLM.
 - An unknown key, a wrong type or an impossible value is answered with one sentence: HTTP 400, or the server
   does not start.
 

@@ -61,6 +61,7 @@ class Model:
     mode: Mode
     separators: Literal["event", "row", "none"] = "event"
     axes: int = 1  # of rotary positions
+    levels: int = 0  # of extra channels of the tower, as many as the hidden state has each
 
 
 ONEVISION_SMALL = Model("LLaVA-OneVision-0.5B", 896, 14, 2, 64, 27, "bilinear")
@@ -70,6 +71,7 @@ LONGVA = Model("LongVA-7B", 3584, 28, 4, 128, 24, "average", "none")
 VIDEO = Model("LLaVA-Video-7B", 3584, 28, 4, 128, 27, "bilinear", "row")
 QWEN_SMALL = Model("Qwen2.5-VL-3B", 2048, 16, 2, 128, (20, 36), "average", "none", 3)
 QWEN = Model("Qwen2.5-VL-7B", 3584, 28, 4, 128, (20, 36), "average", "none", 3)
+QWEN3 = Model("Qwen3-VL-8B", 4096, 32, 8, 128, (22, 40), "average", "none", 3, 3)
 
 IN_USE = (
     (ONEVISION_SMALL, BF16),
@@ -82,6 +84,7 @@ IN_USE = (
     (VIDEO, BF16),
     (QWEN_SMALL, BF16),
     (QWEN, BF16),
+    (QWEN3, BF16),
 )
 
 
@@ -95,9 +98,10 @@ def launches(model: Model, dtype: torch.dtype) -> Iterator[Launch]:
     """
     # Stage 1.
     height, width = model.grid if isinstance(model.grid, tuple) else (model.grid, model.grid)
-    frames = _meta(64, height, width, model.hidden, dtype=dtype)
-    yield from prepare_similarity(frames.flatten(1, 2))[0]
-    separator, offsets = (_meta(model.hidden, dtype=dtype), _meta(5)) if model.separators != "none" else (None, None)
+    wide = model.hidden * (1 + model.levels)
+    frames = _meta(64, height, width, wide, dtype=dtype)
+    yield from prepare_similarity(frames[..., : model.hidden].flatten(1, 2))[0]
+    separator, offsets = (_meta(wide, dtype=dtype), _meta(5)) if model.separators != "none" else (None, None)
     per_frame, row_gap = (_meta(64), _meta(64)), model.separators == "row"
     yield prepare_pool(
         frames, *per_frame, mode=model.mode, total=6000, min_stride=2, row_gap=row_gap, separator=separator,

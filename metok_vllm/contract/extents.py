@@ -1,7 +1,8 @@
 """How far the videos of a prompt reach on the axis of time, where rotary positions have several axes.
 
-A frame stands on that axis by the second at which it is shown, so a long video takes more positions than it
-has tokens, and a file that lies about its frame rate any number. Behind the model's table of positions there
+A frame stands on that axis by the second at which it is shown, or takes as many positions as it has rows or
+columns. So a long video takes more positions than METok leaves it tokens, and a file that lies about its
+frame rate any number. Behind the model's table of positions there
 is foreign memory: one video too long is refused by the front end, several together by the scheduler, which
 alone has the data of all of them.
 """
@@ -18,15 +19,15 @@ from metok_vllm.contract.fields import EXTENT_FIELD
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec
 
-_TABLE_FACTOR = 4
+TABLE_FACTOR = 4
 """vLLM's table of rotary positions is so many times `max_position_embeddings` long, where they have several
-axes (vllm/model_executor/layers/rotary_embedding/mrope.py).
+axes (vllm/model_executor/layers/rotary_embedding/mrope.py). Stock Qwen3-VL's is not, METok's is.
 """
 
 
 def most_positions(model_config: Any) -> int:
     """Positions that the videos of one prompt may take together, beside `max_model_len` tokens."""
-    table = _TABLE_FACTOR * int(model_config.hf_text_config.max_position_embeddings)
+    table = TABLE_FACTOR * int(model_config.hf_text_config.max_position_embeddings)
     return table - int(model_config.max_model_len)
 
 

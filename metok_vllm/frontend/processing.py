@@ -100,9 +100,16 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
             ValueError: in one sentence.
         """
 
-    def aligner_frames(self, frames: Any) -> Any:
-        """Of a video's frames [F, ...] those that a dual tower looks at: one for each of the grid's T."""
-        return frames
+    def aligner_frames(self, videos: Any, grid: VideoGrid, fields: Mapping[str, Any], item: int) -> Any:
+        """Of a video's frames [F, ...] those that a dual tower looks at: one for each of the grid's T.
+
+        Args:
+            videos: the request's, as vLLM has parsed them.
+            grid: what `video_grid` gave.
+            fields: as of `video_grid`.
+            item: likewise.
+        """
+        return frames_of(videos, item)
 
     def text_behind(self, frames: int, metadata: Mapping[str, Any]) -> str:
         """What the model was trained to read right behind a video, as when its frames are; mostly nothing.
@@ -122,6 +129,9 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         Empty where the model's videos have none. Arguments as of `video_grid`, and what that gave.
         """
         return ()
+
+    stock_lays_text = False
+    """Whether the stock processor writes `frame_text` into the prompt. METok off, it does so here too."""
 
     # --- the server ---
 
@@ -405,6 +415,8 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         aligner = "none" if settings is None else settings.aligner
         grids = [self.video_grid(len(frames_of(videos, i)), processed, i) for i in range(len(videos))]
         texts = [self.frame_text(grid, processed, i) for i, grid in enumerate(grids)]
+        if settings is None and self.stock_lays_text:
+            texts = [() for _ in grids]  # all placeholders are visual
         with refusing("setting"):
             plans = [
                 plan_video(grid, self.pool_style, self.stock_video_tokens(grid), settings, aligner, text_tokens(text))
@@ -422,7 +434,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
             fields[EXTENT_FIELD] = torch.tensor([int(extent) for extent in stated_extents])
         if aligner == "dual-tower":
             dtype: Any = self.info.ctx.model_config.dtype
-            seen = (self.aligner_frames(frames_of(videos, i)) for i in range(len(videos)))
+            seen = (self.aligner_frames(videos, grid, processed, i) for i, grid in enumerate(grids))
             fields[PIXELS_FIELD] = [self._aligner_processor.pixels(frames, dtype) for frames in seen]
         return fields
 
@@ -449,15 +461,18 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         stocks = stock_kwargs(hf_processor_mm_kwargs)
         updates = super()._get_prompt_updates(mm_items, stocks, out_mm_kwargs)  # type: ignore[safe-super]
 
-        def placeholders(target: Any) -> Any:
-            def replacement(item_idx: int) -> list[int]:
-                plan: Any = out_mm_kwargs["video"][item_idx][PLAN_FIELD].data
-                return list(target) * VideoPlan.from_tensor(plan).tokens
+        def placeholders(stock: Any) -> Any:
+            def replacement(item_idx: int) -> Any:
+                data: Any = out_mm_kwargs["video"][item_idx][PLAN_FIELD].data
+                plan = VideoPlan.from_tensor(data)
+                if self.stock_lays_text and not plan.pruned:
+                    return stock.replacement(item_idx)
+                return list(stock.target) * plan.tokens
 
             return replacement
 
         return [
-            PromptReplacement(modality="video", target=update.target, replacement=placeholders(update.target))
+            PromptReplacement(modality="video", target=update.target, replacement=placeholders(update))
             if update.modality == "video"
             else update
             for update in updates

@@ -19,7 +19,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from .orientation import orientation
-from .sampling import PacketTable, Run, decode_runs, qwen_indices, sample_indices
+from .sampling import QWEN3_RATE, PacketTable, Run, decode_runs, qwen3_indices, qwen_indices, sample_indices
 from .settings import VideoError, VideoMemoryError, VideoSettings
 from .source import (
     Clock,
@@ -141,8 +141,12 @@ def _decode(data: bytes | mmap, settings: VideoSettings, memory: Memory) -> Deco
     total = table.total
     if total == 0:
         raise VideoError("The video holds no frames; it is damaged or cut off.")
+    if settings.sampling == "qwen3_vl" and fps <= 0:
+        fps = QWEN3_RATE
     duration = total / fps if fps > 0 else 0.0
-    if settings.sampling == "qwen2_vl":
+    if settings.sampling == "qwen3_vl":
+        indices = qwen3_indices(total, fps, settings.num_frames, settings.fps)
+    elif settings.sampling == "qwen2_vl":
         indices = qwen_indices(total, fps, settings.num_frames, settings.fps if fps > 0 else -1)
     else:
         indices = sample_indices(total, duration, settings.num_frames, settings.fps if fps > 0 else -1)

@@ -15,8 +15,11 @@ JUMP_GAP = 8
 _KEYS_TO_TRY = 64
 
 QWEN_FRAMES = (4, 768)
-"""Fewest and most frames of a video that Qwen2-VL's own processor takes by `fps`."""
+"""Fewest and most frames of a video that Qwen2-VL's and Qwen3-VL's own processors take by `fps`."""
 _QWEN_MOST_FPS = 30
+
+QWEN3_RATE = 24.0
+"""Frames a second that Qwen3-VL takes a video for whose rate nobody knows; its frames are labelled by it."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,24 @@ def qwen_indices(total: int, rate: float, num_frames: int, fps: float) -> list[i
     pairs = max(int(min(count, total) / 2), 1)
     # Exact, where transformers and vLLM add up a step in float32: one index in a long video may differ by 1.
     return [place * total // (2 * pairs) for place in range(min(2 * pairs, total))]
+
+
+def qwen3_indices(total: int, rate: float, num_frames: int, fps: float) -> list[int]:
+    """Frame indices to sample as Qwen3-VL's own video processor chooses them
+    (vllm/multimodal/video.py: `Qwen3VLVideoBackend`, which takes an `fps` alone).
+
+    `total` >= 1 frames are shown at `rate` a second. An `fps` above 0 decides alone: so many a second,
+    rounded down, from `QWEN_FRAMES[0]` to `QWEN_FRAMES[1]`. Else `num_frames` does, unless it is -1. From the
+    first frame to the last. Returns increasing indices in ``[0, total)``.
+    """
+    least, most = QWEN_FRAMES
+    count = total
+    if fps > 0:
+        # Truncated and rounded floats are the model's: by these indices its frames are labelled.
+        count = min(max(int(total / rate * min(fps, _QWEN_MOST_FPS)), least), most)
+    elif num_frames > 0:
+        count = num_frames
+    return [int(index) for index in np.linspace(0, total - 1, min(count, total)).round()]
 
 
 def decode_runs(table: PacketTable, indices: list[int], *, jump: bool = True) -> list[Run]:

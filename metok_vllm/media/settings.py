@@ -27,7 +27,7 @@ _INT_RANGES: dict[str, tuple[int, int]] = {
     "threads": (1, 64),
 }
 
-SAMPLINGS = ("uniform", "qwen2_vl")
+SAMPLINGS = ("uniform", "qwen2_vl", "qwen3_vl")
 """Ways to choose frames: `media/sampling.py`."""
 
 
@@ -51,9 +51,9 @@ class VideoSettings:
     )
     sampling: str = _setting(
         "uniform",
-        "`uniform`, from the first frame to the last; or `qwen2_vl`, as Qwen2-VL's own processor: an even number of "
-        "frames, of 4 to 768 where `fps` says how many, and `num_frames` counts where `fps` is -1 alone. The model "
-        "decides where nobody says otherwise.",
+        "`uniform`, from the first frame to the last; or `qwen2_vl` or `qwen3_vl`, as the own processor of Qwen2-VL "
+        "(an even number of frames) or Qwen3-VL does it: 4 to 768 frames where `fps` says how many, and `num_frames` "
+        "counts where `fps` is -1 alone. The model decides where nobody says otherwise.",
     )
     max_frames: int = _setting(1024, "Refuse a request that would sample more frames than this.")
     max_pixels: int = _setting(8192 * 4320, "Refuse a video whose frames have more pixels (width x height) than this.")

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL with METok's three stages; what Qwen2-VL shares with it is here too.
+"""Qwen2.5-VL with METok's three stages; what Qwen2-VL and Qwen3-VL share with it is here too.
 
 The tower takes frames in pairs and merges 2 x 2 patches, so a grid is pairs x rows x columns of merged
 tokens, and another one for every size of frame. Its attention never leaves a pair.
@@ -22,6 +22,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from metok_vllm.compression.pooling import PoolStyle
 from metok_vllm.contract.video_plan import VideoGrid
+from metok_vllm.frontend.item_kwargs import frames_of
 from metok_vllm.frontend.processing import MetokProcessing
 from metok_vllm.models.base import MetokModel
 from metok_vllm.models.mrope import MropePositions
@@ -52,9 +53,9 @@ class QwenProcessing(MetokProcessing):
     def stock_video_tokens(self, grid: VideoGrid) -> int:
         return grid.frames * grid.height * grid.width
 
-    def aligner_frames(self, frames: Any) -> Any:
+    def aligner_frames(self, videos: Any, grid: VideoGrid, fields: Mapping[str, Any], item: int) -> Any:
         """The first of each pair."""
-        return frames[:: self._pair]
+        return frames_of(videos, item)[:: self._pair]
 
     def video_extent(self, grid: VideoGrid, fields: Mapping[str, Any], item: int) -> float | None:
         vision = self.info.get_hf_config().vision_config
@@ -67,8 +68,8 @@ class QwenProcessing(MetokProcessing):
             check_stated(kwargs, self.info.get_hf_processor().video_processor.size)
 
 
-class QwenModel(MropePositions, MetokModel):
-    """The stock model; a video goes through stage 1, a step that prunes through the pruned step."""
+class QwenTower(MetokModel):
+    """A stock model whose tower takes pairs of frames of any size; its rotary positions are elsewhere."""
 
     pool_style = STYLE
 
@@ -114,6 +115,10 @@ class QwenModel(MropePositions, MetokModel):
         stock: Any = super()
         config = stock.get_encoder_cudagraph_config()
         return replace(config, modalities=[name for name in config.modalities if name != "video"])
+
+
+class QwenModel(MropePositions, QwenTower):
+    """The stock model; a video goes through stage 1, a step that prunes through the pruned step."""
 
 
 class MetokQwen2_5_VLMultiModalProcessor(QwenProcessing, Qwen2_5_VLMultiModalProcessor):

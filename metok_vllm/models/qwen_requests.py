@@ -53,6 +53,45 @@ def _is_number(value: object, whole: bool) -> bool:
     return isinstance(value, int if whole else int | float) and not isinstance(value, bool)
 
 
+def check_timed(videos: Any, stated: Mapping[str, Any], limits: tuple[int, int]) -> None:
+    """Refuse a video whose frames cannot be labelled by their times, as Qwen3-VL's are.
+
+    Args:
+        videos: the request's, as vLLM has parsed them; items without data are left to the caches.
+        stated: what the request states, keys of `ALLOWED` alone.
+        limits: fewest and most frames that Qwen3-VL's own processor samples.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    check_metadata(videos)
+    for index in range(len(videos) if videos is not None else 0):
+        item = videos.get(index)
+        if not isinstance(item, tuple):
+            continue
+        frames, metadata = item
+        for name in ("fps", "total_num_frames", "frames_indices"):
+            if metadata.get(name) is None:
+                raise refusal(
+                    "video", f"METok: this model reads when a video's frames are, and this one has no {name}."
+                )
+        if len(frames) < 2:
+            raise refusal("video", f"METok: this model takes videos of 2 frames or more, not of {len(frames)}.")
+        if not metadata.get("do_sample_frames"):
+            continue
+        total, wanted = metadata["total_num_frames"], stated.get("num_frames")
+        if total != len(frames):
+            raise refusal(
+                "video", f"METok: of a video of {total} frames {len(frames)} are there, so none can be sampled from it."
+            )
+        least, most = limits[0], min(limits[1], total)
+        if wanted is not None and not least <= wanted <= most:
+            raise refusal(
+                "setting",
+                f"{_WHERE}: 'num_frames' takes from {least} to {most} frames of a video of {total}, not {wanted}.",
+            )
+
+
 def check_metadata(videos: Any) -> None:
     """Refuse a video whose frame rate nobody knows. Items without data are left to the caches.
 
@@ -72,7 +111,8 @@ def check_metadata(videos: Any) -> None:
             raise refusal(
                 "video", f"METok: a video of {total!r:.40} frames (total_num_frames) cannot be placed in time."
             )
-        if indices is not None and len(indices) != len(frames):
+        # transformers writes the last one twice into the list that it is given, where their number is odd.
+        if indices is not None and len(indices) not in (len(frames), len(frames) + len(frames) % 2):
             raise refusal(
                 "video", f"METok: a video has {len(frames)} frames and {len(indices)} frames_indices in its metadata."
             )

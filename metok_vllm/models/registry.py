@@ -46,6 +46,15 @@ MERGED_STRIDES = (1, 2, 4)
 QWEN_SAMPLING = {"sampling": "qwen2_vl", "fps": 2, "num_frames": -1}
 """What Qwen2-VL's own processor takes: 2 frames a second, 4 to 768 of them."""
 
+QWEN3_SAMPLING = {"sampling": "qwen3_vl", "fps": 2, "num_frames": -1}
+"""What Qwen3-VL's own processor takes: as many, but otherwise placed."""
+
+
+def deepstack_levels(hf_config: Any) -> int:
+    """Layers of the language model behind which Qwen3-VL's tower adds to its tokens."""
+    return len(hf_config.vision_config.deepstack_visual_indexes)
+
+
 SUPPORTED = (
     SupportedModel(
         stock="LlavaOnevisionForConditionalGeneration",
@@ -84,6 +93,26 @@ SUPPORTED = (
         about="Qwen2-VL",
         strides=MERGED_STRIDES,
         sampling=QWEN_SAMPLING,
+    ),
+    SupportedModel(
+        stock="Qwen3VLForConditionalGeneration",
+        metok="METokQwen3VLForConditionalGeneration",
+        module="metok_vllm.models.qwen3_vl:MetokQwen3VLForConditionalGeneration",
+        model_types=("qwen3_vl",),
+        about="Qwen3-VL",
+        levels=deepstack_levels,
+        strides=MERGED_STRIDES,
+        sampling=QWEN3_SAMPLING,
+    ),
+    SupportedModel(
+        stock="Qwen3VLMoeForConditionalGeneration",
+        metok="METokQwen3VLMoeForConditionalGeneration",
+        module="metok_vllm.models.qwen3_vl_moe:MetokQwen3VLMoeForConditionalGeneration",
+        model_types=("qwen3_vl_moe",),
+        about="Qwen3-VL with experts",
+        levels=deepstack_levels,
+        strides=MERGED_STRIDES,
+        sampling=QWEN3_SAMPLING,
     ),
 )
 

@@ -17,6 +17,7 @@ import pytest
 from tests.support.oracle import OracleResult, OracleSettings, assert_same
 from tests.support.oracle import run as run_oracle
 from tests.support.oracle.originals import load_original
+from tests.support.oracle.qwen3_samples import load_qwen3
 from tests.support.oracle.qwen_samples import load_qwen
 from tests.support.oracle.samples import QUESTION, Sample, load_sample, scene_video
 
@@ -51,6 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "longva": {"decode_retention": 0.5},
     "qwen2.5-vl, tower by data": {"decode_retention": 0.5},
     "llava-onevision-hf, pipeline": {"stages": 1},
+    "qwen3-vl-moe": {"decode_retention": 0.5, "prune_layers": [3, 5, 7]},
 }
 
 
@@ -59,6 +61,8 @@ def _load(family: str, folder: Path) -> Sample:
         return load_sample(folder, seed=19)
     if family.startswith("qwen2.5-vl"):
         return load_qwen(folder, "qwen2.5-vl", seed=21)
+    if family == "qwen3-vl-moe":
+        return load_qwen3(folder, family, seed=22, deepstack=(1, 2, 3))
     return load_original(folder, "longva", seed=20)
 
 

@@ -36,7 +36,7 @@ def encode(
     codec: str = "libx264",
     container: str = "mp4",
     pix_fmt: str = "yuv420p",
-    rate: int = 25,
+    rate: int | Fraction = 25,
     times_ms: Sequence[int] | None = None,
     options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,

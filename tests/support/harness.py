@@ -105,8 +105,8 @@ class Engine:
         return [*self.sample.processor.tokenizer(system).input_ids, *ids]
 
     def question_at(self, case: Case) -> list[int]:
-        """Where in `prompt_ids` the tokens of the user's turn behind its first item stand, placeholders and
-        space at both ends of what stands between them left out.
+        """Where in `prompt_ids` the tokens of the user's turn behind its first item stand, placeholders, and
+        space and the template's own tokens at both ends of what stands between them left out.
         """
         ids, tokenizer = self.prompt_ids(case), self.sample.processor.tokenizer
         config = self.sample.model.config
@@ -116,7 +116,7 @@ class Engine:
         end = ids.index(tokenizer.convert_tokens_to_ids("<|im_end|>"), items[0])
         found: list[int] = []
         for first, last in zip(items, [*items[1:], end], strict=True):
-            words = [i for i in range(first + 1, last) if tokenizer.decode([ids[i]]).strip()]
+            words = [i for i in range(first + 1, last) if tokenizer.decode([ids[i]], skip_special_tokens=True).strip()]
             found += range(words[0], words[-1] + 1) if words else ()
         return found
 

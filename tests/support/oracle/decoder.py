@@ -26,9 +26,11 @@ def project(model: Any, layer: Any, hidden: Tensor, positions: Tensor) -> tuple[
     def heads_first(linear: Any) -> Tensor:
         return linear(normed).view(len(normed), -1, attention.head_dim).transpose(0, 1)
 
+    query, key = heads_first(attention.q_proj), heads_first(attention.k_proj)
+    if hasattr(attention, "q_norm"):  # Qwen3: each head by itself
+        query, key = attention.q_norm(query), attention.k_norm(key)
     cos, sin = model.model.language_model.rotary_emb(hidden.unsqueeze(0), positions.unsqueeze(-2))
-    query, key = (rotate(heads_first(linear), cos[0], sin[0]) for linear in (attention.q_proj, attention.k_proj))
-    return query, key, heads_first(attention.v_proj)
+    return rotate(query, cos[0], sin[0]), rotate(key, cos[0], sin[0]), heads_first(attention.v_proj)
 
 
 def attend(
@@ -55,7 +57,8 @@ def attend(
 def finish(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
     """The rest of the layer after attention: output projection, both residuals, the MLP. [tokens, D]."""
     hidden = hidden + layer.self_attn.o_proj(attended)
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    # Experts want a batch.
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden).unsqueeze(0)).squeeze(0)
 
 
 def log_probabilities(model: Any, hidden: Tensor) -> Tensor:

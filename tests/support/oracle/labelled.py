@@ -39,14 +39,15 @@ def widen(rows: Tensor, channels: int) -> Tensor:
     return torch.cat([rows, rows.new_zeros(len(rows), channels - rows.shape[1])], dim=1)
 
 
-def levels(rows: Tensor, spans: list[tuple[int, int]], videos: list[Tensor]) -> list[Tensor]:
+def levels(rows: Tensor, spans: list[tuple[int, int]], items: list[Tensor]) -> list[Tensor]:
     """What is added to a prompt's rows [n, D] behind layer 0, 1, ...: [n, D] each.
 
-    `spans` and `videos`: where each video stands, and its rows [tokens, (1 + levels) * D].
+    `spans` and `items`: where each video or picture stands, and its rows [tokens, (1 + levels) * D], or
+    [tokens, D] where nothing is added to it.
     """
     depth = rows.shape[1]
-    found = [torch.zeros_like(rows) for _ in range(videos[0].shape[1] // depth - 1)] if videos else []
-    for (start, stop), video in zip(spans, videos, strict=True):
-        for number, level in enumerate(found):
-            level[start:stop] = video[:, (1 + number) * depth : (2 + number) * depth]
+    found = [torch.zeros_like(rows) for _ in range(max((item.shape[1] for item in items), default=depth) // depth - 1)]
+    for (start, stop), item in zip(spans, items, strict=True):
+        for number, level in enumerate(found[: item.shape[1] // depth - 1]):
+            level[start:stop] = item[:, (1 + number) * depth : (2 + number) * depth]
     return found

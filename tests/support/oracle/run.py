@@ -50,20 +50,24 @@ def run(
 
     Raises ValueError if METok is on and the prompt does not end with text.
     """
-    config = model.config
+    config, layout = model.config, stage1.layout_of(model)
     encoded = []
     for number, pixels in enumerate(videos):
+        own = labels if layout.labels is None else layout.labels(model, pixels)
         if settings.off:
-            encoded.append(stage1.encode_plain(model, pixels, labels))
+            encoded.append(stage1.encode_plain(model, pixels, own))
         else:
             towers = None if aligner is None else (aligner[0], aligner[1][number], aligner[2])
-            encoded.append(stage1.encode(model, pixels, question_ids, settings, towers, labels))
+            encoded.append(stage1.encode(model, pixels, question_ids, settings, towers, own))
     pictures = []
     if images is not None:
         pictures = stage1.encode_pictures(model, *images)
 
     depth = model.get_input_embeddings().weight.shape[1]
-    ids, hidden, spans = lay_out(model, prompt_ids, [e.embeddings[:, :depth] for e in encoded], pictures)
+    rows = [e.embeddings for e in encoded]
+    ids, hidden, spans, places = lay_out(
+        model, prompt_ids, [own[:, :depth] for own in rows], [own[:, :depth] for own in pictures]
+    )
     visual = {config.image_token_id, config.video_token_id}
     state = Prefill(model, hidden, [token not in visual for token in ids], settings)
     state.rotary, state.next_position = positions(model, ids, list(videos), images, [e.strides for e in encoded])
@@ -79,7 +83,11 @@ def run(
         question = [sum(sizes[:i]) for i in question_at]
         if max(question) >= state.videos[-1].stop:
             state.question = question
-    state.extra = levels(hidden, spans, [e.embeddings for e in encoded])
+    state.extra = levels(hidden, [*spans, *places], [*rows, *pictures])
+    if settings.off and layout.labels is not None:
+        for (start, _), e in zip(spans, encoded, strict=True):
+            for place, token in e.written.items():
+                ids[start + place] = token
     state.run()
     tokens, logprobs = decode(model, state, max_new_tokens, force_tokens)
     return report(ids, tokens, logprobs, state, encoded, spans)
@@ -87,24 +95,23 @@ def run(
 
 def lay_out(
     model: Any, prompt_ids: list[int], videos: list[Tensor], images: list[Tensor]
-) -> tuple[list[int], Tensor, list[tuple[int, int]]]:
-    """Write every placeholder out: the prompt's ids, its input rows [tokens, D], the span of each video."""
+) -> tuple[list[int], Tensor, list[tuple[int, int]], list[tuple[int, int]]]:
+    """Write every placeholder out: the prompt's ids, its rows [tokens, D], the spans of videos, of images."""
     config = model.config
     queues = {config.video_token_id: iter(videos), config.image_token_id: iter(images)}
     ids: list[int] = []
     rows: list[Tensor] = []
-    spans = []
+    spans: dict[int, list[tuple[int, int]]] = {token: [] for token in queues}
     for token in prompt_ids:
         if token in queues:
             rows.append(next(queues[token]))
-            if token == config.video_token_id:
-                spans.append((len(ids), len(ids) + len(rows[-1])))
+            spans[token].append((len(ids), len(ids) + len(rows[-1])))
         else:
             rows.append(model.get_input_embeddings()(torch.tensor([token])))
         ids += [token] * len(rows[-1])
     left = [item for queue in queues.values() for item in queue]
     assert not left, f"{len(left)} items have no placeholder"
-    return ids, torch.cat(rows), spans
+    return ids, torch.cat(rows), spans[config.video_token_id], spans[config.image_token_id]
 
 
 def positions(

@@ -28,6 +28,7 @@ class Stage1:
     event_of_token: list[int]  # a separator belongs to the event it follows, text to none (-1); empty when METok is off
     frame_of_token: list[int] = field(default_factory=list)  # a separator is of the frame that it follows
     margin: float = math.inf  # smallest difference of two cosines that a decision rested on
+    written: dict[int, int] = field(default_factory=dict)  # row and id of text, when METok is off
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class Layout:
     plain: int = 2  # stride of a video without METok
     tower: Callable[[Any, Any], Tensor] | None = None  # model and pixels to V[T, H, W, D]; None: LLaVA's
     rotary: Callable[..., tuple[Tensor, int]] | None = None  # see `run.positions`; None: a token's place is its own
+    labels: Callable[[Any, Any], Labels] | None = None
+    """Model and pixels to a video's labels and extra channels. METok off, the prompt has the text's ids."""
+    encode_pictures: Callable[..., list[Tensor]] | None = None  # as the function of that name
 
 
 def layout_of(model: Any) -> Layout:
@@ -160,10 +164,14 @@ def separators(model: Any) -> list[Tensor]:
 
 
 def encode_pictures(model: Any, pixels: Tensor, sizes: Tensor) -> list[Tensor]:
-    """Tokens [n, D] of each picture, whose whole and whose tiles are `pixels` [pictures, 1 + tiles, 3, h, w].
+    """Tokens [n, D] of each picture, whose whole and whose tiles are `pixels` [pictures, 1 + tiles, 3, h, w];
+    [n, D + extra channels] where the model has its own way.
 
     "unires" (LongVA's paper): only the tiles, each pooled by 2, in the order in which one reads.
     """
+    own_way = layout_of(model).encode_pictures
+    if own_way is not None:
+        return own_way(model, pixels, sizes)
     if layout_of(model).pictures != "unires":
         return list(model.model.get_image_features(pixels, sizes).pooler_output)
     side, found = model.config.vision_config.image_size, []
@@ -195,13 +203,20 @@ def encode_plain(model: Any, pixels: Tensor, labels: Labels = PLAIN) -> Stage1:
     """The model without METok: every frame pooled with one stride, what follows an event after the video."""
     grid, plain = features(model, pixels), layout_of(model).plain
     wide = torch.cat([grid, labels.extra(grid)], dim=-1)
-    rows = [
-        part
-        for i, frame in enumerate(wide)
-        for part, _ in around(model, labels.text(i, len(grid)), pool(model, frame, plain))
-    ]
+    rows: list[Tensor] = []
+    written: dict[int, int] = {}
+    for i, frame in enumerate(wide):
+        for (part, is_text), ids in zip(
+            around(model, labels.text(i, len(grid)), pool(model, frame, plain)),
+            (labels.text(i, len(grid))[0], [], labels.text(i, len(grid))[1]),
+            strict=True,
+        ):
+            if is_text:
+                start = sum(map(len, rows))
+                written |= {start + place: token for place, token in enumerate(ids)}
+            rows.append(part)
     rows += [widen(row, wide.shape[-1]) for row in separators(model)]
-    return Stage1([], [], [], [], [plain] * len(grid), torch.cat(rows), [])
+    return Stage1([], [], [], [], [plain] * len(grid), torch.cat(rows), [], written=written)
 
 
 def encode(

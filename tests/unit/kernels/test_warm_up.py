@@ -40,7 +40,7 @@ def unrun(monkeypatch: pytest.MonkeyPatch) -> None:
 def shapes_of(model: Model, dtype: torch.dtype) -> ModelShapes:
     style = PoolStyle(model.mode, model.separators)
     return ModelShapes(
-        model.hidden, model.heads, model.kv_heads, model.head_dim, dtype, style, axes=model.axes
+        model.hidden, model.heads, model.kv_heads, model.head_dim, dtype, style, model.levels * model.hidden, model.axes
     )  # fmt: skip
 
 

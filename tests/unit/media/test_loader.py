@@ -26,12 +26,13 @@ from vllm.multimodal.media.connector import MediaConnector, merge_media_io_kwarg
 from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.media.video import VideoMediaIO
 from vllm.multimodal.parse import MultiModalDataParser
-from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoBackend
+from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, Qwen3VLVideoBackend, VideoBackend
 from vllm.multimodal.video_decoders import VideoSourceMetadata, VideoTargetMetadata
 
 from metok_vllm.contract.settings import MetokSettings
-from metok_vllm.media import in_force
+from metok_vllm.media import decoder, in_force
 from metok_vllm.media.connector import MetokMediaConnector
+from metok_vllm.media.decoder import decode_video
 from metok_vllm.media.in_force import LIMITS, check_video_kwargs, decode_pool, prefer_loader, set_in_force
 from metok_vllm.media.loader import MetokVideoLoader, VideoRequestError, register_loader
 from metok_vllm.media.sampling import sample_indices
@@ -90,6 +91,19 @@ def test_other_well_formed_files_are_read_as_vllms_loader_reads_them(kind: str) 
         their_frames, their_metadata = VideoBackend.load_bytes(OTHERS[kind], num_frames=num_frames)
         assert metadata | {"video_backend": "opencv"} == their_metadata
         assert np.array_equal(frames, their_frames)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("fps", [0.5, 2, 30])
+def test_qwen3s_frames_are_those_of_vllms_loader_for_it(kind: str, fps: float) -> None:
+    _, metadata = MetokVideoLoader.load_bytes(OTHERS[kind], sampling="qwen3_vl", fps=fps)
+    assert metadata | {"video_backend": "opencv"} == Qwen3VLVideoBackend.load_bytes(OTHERS[kind], fps=fps)[1]
+
+
+def test_a_file_without_a_rate_gets_qwen3s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "frame_rate", lambda stream, table: 0.0)
+    film = decode_video(clip(60), VideoSettings(sampling="qwen3_vl", fps=2))
+    assert (film.fps, len(film.indices)) == (24.0, 5)
 
 
 def test_do_sample_frames_is_set_where_all_frames_were_taken() -> None:
@@ -172,7 +186,7 @@ def test_another_loader_keeps_its_own_sampling() -> None:
 
 
 def test_an_unknown_sampling_is_refused() -> None:
-    with pytest.raises(VideoError, match=r"sampling must be one of uniform, qwen2_vl, not 'fast'\."):
+    with pytest.raises(VideoError, match=r"sampling must be one of uniform, qwen2_vl, qwen3_vl, not 'fast'\."):
         prefer_loader({"video": {"video_backend": "metok", "sampling": "fast"}})
 
 

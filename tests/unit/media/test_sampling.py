@@ -7,10 +7,19 @@ from itertools import pairwise
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from vllm.multimodal.video import Qwen2VLVideoBackend
+from vllm.multimodal.video import Qwen2VLVideoBackend, Qwen3VLVideoBackend
 from vllm.multimodal.video_decoders import VideoSourceMetadata, VideoTargetMetadata
 
-from metok_vllm.media.sampling import JUMP_GAP, QWEN_FRAMES, PacketTable, decode_runs, qwen_indices, sample_indices
+from metok_vllm.media.sampling import (
+    JUMP_GAP,
+    QWEN3_RATE,
+    QWEN_FRAMES,
+    PacketTable,
+    decode_runs,
+    qwen3_indices,
+    qwen_indices,
+    sample_indices,
+)
 
 WISHES = st.one_of(st.just(-1), st.integers(1, 600))
 RATES = st.one_of(st.just(-1.0), st.floats(0.01, 60))
@@ -63,6 +72,24 @@ def test_qwens_sampling_is_vllms(total: int, rate: float, fps: float) -> None:
     ours = qwen_indices(total, rate, -1, fps)
     assert 0 <= len(theirs) - len(ours) <= 1
     assert all(abs(a - b) <= 1 for a, b in zip(ours, theirs, strict=False))
+
+
+@given(st.integers(1, 20_000), st.floats(0.5, 120), st.floats(0.01, 60))
+def test_qwen3s_sampling_is_vllms(total: int, rate: float, fps: float) -> None:
+    source, target = VideoSourceMetadata(total, rate, total / rate), VideoTargetMetadata(-1, fps, -1)
+    assert qwen3_indices(total, rate, -1, fps) == Qwen3VLVideoBackend.compute_frames_index_to_sample(source, target)
+
+
+@given(st.integers(1, 5000), WISHES)
+def test_qwen3s_sampling_takes_a_number_of_frames_where_no_rate_is_stated(total: int, frames: int) -> None:
+    indices = qwen3_indices(total, 25, frames, -1)
+    assert len(indices) == (total if frames == -1 else min(frames, total))
+    assert (indices[0], indices[-1]) == (0, total - 1 if len(indices) > 1 else 0)
+    assert all(a < b for a, b in pairwise(indices))
+
+
+def test_a_video_of_unknown_rate_is_labelled_as_vllm_does() -> None:
+    assert Qwen3VLVideoBackend._prepare_source(VideoSourceMetadata(9, 0, 0)).original_fps == QWEN3_RATE
 
 
 @given(st.data(), tables())
