@@ -465,7 +465,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
             def replacement(item_idx: int) -> Any:
                 data: Any = out_mm_kwargs["video"][item_idx][PLAN_FIELD].data
                 plan = VideoPlan.from_tensor(data)
-                if self.stock_lays_text and not plan.pruned:
+                if self.stock_lays_text and not plan.compressed:
                     return stock.replacement(item_idx)
                 return list(stock.target) * plan.tokens
 

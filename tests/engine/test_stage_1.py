@@ -11,16 +11,18 @@ from typing import Any
 
 import pytest
 
+from metok_vllm.demo.qwen3_checkpoint import TOKEN
 from tests.support.families import check
 from tests.support.harness import Case, Engine, deep_managers, engine, observed
-from tests.support.oracle.qwen_samples import load_qwen
+from tests.support.oracle.qwen3_samples import load_qwen3
+from tests.support.oracle.qwen_samples import QwenSample, load_qwen
 from tests.support.oracle.samples import Sample, load_sample, picture, scene_video
 
 ONE = {"stages": 1}
 LONG = "Who is it that comes in last, and what do they carry, and where do they put it down when all are gone? " * 3
 
 
-KINDS = {"llava": (3, 832, 90), "qwen": (3, 832, 62), "llava-alone": (1, 512, 24), "qwen-alone": (1, 832, 30)}
+KINDS = {"llava": (3, 832, 90), "qwen": (3, 832, 62), "llava-alone": (1, 512, 24), "qwen3-alone": (1, 832, 34)}
 """The stages of the servers, their longest prompt, and blocks of all groups: too few for all requests at
 once, but for the first. A group for all tokens needs fewer.
 """
@@ -29,8 +31,13 @@ once, but for the first. A group for all tokens needs fewer.
 @pytest.fixture(scope="module", params=KINDS)
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     folder, (stages, longest, blocks) = tmp_path_factory.mktemp("model"), KINDS[request.param]
-    llava = request.param.startswith("llava")
-    sample: Sample = load_sample(folder, seed=11) if llava else load_qwen(folder, "qwen2.5-vl", seed=41)
+    sample: Sample
+    if request.param == "qwen":
+        sample = load_qwen(folder, "qwen2.5-vl", seed=41)
+    elif request.param == "qwen3-alone":
+        sample = load_qwen3(folder, "qwen3-vl", seed=3, deepstack=(1, 2, 3))
+    else:
+        sample = load_sample(folder, seed=11)
     limits = {"max_num_batched_tokens": 272, "max_model_len": longest, "num_gpu_blocks_override": blocks}
     with engine(sample, {"stages": stages}, enable_prefix_caching=True, **limits) as started:
         yield started
@@ -42,7 +49,10 @@ def alone(running: Engine) -> bool:
 
 
 def video(running: Engine, seed: int, frames: int) -> Any:
-    return scene_video(seed, frames, side=84 if running.sample.strides[0] == 2 else 28 * seed)
+    if not isinstance(running.sample, QwenSample):
+        return scene_video(seed, frames)
+    frame = TOKEN if running.sample.kind.startswith("qwen3") else 28
+    return scene_video(seed, frames, side=frame * seed)
 
 
 def test_a_mixed_batch_equals_the_oracle(running: Engine) -> None:
