@@ -18,10 +18,13 @@ from metok_vllm.contract.spans import VideoSpan, compressed_spans
 from metok_vllm.worker.report import Reports
 from metok_vllm.worker.requests import PrunedRequests, VideoTags
 from metok_vllm.worker.rotary import VideoAxes
+from metok_vllm.worker.warm_up import ModelShapes, WarmUp, warm_up
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import NewRequestData
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.worker.gpu.block_table import BlockTables
     from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
     from vllm.v1.worker.gpu.states import RequestState
 
@@ -43,6 +46,18 @@ class EncodedModelState(DefaultModelState):
         # Of what the encoder gives; behind these channels are a compressed video's tags. The extra ones are
         # the stock model's to read.
         self._encoded_width = self.inputs_embeds_size + int(model.extra_channels)  # type: ignore[arg-type]
+        self.warm_up: WarmUp | None = None
+
+    # --- start ---
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        if self.warm_up is None:  # vLLM may come twice: it measures the memory of CUDA graphs first
+            self.warm_up = warm_up(self._shapes(), self.device)
+
+    def _shapes(self) -> ModelShapes:
+        dtype: Any = self.model_config.dtype
+        return ModelShapes.of_stage_1(self.model, self.inputs_embeds_size, dtype)
 
     # --- requests ---
 

@@ -24,7 +24,7 @@ from metok_vllm.worker.encoded_state import EncodedModelState
 from metok_vllm.worker.memory import MemoryReserve
 from metok_vllm.worker.slots import DeepSlots
 from metok_vllm.worker.step import PrunedStep
-from metok_vllm.worker.warm_up import ModelShapes, WarmUp, warm_up
+from metok_vllm.worker.warm_up import ModelShapes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -63,7 +63,6 @@ class MetokModelState(EncodedModelState):
         self.deep_slots = DeepSlots(self.max_num_reqs, device)
         self._step: PrunedStep | None = None
         self._reserve = MemoryReserve(vllm_config, device)
-        self.warm_up: WarmUp | None = None
 
     # --- start ---
 
@@ -72,12 +71,14 @@ class MetokModelState(EncodedModelState):
         return super().dummy_inputs_embeds(num_tokens)
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
-        super().initialize_kv_cache(kv_cache_config, block_tables)
         self.deep_slots.bind(kv_cache_config, block_tables)
         self._reserve.release()
-        if self.warm_up is None:  # vLLM may come twice: it measures the memory of CUDA graphs first
+        if self.warm_up is None:
             say_groups(kv_cache_config)
-            self.warm_up = warm_up(ModelShapes.of(self.model), self.device)
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+
+    def _shapes(self) -> ModelShapes:
+        return ModelShapes.of(self.model)
 
     def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
         """Full graphs for decodes only: a graph of a mixed batch would

@@ -35,7 +35,7 @@ class ModelShapes:
     """What the operations see of a model on this rank."""
 
     hidden: int  # width of the hidden state
-    heads: int
+    heads: int  # 0: stage 1 runs alone, and no operation sees the attention
     kv_heads: int
     head_dim: int
     dtype: torch.dtype  # of the hidden state, the features, queries and keys
@@ -62,6 +62,11 @@ class ModelShapes:
             deep_layers=tuple(stack.attention(index) for index in deep),
         )
 
+    @classmethod
+    def of_stage_1(cls, model: Any, hidden: int, dtype: torch.dtype) -> ModelShapes:
+        """Of a `MetokModel` in a server of stage 1 alone; a rank of a pipeline may have no layers' ends."""
+        return cls(hidden, 0, 0, 0, dtype, model.pool_style, model.extra_channels)
+
 
 @dataclass(frozen=True)
 class WarmUp:
@@ -72,7 +77,7 @@ class WarmUp:
 
 
 def warm_up(shapes: ModelShapes, device: torch.device) -> WarmUp:
-    """Run every operation that stage 1 and a pruned step launch for this model, once, on `device`.
+    """Run every operation that stage 1 and, where there are any, pruned steps launch for this model, once.
 
     On a CPU with plain torch operations there is nothing to compile, and nothing runs. Allocates some hundred
     kilobytes, and gives them back.
@@ -89,11 +94,13 @@ def warm_up(shapes: ModelShapes, device: torch.device) -> WarmUp:
     start = perf_counter()
     with recorded_launches() as variants, torch.inference_mode():
         _stage_1(shapes, device)
-        _choices(shapes, device)
-        _slots(device)
+        if shapes.heads:
+            _choices(shapes, device)
+            _slots(device)
         if device.type == "cuda":
-            _attention(shapes, device)
-            _kv_writes(shapes, device)
+            if shapes.heads:
+                _attention(shapes, device)
+                _kv_writes(shapes, device)
             torch.cuda.synchronize(device)
     done = WarmUp(perf_counter() - start, frozenset(variants))
     logger.info("METok: %d kernel variants are ready, after %.1f seconds", len(done.variants), done.seconds)

@@ -60,6 +60,16 @@ def test_it_covers_every_kernel_and_says_so(device: torch.device, monkeypatch: p
     assert lines == [f"METok: {len(done.variants)} kernel variants are ready, after {done.seconds:.1f} seconds"]
 
 
+def test_stage_1_alone_compiles_what_it_runs_and_no_more(device: torch.device) -> None:
+    model = SimpleNamespace(pool_style=SMALL.style, extra_channels=SMALL.hidden)
+    alone = warm_up(ModelShapes.of_stage_1(model, SMALL.hidden, SMALL.dtype), device).variants
+    names = {key.kernel for key in alone}
+    every = warm_up(replace(SMALL, extra_channels=SMALL.hidden), device).variants
+    assert len(names) > 1
+    assert alone == {key for key in every if key.kernel in names}
+    assert not any("deep" in name or "score" in name or "select" in name for name in names)
+
+
 def test_stage_1_with_extra_channels_compiles_nothing_later(device: torch.device) -> None:
     """Similarities read part of wider rows then, and pooling reads all of them."""
     wide = replace(SMALL, extra_channels=2 * SMALL.hidden)

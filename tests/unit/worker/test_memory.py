@@ -12,7 +12,7 @@ import torch
 from metok_vllm.contract.budgets import deferral_limit
 from metok_vllm.contract.server_choices import ServerChoices, attach_choices
 from metok_vllm.contract.settings import MetokSettings
-from metok_vllm.worker import model_state
+from metok_vllm.worker import encoded_state, model_state
 from metok_vllm.worker.memory import KEYS_PER_SPLIT, MemoryReserve, PruningMemory, Widths
 from metok_vllm.worker.model_state import MetokModelState
 from tests.support.fakes import kv_cache_config
@@ -203,7 +203,7 @@ def test_the_model_state_holds_and_releases(monkeypatch: pytest.MonkeyPatch) -> 
         object.__setattr__(state, name, value)
     monkeypatch.setattr(model_state, "get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr(model_state.ModelShapes, "of", lambda model: model)
-    monkeypatch.setattr(model_state, "warm_up", lambda *_: calls.append("warm up") or "ready")
+    monkeypatch.setattr(encoded_state, "warm_up", lambda *_: calls.append("warm up") or "ready")
     said: list[str] = []
     monkeypatch.setattr(model_state.logger, "info", lambda line, *values: said.append(line % values))
     nothing: Any = None
