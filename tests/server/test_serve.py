@@ -30,6 +30,7 @@ def test_concurrent_requests_equal_the_oracle(server: Server, sample: Sample) ->
         (mp4(scene_video(2, 30)), {"decode_retention": 1}),
         (mp4(scene_video(3, 17)), {"decode_retention": 0, "events": 3}),
         (mp4(scene_video(4, 12)), "off"),
+        (mp4(scene_video(3, 17)), {"stages": 1, "events": 3}),
         (mp4(scene_video(5, 21)), "off"),
         (None, None),
         (mp4(scene_video(6, 1, 1)), None),
@@ -122,6 +123,12 @@ BAD_SETTINGS = [
     ({"token_budget": 3}, "the smallest possible is"),
     ({"prune_layers": [1, 2, 3]}, "'prune_layers' belongs to the server"),
     ({"aligner": "dual-tower"}, "no dual tower"),
+    ({"stages": 2}, "'stages' got 2"),
+    (
+        {"stages": 1, "keep_ratio": 0.5},
+        "with stages 1 nothing is pruned inside the model, so 'keep_ratio' has no effect",
+    ),
+    ({"stages": 1, "report": True}, "with stages 1 there is none: leave out report"),
     ("on", 'must be "off" or an object'),
     (7, 'must be "off" or an object'),
     ([], 'must be "off" or an object'),
@@ -143,6 +150,7 @@ def test_other_impossible_requests_get_one_sentence(server: Server) -> None:
     with pytest.raises(openai.BadRequestError, match="prompt_logprobs do not exist"):
         ask(server, video, extra={"prompt_logprobs": 1})
     assert ask(server, video, "off", extra={"prompt_logprobs": 1}).prompt_logprobs
+    assert ask(server, video, {"stages": 1}, extra={"prompt_logprobs": 1}).prompt_logprobs
     with pytest.raises(openai.BadRequestError):
         ask(server, b"not a video at all")
     with pytest.raises(openai.BadRequestError):
