@@ -1,5 +1,6 @@
 """A family whose frames are labelled by text inside the video, and whose tower has extra channels: the engine
-against the oracle. No real family needs both yet, so the family is made up (`support/labelled/`).
+against the oracle. The family is made up (`support/labelled/`): it has separators too, and frames without
+text, which Qwen3-VL (`test_qwen3.py`) has not.
 """
 
 from __future__ import annotations
