@@ -16,7 +16,6 @@ import pytest
 
 from tests.support.oracle import OracleResult, OracleSettings, assert_same
 from tests.support.oracle import run as run_oracle
-from tests.support.oracle.originals import load_original
 from tests.support.oracle.qwen3_samples import load_qwen3
 from tests.support.oracle.qwen_samples import load_qwen
 from tests.support.oracle.samples import QUESTION, Sample, load_sample, scene_video
@@ -49,7 +48,6 @@ if __name__ == "__main__":
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "llava-onevision-hf": {"decode_retention": 0.5, "quota": "video", "frame_smoothing": 0.5, "final_keep": 0.3},
-    "longva": {"decode_retention": 0.5},
     "qwen2.5-vl, tower by data": {"decode_retention": 0.5},
     "llava-onevision-hf, pipeline": {"stages": 1},
     "qwen3-vl-moe": {"decode_retention": 0.5, "prune_layers": [3, 5, 7]},
@@ -61,9 +59,7 @@ def _load(family: str, folder: Path) -> Sample:
         return load_sample(folder, seed=19)
     if family.startswith("qwen2.5-vl"):
         return load_qwen(folder, "qwen2.5-vl", seed=21)
-    if family == "qwen3-vl-moe":
-        return load_qwen3(folder, family, seed=22, deepstack=(1, 2, 3))
-    return load_original(folder, "longva", seed=20)
+    return load_qwen3(folder, "qwen3-vl-moe", seed=22, deepstack=(1, 2, 3))
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
