@@ -26,7 +26,7 @@ from pydantic import (
 from metok_vllm.compression.ratios import to_micro
 
 SERVER_ONLY = (
-    *("prune_layers", "aligner_model", "max_deferred_bytes", "status_shows_questions", "chat_template"),
+    *("profile", "prune_layers", "aligner_model", "max_deferred_bytes", "status_shows_questions", "chat_template"),
     *("videos_at_once", "videos_waiting", "video_memory_mib"),
 )
 """Keys that no request can change: they shape what is allocated at start, what all requests share,
@@ -53,6 +53,12 @@ class MetokSettings(BaseModel):
     preset: Literal["paper", "balanced"] = Field(
         default="paper",
         description='`balanced` is `decode_retention` 1 and `quota` "video": for open answers of many words.',
+    )
+    profile: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="File of settings that `metok calibrate` found for this model; single keys beside it override its "
+        "own. Not set: `metok_profile.json` in the model's folder, if there is one; `none` ignores that. See "
+        "[calibration](calibration.md).",
     )
     events: Annotated[StrictInt, Field(ge=1, le=1024)] = Field(
         default=5, description="Events that a video is cut into."

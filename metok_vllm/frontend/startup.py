@@ -17,12 +17,14 @@ from metok_vllm.compression.selection import PruneLayers
 from metok_vllm.contract.attention_backends import refused_backend
 from metok_vllm.contract.budgets import step_tokens
 from metok_vllm.contract.kv_layout import chosen_layers
+from metok_vllm.contract.profile import told
 from metok_vllm.contract.server_choices import ServerChoices, attach_choices
 from metok_vllm.contract.settings import parse_settings
 from metok_vllm.frontend.aligner_choice import resolve_aligner
 from metok_vllm.frontend.checkpoint_format import complete_config
 from metok_vllm.frontend.command_line import was_asked
 from metok_vllm.frontend.model_files import check_front_end
+from metok_vllm.frontend.profile_choice import choose_profile, merged, warn_uncalibrated
 from metok_vllm.log import metok_logger
 from metok_vllm.media.in_force import set_in_force
 from metok_vllm.models.registry import SUPPORTED, family_of
@@ -91,6 +93,19 @@ def _configure(vllm_config: VllmConfig) -> None:
         choices.aligner,
         f" ({choices.tower})" if choices.tower else "",
     )
+    _tell_of_profile(model_config, choices)
+
+
+def _tell_of_profile(model_config: ModelConfig, choices: ServerChoices) -> None:
+    """Which profile rules and how well it agreed; or that nobody has looked where this model reads."""
+    if choices.profile is not None:
+        logger.info("METok: %s", told(choices.profile))
+    elif choices.settings.prune_layers is None:
+        family = family_of(model_config.architectures)
+        text = model_config.hf_text_config
+        warn_uncalibrated(
+            model_config.model, (family.stock,) if family else (), text.num_hidden_layers, text.hidden_size
+        )
 
 
 def choose_kv_cache_layout(cache_config: CacheConfig) -> None:
@@ -113,9 +128,12 @@ def choose(vllm_config: VllmConfig) -> ServerChoices:
     """
     model_config = vllm_config.model_config
     additional = vllm_config.additional_config
-    settings = parse_settings(
-        _with_strides(model_config, additional.get("metok") if isinstance(additional, dict) else None)
-    )
+    stated = additional.get("metok") if isinstance(additional, dict) else None
+    chosen = None
+    if isinstance(stated, Mapping | None):
+        chosen = choose_profile(stated or {}, model_config.model, model_config.revision)
+        stated = stated if chosen is None else merged(stated or {}, chosen)
+    settings = parse_settings(_with_strides(model_config, stated))
     try:
         layers = chosen_layers(model_config.hf_text_config.num_hidden_layers, settings.prune_layers)
     except ValueError as error:
@@ -123,7 +141,15 @@ def choose(vllm_config: VllmConfig) -> ServerChoices:
     _refuse_layers(model_config, layers)
     aligner, tower = resolve_aligner(model_config.model, settings.aligner, settings.aligner_model)
     scheduler = vllm_config.scheduler_config
-    return ServerChoices(settings, layers, aligner, tower, step_tokens(scheduler), scheduler.encoder_cache_size)
+    return ServerChoices(
+        settings,
+        layers,
+        aligner,
+        tower,
+        step_tokens(scheduler),
+        scheduler.encoder_cache_size,
+        None if chosen is None else chosen.summary(),
+    )
 
 
 def _with_strides(model_config: ModelConfig, stated: object) -> object:
