@@ -51,6 +51,7 @@ class Bench:
     stock_tokens: list[int] = field(default_factory=list)
     frames: float = 0.0  # of a video, mean of the held-out questions
     facts: Facts | None = None
+    seen: dict[Setting, Seen] = field(default_factory=dict)  # of the presets, on the search's questions
 
     @property
     def known(self) -> Facts:
@@ -64,8 +65,8 @@ class Bench:
         if held:
             variants += [
                 Variant(name="again", of=held),
-                Variant(name="paper", metok={"preset": "paper"}, of=held),
-                Variant(name="balanced", metok={"preset": "balanced"}, of=held),
+                Variant(name="paper", metok={"preset": "paper"}),
+                Variant(name="balanced", metok={"preset": "balanced"}),
             ]
         return self._job([*search, *held_out], SERVER, variants)
 
@@ -93,11 +94,19 @@ class Bench:
         self.text_tokens = [one.text for one in of_held]
         self.stock_tokens = [one.stock for one in of_held]
         self.frames = statistics.fmean(one.frames for one in of_held)
-        layers = chosen_layers(self.known.layers, None)
-        paper = Setting(layers, self.known.strides)
+        paper, balanced = self.presets()
         rows = [Row("METok off, asked again", self._off(_only(result.told["again"], held), self.stock_tokens))]
-        rows += [Row(name, self._pruned(paper, _only(result.told[name], held))) for name in ("paper", "balanced")]
+        for name, setting in (("paper", paper), ("balanced", balanced)):
+            rows.append(Row(name, self._pruned(setting, _only(result.told[name], held))))
+            self.seen[setting] = self._pruned(setting, _only(result.told[name], kept))
         return rows
+
+    def presets(self) -> tuple[Setting, Setting]:
+        """`paper` and `balanced`, with the paper's layers scaled to this model."""
+        layers = chosen_layers(self.known.layers, None)
+        stated = {"key_events": 3, "keep_ratio": 0.76}
+        paper = Setting(layers, self.known.strides, quota="event", decode_retention=0.0, **stated)
+        return paper, Setting(layers, self.known.strides, **stated)
 
     def evaluate(self, settings: Sequence[Setting]) -> list[Seen]:
         """The search's questions under settings of one choice of layers."""
@@ -146,6 +155,7 @@ class Bench:
         layers = self.known.layers
         return Seen(
             kl=tuple(one.kl for one in told),
+            harm=tuple(one.harm for one in told),
             agrees=tuple(one.agrees for one in told),
             tokens=statistics.fmean(tokens(setting, one, layers) for one in counts),
             kv=statistics.fmean(kv_tokens(setting, one, layers) for one in counts),
@@ -159,6 +169,7 @@ class Bench:
         stock = [self._dense(text, now) for text, now in zip(self.text_tokens, self.stock_tokens, strict=True)]
         return Seen(
             kl=tuple(one.kl for one in told),
+            harm=tuple(one.harm for one in told),
             agrees=tuple(one.agrees for one in told),
             tokens=statistics.fmean(visual),
             kv=statistics.fmean(visual),

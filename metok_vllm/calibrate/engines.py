@@ -17,11 +17,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from metok_vllm.calibrate import worker
 from metok_vllm.calibrate.errors import CalibrateError
 from metok_vllm.calibrate.jobs import Job, Result
 from metok_vllm.demo.server import log_tail, why_it_died
 
-WORKER = "metok_vllm.calibrate.worker"
 POLL = 0.3  # seconds
 GRACE = 10.0  # seconds that a process has for ending by itself
 
@@ -69,7 +69,7 @@ class Engines:
         progress.write_text("0")
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", WORKER, str(stated), str(file), str(progress)],
+                [sys.executable, "-m", worker.__name__, str(stated), str(file), str(progress)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-FORMAT = 1
+FORMAT = 2
 """Of these files: what an earlier one says is not read."""
 
 
@@ -91,7 +91,7 @@ class Told(_Plain):
 
     index: int  # among the job's questions
     kl: float
-    mean_kl: float
+    harm: float
     agrees: bool
     prompt_tokens: int
     counts: Counts | None = None  # None where METok is off

@@ -14,7 +14,7 @@ NEAR_TIE = 0.1
 """Nats. Where the stock model's own two best tokens are nearer than this, either is as good an answer."""
 
 KL_LIMIT = 0.2
-"""Nats. A sample whose worst token is farther than this from the stock model's is not left as it was."""
+"""Nats. An answer that is farther than this from the stock model's is not left as it was."""
 
 NEEDS_VIDEO = 0.1
 """Nats. A question whose answer changes by less than this without the video does not need it."""
@@ -52,26 +52,35 @@ def is_near_tie(stock: Mapping[int, float]) -> bool:
 
 @dataclass(frozen=True)
 class Sample:
-    """One question under one variant."""
+    """One question under one variant. Distances are means over the answer's tokens."""
 
-    kl: float  # nats, of the worst token of the answer
-    mean_kl: float  # nats, mean of the answer's tokens
+    kl: float  # nats
+    harm: float  # nats, of the tokens that the variant is less sure of than the stock model, the others as 0
     agrees: bool  # whether every token is the one that the variant would have said, near-ties aside
 
 
 def sample(
-    steps: Sequence[Mapping[int, float]], variant: Sequence[Mapping[int, float]], ranks: Sequence[int]
+    tokens: Sequence[int],
+    steps: Sequence[Mapping[int, float]],
+    variant: Sequence[Mapping[int, float]],
+    ranks: Sequence[int],
 ) -> Sample:
     """Compare one answer.
 
+    Where the stock model wavers, a variant may be surer of the very same token. That is a distance, which the
+    probe of the horizon counts, but nothing that an answer suffers from.
+
     Args:
-        steps: the stock model's distribution at each token of its answer.
+        tokens: the stock model's answer.
+        steps: its distribution at each of them.
         variant: the variant's at the same tokens.
         ranks: the place of the stock model's token among the variant's; 1 is the first.
     """
     each = [divergence(ours, theirs) for ours, theirs in zip(steps, variant, strict=True)]
+    lost = [theirs[token] < ours[token] for token, ours, theirs in zip(tokens, steps, variant, strict=True)]
+    harm = math.fsum(distance for distance, is_lost in zip(each, lost, strict=True) if is_lost)
     agrees = all(rank == 1 or is_near_tie(ours) for rank, ours in zip(ranks, steps, strict=True))
-    return Sample(max(each), math.fsum(each) / len(each), agrees)
+    return Sample(math.fsum(each) / len(each), harm / len(each), agrees)
 
 
 def interval(agreeing: int, count: int) -> tuple[float, float]:

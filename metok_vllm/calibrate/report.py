@@ -28,7 +28,7 @@ def rows_table(rows: Sequence[Row], title: str) -> Table:
     """One line a way to answer."""
     table = Table(title=title)
     table.add_column("", overflow="fold")
-    for name in ("tokens", "KV", "FLOPs", "agree", "95 %", "worst KL"):
+    for name in ("tokens", "KV", "FLOPs", "agree", "95 %", "harm"):
         table.add_column(name, justify="right")
     for row in rows:
         seen = row.seen

@@ -31,7 +31,7 @@ SPARE = 1.5
 CANDIDATES = 3
 """Settings that are checked on the held-out questions, the cheapest first, until one passes."""
 
-BEFORE_THE_SEARCH = 2  # requests a question: the stock answer, and without the video
+BEFORE_THE_SEARCH = 4  # requests a question: the stock answer, without the video, and two presets
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ def run_calibrate(options: Options, console: Console | None = None) -> int:
         tried = Search(bench.evaluate, options.target, most=options.most_forwards - BEFORE_THE_SEARCH)
         horizon = _horizon(session, tried)
         session.stage("Searching")
+        tried.seen.update(bench.seen)
         tried.least_last = horizon.chosen
         search(tried, horizon.chosen, bench.known.layers, bench.known.first_layer, bench.known.strides)
         session.stage("Checking")
@@ -178,12 +179,12 @@ def _horizon(session: _Session, tried: Search) -> Horizon:
     session.stage("Horizon")
     facts = session.bench.known
 
-    def worst(layer: int) -> float:
+    def look(layer: int) -> Seen:
         setting = unseen_from(layer, facts.strides[0])
         tried.try_all([setting])
-        return tried.seen[setting].worst
+        return tried.seen[setting]
 
-    return find_horizon(worst, facts.layers, facts.first_layer, len(session.bench.search))
+    return find_horizon(look, facts.layers, facts.first_layer, len(session.bench.search), tried.target)
 
 
 def _check(session: _Session, tried: Search, target: float) -> tuple[Setting, Seen]:

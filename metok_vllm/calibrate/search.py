@@ -30,7 +30,8 @@ CLOSE = 1.05
 class Seen:
     """What a setting did to the questions."""
 
-    kl: tuple[float, ...]  # of each question, its worst token's
+    kl: tuple[float, ...]  # of each question (`Sample.kl`)
+    harm: tuple[float, ...]  # the same (`Sample.harm`)
     agrees: tuple[bool, ...]
     tokens: float  # visual, mean of layers and questions
     kv: float  # visual tokens with KV while decoding, the same mean
@@ -39,7 +40,8 @@ class Seen:
 
     @property
     def worst(self) -> float:
-        return max(self.kl, default=0.0)
+        """The largest harm of an answer."""
+        return max(self.harm, default=0.0)
 
     @property
     def agreement(self) -> float:
@@ -68,21 +70,23 @@ class Horizon:
         return self.layer < self.layers
 
 
-def find_horizon(worst: Callable[[int], float], layers: int, first: int, questions: int) -> Horizon:
-    """Bisect for the smallest layer at which the largest KL is within `KL_LIMIT`.
+def find_horizon(look: Callable[[int], Seen], layers: int, first: int, questions: int, target: float) -> Horizon:
+    """Bisect for the smallest layer at which every KL is within `KL_LIMIT`, and the answers agree.
 
     Args:
-        worst: the largest KL of a question with nothing visual from a layer on.
+        look: what the questions say with nothing visual from a layer on.
         layers: of the model. Nothing visual behind the last layer is the stock model itself.
         first: the smallest that L1 may be.
         questions: how many there are.
+        target: share of the answers that must agree.
     """
     found = Horizon(layers)
     bad, good = min(first + 1, layers - 1), layers  # L3 is at least L1 + 2
     while good - bad > 1:
         middle = (bad + good) // 2
-        found.curve[middle] = worst(middle)
-        if found.curve[middle] <= KL_LIMIT:
+        seen = look(middle)
+        found.curve[middle] = max(seen.kl)
+        if found.curve[middle] <= KL_LIMIT and seen.agreement >= target:
             good = middle
         else:
             bad = middle
@@ -191,7 +195,7 @@ def _cuts(run: Search, base: Setting, first: int, last: int) -> tuple[Setting, d
             tried += [cut_at(one, layer, here[0]) for one in scorings]
         run.try_all(tried)
         if scorings:
-            scoring = min(scorings, key=lambda one: _mean_kl(run, cut_at(one, layer, here[0])))
+            scoring = min(scorings, key=lambda one: _mean_harm(run, cut_at(one, layer, here[0])))
         for share in here:
             passes = run.good(cut_at(scoring, layer, share)) or run.good(cut_at(base, layer, share))
             for other in SHARES:
@@ -205,9 +209,9 @@ def _cuts(run: Search, base: Setting, first: int, last: int) -> tuple[Setting, d
 _KEPT_BACK = 7  # forwards for pairs of cuts and for KV
 
 
-def _mean_kl(run: Search, setting: Setting) -> float:
+def _mean_harm(run: Search, setting: Setting) -> float:
     seen = run.seen.get(setting)
-    return statistics.fmean(seen.kl) if seen is not None else float("inf")
+    return statistics.fmean(seen.harm) if seen is not None else float("inf")
 
 
 def _pairs(run: Search, base: Setting, scoring: Setting, earliest: dict[float, int], strides: Strides) -> None:
@@ -216,13 +220,17 @@ def _pairs(run: Search, base: Setting, scoring: Setting, earliest: dict[float, i
     for ratio, share, left in ((0.5, 0.5, 0.25), (0.35, 0.25, 0.12)):
         if share not in earliest:
             continue
-        first = earliest[share]
-        second = max(first + 1, earliest.get(left, last - 1))
+        first = earliest[share] + 1  # a single cut's share is reached at the second of its two layers
+        second = max(first + 1, earliest.get(left, last - 2) + 1)
+        if second >= last:
+            continue
         pair = replace(scoring, layers=(first, second, last), keep_ratio=ratio)
         milder = replace(pair, keep_ratio=round((1 + ratio) / 2, 3))
         coarser = [with_strides(pair, (strides[1],) * 3)] if base.strides[0] != strides[1] else []
+        if pair.events > 1:
+            coarser.append(replace(pair, key_events=3))
         room = max(0, run.most - run.spent - 4)
-        run.try_all([pair, milder, *coarser][: min(3, room)])
+        run.try_all([pair, milder, *coarser][: min(4, room)])
 
 
 def _less_kv(run: Search, layers: int) -> None:

@@ -56,7 +56,7 @@ class Setting:
 def unseen_from(layer: int, finest: int) -> Setting:
     """No visual token from `layer` on, and all of them before it, as many as the stock model has."""
     layers = (layer - 2, layer - 1, layer)
-    return Setting(layers, (finest, finest, finest), events=1, key_events=1, quota="event")
+    return Setting(layers, (finest, finest, finest), events=1, key_events=1)
 
 
 def with_strides(setting: Setting, strides: Strides) -> Setting:

@@ -124,12 +124,12 @@ class _Session:
                 said = output.outputs[0]
                 if list(said.token_ids) != answer.tokens:
                     raise RuntimeError("the engine did not follow the answer that it was told")
-                seen = sample(answer.steps, *_read(said.logprobs))
+                seen = sample(answer.tokens, answer.steps, *_read(said.logprobs))
                 found.append(
                     Told(
                         index=index,
                         kl=seen.kl,
-                        mean_kl=seen.mean_kl,
+                        harm=seen.harm,
                         agrees=seen.agrees,
                         prompt_tokens=len(output.prompt_token_ids),
                         counts=self._counts(output.request_id) if isinstance(variant.metok, dict) else None,

@@ -54,12 +54,6 @@ class MetokSettings(BaseModel):
         default="paper",
         description='`balanced` is `decode_retention` 1 and `quota` "video": for open answers of many words.',
     )
-    profile: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None,
-        description="File of settings that `metok calibrate` found for this model; single keys beside it override its "
-        "own. Not set: `metok_profile.json` in the model's folder, if there is one; `none` ignores that. See "
-        "[calibration](calibration.md).",
-    )
     events: Annotated[StrictInt, Field(ge=1, le=1024)] = Field(
         default=5, description="Events that a video is cut into."
     )
@@ -114,6 +108,12 @@ class MetokSettings(BaseModel):
     aligner: Aligner = Field(default="auto", description="What tells how well a frame fits the question, see below.")
     aligner_model: str | None = Field(
         default=None, description="Name or path of a SigLIP or CLIP checkpoint for the aligner `dual-tower`."
+    )
+    profile: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="File of settings that `metok calibrate` found for this model; single keys beside it override its "
+        "own. Not set: `metok_profile.json` in the model's folder, if there is one; `none` ignores that. See "
+        "[calibration](calibration.md).",
     )
     max_deferred_bytes: Annotated[StrictInt, Field(ge=0)] | None = Field(
         default=None,

@@ -109,7 +109,7 @@ def test_the_status(client: TestClient) -> None:
     status = answer.json()
     assert status["server"] | {"settings": None, "version": None} == {
         "models": ["<b>tiny</b>"], "architecture": "METokModel", "layers": 28, "pruned_before_layers": [3, 10, 19],
-        "settings": None, "version": None,
+        "settings": None, "version": None, "profile": None,
     }  # fmt: skip
     assert status["server"]["settings"]["events"] == 7
     assert status["requests"] == [
