@@ -39,11 +39,14 @@ def run(job: Job, told: Callable[[int], None]) -> Result:
     began = time.monotonic()
     register()
     llm = vllm.LLM(job.model, **{**_ENGINE, **job.engine}, **metok_vllm.enable(**job.server))
-    session = _Session(llm, job, told)
-    asked = session.with_answers()
-    found = {variant.name: session.force(asked, variant) for variant in job.variants}
-    stock = [one.stock for one in asked if one.stock is not None]
-    return Result(facts=_facts(llm), stock=stock, told=found, seconds=time.monotonic() - began)
+    try:
+        session = _Session(llm, job, told)
+        asked = session.with_answers()
+        found = {variant.name: session.force(asked, variant) for variant in job.variants}
+        stock = [one.stock for one in asked if one.stock is not None]
+        return Result(facts=_facts(llm), stock=stock, told=found, seconds=time.monotonic() - began)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
 
 
 _ENGINE: dict[str, Any] = {
