@@ -22,6 +22,9 @@ MOST_FORWARDS = 30
 SHARES = (0.5, 0.25, 0.12)
 """Of the visual tokens, what a cut leaves."""
 
+CLEARLY = 0.8
+"""A scoring must do so much less harm than the default to be taken."""
+
 CLOSE = 1.05
 """Settings that take at most this many times the fewest tokens are as cheap, and KV decides."""
 
@@ -195,15 +198,24 @@ def _cuts(run: Search, base: Setting, first: int, last: int) -> tuple[Setting, d
             tried += [cut_at(one, layer, here[0]) for one in scorings]
         run.try_all(tried)
         if scorings:
-            scoring = min(scorings, key=lambda one: _mean_harm(run, cut_at(one, layer, here[0])))
+            scoring = _best_scoring(run, scorings, layer, here[0])
         for share in here:
-            passes = run.good(cut_at(scoring, layer, share)) or run.good(cut_at(base, layer, share))
+            cut = cut_at(scoring, layer, share)
+            if cut not in run.seen:  # tried in the first engine under another scoring alone: not known yet
+                continue
             for other in SHARES:
-                if passes and other >= share:
+                if run.good(cut) and other >= share:
                     good[other] = min(good[other], layer)
-                if not passes and other <= share:
+                if not run.good(cut) and other <= share:
                     bad[other] = min(max(bad[other], layer), good[other] - 1)
     return scoring, {share: layer for share, layer in good.items() if layer < last - 1}
+
+
+def _best_scoring(run: Search, scorings: Sequence[Setting], layer: int, share: float) -> Setting:
+    """The one that does least harm; the first, which is the default, unless another does clearly less."""
+    harm = {one: _mean_harm(run, cut_at(one, layer, share)) for one in scorings}
+    best = min(scorings, key=lambda one: harm[one])
+    return best if harm[best] < CLEARLY * harm[scorings[0]] else scorings[0]
 
 
 _KEPT_BACK = 7  # forwards for pairs of cuts and for KV

@@ -172,6 +172,7 @@ def test_a_model_that_needs_smoothing_gets_it_and_one_that_is_hurt_does_not() ->
     best = needs.ranked()[0]
     assert best.keep_ratio < 1
     assert best.frame_smoothing > 0
+    assert best.layers[0] <= 9, "what scores best is used for the later cuts too"
     hurt, _ = calibrated(MadeUp(30, 24, {0.5: 8, 0.25: 12, 0.12: 16}, hurt_by_smoothing=True))
     best = hurt.ranked()[0]
     assert best.keep_ratio < 1
@@ -182,6 +183,7 @@ def test_two_cuts_save_more_than_one_where_the_model_allows_it() -> None:
     run, _ = calibrated(MadeUp(30, 24, {0.5: 3, 0.25: 14, 0.12: 22}))
     best = run.ranked()[0]
     assert best.layers[0] < 10 < best.layers[1]
+    assert (best.keep_ratio, best.frame_smoothing, best.score_rows) == (0.5, 0, "text"), "no scoring was clearly better"
 
 
 def test_retention_goes_where_answers_do_not_need_it() -> None:
