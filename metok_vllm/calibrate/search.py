@@ -246,15 +246,14 @@ def _pairs(run: Search, base: Setting, scoring: Setting, earliest: dict[float, i
 
 
 def _less_kv(run: Search, layers: int) -> None:
-    """Of what passes best: less KV while decoding; and a layout near it whose blocks come out even."""
-    order = run.ranked()
-    if not order:
-        return
-    best = order[0]
-    run.try_all([replace(best, decode_retention=0.0), replace(best, decode_retention=0.25)])
-    even = even_layout(best.layers, layers)
+    """Of the best three less KV while decoding; of the best, a layout near it whose blocks come out even."""
+    order = run.ranked()[:3]
+    for chosen in dict.fromkeys(one.layers for one in order):
+        here = [one for one in order if one.layers == chosen]
+        run.try_all([replace(one, decode_retention=share) for one in here for share in (0.0, 0.25)])
+    even = even_layout(order[0].layers, layers) if order else None
     if even is not None:
-        near = replace(best, layers=even)
+        near = replace(order[0], layers=even)
         run.try_all([near, replace(near, decode_retention=0.0)])
 
 
