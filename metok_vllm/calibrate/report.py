@@ -51,6 +51,7 @@ def draw(path: Path, horizon: Horizon, tried: Mapping[Setting, Seen], rows: Sequ
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     points = sorted(horizon.curve.items())
@@ -58,6 +59,7 @@ def draw(path: Path, horizon: Horizon, tried: Mapping[Setting, Seen], rows: Sequ
     left.axhline(KL_LIMIT, color="#888", linestyle="--", linewidth=1)
     left.annotate(f"limit {KL_LIMIT:g}", (points[0][0] if points else 0, KL_LIMIT), va="bottom", color="#555")
     left.set(xlabel="layer k", ylabel="largest KL of a question, nats", title="Nothing visual from layer k on")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.plot(
         [seen.tokens for seen in tried.values()],
         [100 * seen.agreement for seen in tried.values()],

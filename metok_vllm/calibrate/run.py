@@ -238,7 +238,7 @@ def _profile(session: _Session, options: Options, setting: Setting, found: Seen,
     folder = Path(options.model)
     return Profile(
         format=1,
-        model=folder.resolve().name if folder.is_dir() else options.model,
+        model=folder.name if folder.is_absolute() else options.model,  # where it lies is nobody's business
         mark=ModelMark.model_validate_json(bench.model.mark),
         settings=setting.profile(),
         vllm=bench.known.vllm,

@@ -48,10 +48,10 @@ def choose_profile(stated: Mapping[str, Any], model: str, revision: str | None) 
     if named == IGNORED:
         return None
     if named is None:
-        folder = Path(model)
-        if not folder.is_dir():  # a name on the hub: its snapshot
-            folder = model_folder(model, revision)
-        path = folder / NAME
+        try:
+            path = model_folder(model, revision) / NAME
+        except ValueError:  # a name whose config vLLM has from elsewhere (--hf-config-path)
+            return None
         if not path.exists():
             return None
     elif isinstance(named, str):

@@ -16,6 +16,7 @@ from metok_vllm.calibrate.search import (
     MOST_FORWARDS,
     Search,
     Seen,
+    cut_at,
     even_layout,
     find_horizon,
     search,
@@ -184,6 +185,10 @@ def test_two_cuts_save_more_than_one_where_the_model_allows_it() -> None:
     best = run.ranked()[0]
     assert best.layers[0] < 10 < best.layers[1]
     assert (best.keep_ratio, best.frame_smoothing, best.score_rows) == (0.5, 0, "text"), "no scoring was clearly better"
+    for share, layer in ((0.5, best.layers[0]), (0.25, best.layers[1])):
+        assert run.good(cut_at(replace(best, decode_retention=1.0), layer - 1, share)), (
+            "what is left there is what a single cut left there"
+        )
 
 
 def test_retention_goes_where_answers_do_not_need_it() -> None:

@@ -162,6 +162,14 @@ def test_a_hub_names_profile_lies_in_its_snapshot(model: Path, monkeypatch: pyte
     assert chosen.path == model / NAME
 
 
+def test_a_name_without_a_config_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(name: str, revision: str | None) -> Path:
+        raise ValueError("there is no config.json")
+
+    monkeypatch.setattr(profile_choice, "model_folder", nothing)
+    assert choose_profile({}, "some/model", None) is None
+
+
 def test_without_the_weights_the_config_alone_is_compared_and_it_is_said(
     model: Path, tmp_path: Path, said: Any
 ) -> None:
