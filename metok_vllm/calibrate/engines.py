@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from metok_vllm.calibrate import worker
 from metok_vllm.calibrate.errors import CalibrateError
 from metok_vllm.calibrate.jobs import Job, Result
-from metok_vllm.demo.server import log_tail, why_it_died
+from metok_vllm.demo.server import log_tail, signals_as_interrupt, why_it_died
 
 POLL = 0.3  # seconds
 GRACE = 10.0  # seconds that a process has for ending by itself
@@ -51,7 +51,8 @@ class Engines:
             self._told(job.requests)
             return result
         self.started += 1
-        self._start(job, file)
+        with signals_as_interrupt():
+            self._start(job, file)
         result = _read(file)
         if result is None:
             raise CalibrateError(f"The engine left no result (log: {self._log(file)}).")

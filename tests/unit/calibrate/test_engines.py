@@ -120,14 +120,15 @@ def test_a_worker_that_leaves_nothing_is_an_error(tmp_path: Path, run_by: Callab
         Engines(tmp_path, lambda done: None).run(a_job())
 
 
-def test_an_interrupt_ends_the_worker(tmp_path: Path, run_by: Callable[..., None]) -> None:
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_ends_the_worker(tmp_path: Path, run_by: Callable[..., None], by: signal.Signals) -> None:
     pid_file = tmp_path / "pid"
     run_by(f"import os, time; Path({str(pid_file)!r}).write_text(str(os.getpid())); time.sleep(60)")
 
     def interrupt() -> None:
         while not pid_file.exists() or not pid_file.read_text():
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), by)
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
