@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from metok_vllm.calibrate.engines import Engines
-from metok_vllm.calibrate.jobs import Asked, Counts, Facts, Job, Result, Told, Variant
+from metok_vllm.calibrate.jobs import Asked, Counts, Facts, Job, Told, Variant
 from metok_vllm.calibrate.measure import NEEDS_VIDEO
 from metok_vllm.calibrate.search import Seen
 from metok_vllm.calibrate.settings import Setting, kv_tokens, tokens
@@ -104,9 +104,8 @@ class Bench:
     def presets(self) -> tuple[Setting, Setting]:
         """`paper` and `balanced`, with the paper's layers scaled to this model."""
         layers = chosen_layers(self.known.layers, None)
-        stated = {"key_events": 3, "keep_ratio": 0.76}
-        paper = Setting(layers, self.known.strides, quota="event", decode_retention=0.0, **stated)
-        return paper, Setting(layers, self.known.strides, **stated)
+        balanced = Setting(layers, self.known.strides, key_events=3, keep_ratio=0.76)
+        return replace(balanced, quota="event", decode_retention=0.0), balanced
 
     def evaluate(self, settings: Sequence[Setting]) -> list[Seen]:
         """The search's questions under settings of one choice of layers."""
@@ -198,6 +197,3 @@ def stage1_alone(result: Facts) -> Setting:
     """Stage 1 with every event a key event, and nothing pruned in the model."""
     n = result.layers
     return Setting((n - 2, n - 1, n), result.strides)
-
-
-__all__ = ["Bench", "Model", "Result", "Row", "stage1_alone"]

@@ -17,10 +17,10 @@ from metok_vllm.calibrate.settings import Setting
 def curve_table(horizon: Horizon) -> Table:
     """The probe's points."""
     table = Table(title=f"Nothing visual from layer k on, of {horizon.layers}")
-    for name in ("k", "largest KL", ""):
-        table.add_column(name, justify="right" if name else "left")
-    for layer, worst in sorted(horizon.curve.items()):
-        table.add_row(str(layer), f"{worst:.3f}", "all answers as they were" if worst <= KL_LIMIT else "")
+    for name in ("k", "largest KL", "agree"):
+        table.add_column(name, justify="right")
+    for layer, seen in sorted(horizon.curve.items()):
+        table.add_row(str(layer), f"{max(seen.kl):.3f}", f"{100 * seen.agreement:.1f} %")
     return table
 
 
@@ -55,7 +55,7 @@ def draw(path: Path, horizon: Horizon, tried: Mapping[Setting, Seen], rows: Sequ
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     points = sorted(horizon.curve.items())
-    left.semilogy([layer for layer, _ in points], [max(kl, 1e-5) for _, kl in points], "o-", color="#1f5fa8")
+    left.semilogy([layer for layer, _ in points], [max(*s.kl, 1e-5) for _, s in points], "o-", color="#1f5fa8")
     left.axhline(KL_LIMIT, color="#888", linestyle="--", linewidth=1)
     left.annotate(f"limit {KL_LIMIT:g}", (points[0][0] if points else 0, KL_LIMIT), va="bottom", color="#555")
     left.set(xlabel="layer k", ylabel="largest KL of a question, nats", title="Nothing visual from layer k on")

@@ -64,7 +64,7 @@ class Horizon:
     """The layer from which on no visual token is needed."""
 
     layers: int  # of the model
-    curve: dict[int, float] = field(default_factory=dict)  # largest KL with nothing visual from the layer on
+    curve: dict[int, Seen] = field(default_factory=dict)  # with nothing visual from the layer on
     layer: int = 0  # the smallest at which every question is all right; `layers`: there is none
     chosen: int = 0  # L3: one later where there are few questions
 
@@ -88,8 +88,8 @@ def find_horizon(look: Callable[[int], Seen], layers: int, first: int, questions
     while good - bad > 1:
         middle = (bad + good) // 2
         seen = look(middle)
-        found.curve[middle] = max(seen.kl)
-        if found.curve[middle] <= KL_LIMIT and seen.agreement >= target:
+        found.curve[middle] = seen
+        if max(seen.kl) <= KL_LIMIT and seen.agreement >= target:
             good = middle
         else:
             bad = middle

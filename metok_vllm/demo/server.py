@@ -167,7 +167,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def signals_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, so that it stops its server. Main thread only."""
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that it ends its server. Main thread only."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
