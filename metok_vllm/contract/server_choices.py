@@ -25,6 +25,7 @@ class ServerChoices:
     tower: str | None  # name or path of the dual tower that is loaded
     step_tokens: int  # longest prompt that one step always takes, see `budgets.step_tokens`
     encoder_tokens: int  # longest item that the encoder cache takes, unless the profiled ones are longer
+    profile: dict[str, Any] | None = None  # what is shown of the profile that rules: `contract/profile.py`
 
 
 def attach_choices(hf_config: Any, choices: ServerChoices) -> None:

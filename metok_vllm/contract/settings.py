@@ -26,7 +26,7 @@ from pydantic import (
 from metok_vllm.compression.ratios import to_micro
 
 SERVER_ONLY = (
-    *("prune_layers", "aligner_model", "max_deferred_bytes", "status_shows_questions", "chat_template"),
+    *("profile", "prune_layers", "aligner_model", "max_deferred_bytes", "status_shows_questions", "chat_template"),
     *("videos_at_once", "videos_waiting", "video_memory_mib"),
 )
 """Keys that no request can change: they shape what is allocated at start, what all requests share,
@@ -35,7 +35,7 @@ or what the operator's status page shows.
 
 OF_THE_LATER_STAGES = (
     *("prune_layers", "keep_ratio", "decode_retention", "quota", "score_rows", "frame_smoothing", "final_keep"),
-    *("preset", "max_deferred_bytes"),
+    *("preset", "profile", "max_deferred_bytes"),
 )
 """Keys that say nothing of stage 1: with `stages` 1 nobody may state them."""
 
@@ -120,6 +120,12 @@ class MetokSettings(BaseModel):
     aligner: Aligner = Field(default="auto", description="What tells how well a frame fits the question, see below.")
     aligner_model: str | None = Field(
         default=None, description="Name or path of a SigLIP or CLIP checkpoint for the aligner `dual-tower`."
+    )
+    profile: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="File of settings that `metok calibrate` found for this model; single keys beside it override its "
+        "own. Not set: `metok_profile.json` in the model's folder, if there is one; `none` ignores that. See "
+        "[calibration](calibration.md).",
     )
     max_deferred_bytes: Annotated[StrictInt, Field(ge=0)] | None = Field(
         default=None,

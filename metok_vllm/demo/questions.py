@@ -41,17 +41,26 @@ def load_questions(path: Path, video: Path | None) -> tuple[Path, list[DemoQuest
     Raises:
         DemoError: the file cannot be read, a line is not what it must be, or none is about the video.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise DemoError(f"Cannot read the questions {path}: {reason}.") from None
-    rows = [_row(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    rows = _rows(path)
     name = video.name if video else rows[0].video if rows else ""
     chosen = [row for row in rows if Path(row.video).name == Path(name).name]
     if not chosen:
         raise DemoError(f"The file {path} holds no question" + (f" about {name}." if name else "."))
     return video or path.parent / name, [DemoQuestion(row.prompt or row.question, row.answer) for row in chosen]
+
+
+def load_lines(path: Path) -> list[tuple[str, str]]:
+    """Every line's video, as it stands there, and what is asked about it. Raises as `load_questions`."""
+    return [(row.video, row.prompt or row.question) for row in _rows(path)]
+
+
+def _rows(path: Path) -> list[_Row]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise DemoError(f"Cannot read the questions {path}: {reason}.") from None
+    return [_row(path, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _row(path: Path, number: int, line: str) -> _Row:

@@ -91,7 +91,7 @@ def running_server(
     Raises:
         DemoError: it died or was not healthy in time; the error's details are the end of the log.
     """
-    with log.open("wb") as output, _signals_as_interrupt():
+    with log.open("wb") as output, signals_as_interrupt():
         # A session of its own: Ctrl-C reaches this process alone, which then stops the server in order.
         process = subprocess.Popen(
             list(command),
@@ -166,8 +166,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def _signals_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the demo as Ctrl-C does, so that it stops its server. Main thread only."""
+def signals_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that it ends its server. Main thread only."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt

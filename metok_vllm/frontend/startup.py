@@ -17,12 +17,14 @@ from metok_vllm.compression.selection import PruneLayers
 from metok_vllm.contract.attention_backends import refused_backend
 from metok_vllm.contract.budgets import step_tokens
 from metok_vllm.contract.kv_layout import chosen_layers
+from metok_vllm.contract.profile import told
 from metok_vllm.contract.server_choices import ServerChoices, attach_choices
 from metok_vllm.contract.settings import MetokSettings, parse_settings
 from metok_vllm.frontend.aligner_choice import resolve_aligner
 from metok_vllm.frontend.checkpoint_format import complete_config
 from metok_vllm.frontend.command_line import was_asked
 from metok_vllm.frontend.model_files import check_front_end
+from metok_vllm.frontend.profile_choice import ChosenProfile, choose_profile, merged, warn_uncalibrated
 from metok_vllm.log import metok_logger
 from metok_vllm.media.in_force import set_in_force
 from metok_vllm.models.registry import SUPPORTED, family_of
@@ -70,9 +72,9 @@ def _one_sentence() -> Iterator[None]:
 
 
 def _configure(vllm_config: VllmConfig) -> None:
-    settings = server_settings(vllm_config)
+    settings, profile = server_settings(vllm_config)
     refuse_unsupported(vllm_config, settings.stages)
-    choices = choose(vllm_config, settings)
+    choices = choose(vllm_config, settings, profile)
     model_config = vllm_config.model_config
     attach_choices(model_config.hf_config, choices)
     family = family_of(model_config.architectures)
@@ -96,6 +98,19 @@ def _configure(vllm_config: VllmConfig) -> None:
         choices.aligner,
         tower,
     )
+    _tell_of_profile(model_config, choices)
+
+
+def _tell_of_profile(model_config: ModelConfig, choices: ServerChoices) -> None:
+    """Which profile rules and how well it agreed; or that nobody has looked where this model reads."""
+    if choices.profile is not None:
+        logger.info("METok: %s", told(choices.profile))
+    elif choices.settings.prune_layers is None:
+        family = family_of(model_config.architectures)
+        text = model_config.hf_text_config
+        warn_uncalibrated(
+            model_config.model, (family.stock,) if family else (), text.num_hidden_layers, text.hidden_size
+        )
 
 
 def choose_kv_cache_layout(cache_config: CacheConfig) -> None:
@@ -110,18 +125,24 @@ def choose_kv_cache_layout(cache_config: CacheConfig) -> None:
         cache_config.kv_cache_layout = layout
 
 
-def server_settings(vllm_config: VllmConfig) -> MetokSettings:
-    """What the user states, the family's own strides where that says nothing of them.
+def server_settings(vllm_config: VllmConfig) -> tuple[MetokSettings, ChosenProfile | None]:
+    """What the user states, over the model's profile and the family's own strides; and that profile.
+
+    A profile says how much may be pruned, so a server of stage 1 alone looks for none.
 
     Raises:
-        ValueError: a setting is wrong, in one sentence.
+        ValueError: a setting is wrong, or the profile is of no use, in one sentence.
     """
-    additional = vllm_config.additional_config
+    model_config, additional = vllm_config.model_config, vllm_config.additional_config
     stated = additional.get("metok") if isinstance(additional, dict) else None
-    return parse_settings(_with_strides(vllm_config.model_config, stated))
+    profile = None
+    if isinstance(stated, Mapping | None) and (stated or {}).get("stages", 3) == 3:
+        profile = choose_profile(stated or {}, model_config.model, model_config.revision)
+        stated = stated if profile is None else merged(stated or {}, profile)
+    return parse_settings(_with_strides(model_config, stated)), profile
 
 
-def choose(vllm_config: VllmConfig, settings: MetokSettings) -> ServerChoices:
+def choose(vllm_config: VllmConfig, settings: MetokSettings, profile: ChosenProfile | None) -> ServerChoices:
     """What the user's settings come to for this model and this server.
 
     Raises:
@@ -137,7 +158,15 @@ def choose(vllm_config: VllmConfig, settings: MetokSettings) -> ServerChoices:
         _refuse_layers(model_config, layers)
     aligner, tower = resolve_aligner(model_config.model, settings.aligner, settings.aligner_model)
     scheduler = vllm_config.scheduler_config
-    return ServerChoices(settings, layers, aligner, tower, step_tokens(scheduler), scheduler.encoder_cache_size)
+    return ServerChoices(
+        settings,
+        layers,
+        aligner,
+        tower,
+        step_tokens(scheduler),
+        scheduler.encoder_cache_size,
+        None if profile is None else profile.summary(),
+    )
 
 
 def _with_strides(model_config: ModelConfig, stated: object) -> object:

@@ -15,11 +15,13 @@ import re
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
+from pathlib import PurePath
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
+from metok_vllm.contract.profile import told
 from metok_vllm.contract.refusals import FRONT_END
 from metok_vllm.contract.server_choices import server_choices
 from metok_vllm.serve.figures import Latest
@@ -92,7 +94,14 @@ def _server(state: Any) -> dict[str, Any]:
         "layers": model_config.hf_text_config.num_hidden_layers,
         "pruned_before_layers": list(choices.prune_layers or ()),
         "settings": choices.settings.model_dump(mode="json"),
+        "profile": None if choices.profile is None else _profile(choices.profile),
     }
+
+
+def _profile(summary: dict[str, Any]) -> dict[str, Any]:
+    """With the file's name alone: where it lies is the operator's business."""
+    named = {**summary, "path": PurePath(summary["path"]).name}
+    return {**named, "told": told(named)}
 
 
 def _with_question(request: dict[str, Any], state: Any) -> dict[str, Any]:

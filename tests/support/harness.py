@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import metok_vllm
+from metok_vllm.contract.profile import read_profile
 from metok_vllm.scheduler.kv_manager import DeepKVManager
 from tests.support.oracle import Labels, OracleResult, OracleSettings
 from tests.support.oracle import run as run_oracle
@@ -218,8 +220,10 @@ def engine(sample: Sample, server: dict[str, Any] | None = None, **llm_kwargs: A
         **llm_kwargs,
     }
     llm = LLM(str(sample.path), **options)
-    of_the_engine = ("aligner_model", "max_deferred_bytes", "preset", "status_shows_questions")
+    of_the_engine = ("aligner_model", "max_deferred_bytes", "preset", "profile", "status_shows_questions")
     oracle_keys = {k: v for k, v in server.items() if k not in of_the_engine}
+    if "profile" in server:
+        oracle_keys = read_profile(Path(server["profile"])).settings | oracle_keys
     if server.get("preset") == "balanced":
         oracle_keys = {"decode_retention": 1.0, "quota": "video"} | oracle_keys
     oracle_keys.setdefault("strides", sample.strides)

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, KERNELS = ROOT / "metok_vllm", ROOT / "kernels" / "metok_kernels"
-TOP = ("plugin", "cli", "demo", "__init__")
+TOP = ("plugin", "cli", "demo", "calibrate", "__init__")
 
 LAYERS = (
     ("log",),

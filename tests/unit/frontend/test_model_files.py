@@ -112,7 +112,8 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def metok_warnings(said: list[str]) -> list[str]:
-    return [text for text in said if text.startswith("METok")]
+    """But for the one that every model gets that nobody has calibrated."""
+    return [text for text in said if text.startswith("METok") and "not calibrated" not in text]
 
 
 @pytest.mark.parametrize("content", [None, b"always the same", b"{{ raise_exception('no') }}"])

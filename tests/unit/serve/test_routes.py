@@ -31,6 +31,7 @@ from metok_vllm.serve.routes import MetokRoutes, path_of
 from metok_vllm.worker.counters import PruningCounters
 from metok_vllm.worker.timing import PartTimes
 from tests.support.choices import attach_settings
+from tests.support.profiles import a_profile
 
 RECENT = [{"request_id": "b", "time": 2.0, "videos": [], "question_ids": [3, 4]}, {"request_id": "a", "time": 1.0}]
 
@@ -103,13 +104,24 @@ def test_a_scrape_asks_the_engines_first(app: FastAPI, client: TestClient) -> No
     assert len(app.state.engine_client.engine_core.asked) == 2, "a young answer is not asked for again"
 
 
+def test_the_status_says_which_profile_rules_and_not_where_it_lies(app: FastAPI, client: TestClient) -> None:
+    summary = a_profile().summary("/home/somebody/found.json", ("events",))
+    app.state.vllm_config.model_config.hf_config.metok_server["profile"] = summary
+    shown = client.get("/v1/metok/status").json()["server"]["profile"]
+    assert shown["told"].startswith("profile found.json: 96.9 % of the answers to 32 unseen questions agreed")
+    assert shown["agreement"] == pytest.approx(31 / 32)
+    assert shown["overridden"] == ["events"]
+    assert "somebody" not in str(shown)
+    assert "server.profile.told" in client.get("/metok").text
+
+
 def test_the_status(client: TestClient) -> None:
     answer = client.get("/v1/metok/status")
     assert answer.headers["cache-control"] == "no-store"
     status = answer.json()
     assert status["server"] | {"settings": None, "version": None} == {
         "models": ["<b>tiny</b>"], "architecture": "METokModel", "layers": 28, "pruned_before_layers": [3, 10, 19],
-        "settings": None, "version": None,
+        "settings": None, "version": None, "profile": None,
     }  # fmt: skip
     assert status["server"]["settings"]["events"] == 7
     assert status["requests"] == [

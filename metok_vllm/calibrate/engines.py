@@ -1,0 +1,129 @@
+"""Runs jobs, each in a process of its own, one at a time; what was done before is read again.
+
+A GPU's memory is free only when the process that took it has ended. A finished job's result stays in the work
+folder under a name made of all that it depends on, so an interrupted calibration goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from metok_vllm.calibrate import worker
+from metok_vllm.calibrate.errors import CalibrateError
+from metok_vllm.calibrate.jobs import Job, Result
+from metok_vllm.demo.server import log_tail, signals_as_interrupt, why_it_died
+
+POLL = 0.3  # seconds
+GRACE = 10.0  # seconds that a process has for ending by itself
+
+
+class Engines:
+    """The work folder and the engines that fill it."""
+
+    def __init__(self, folder: Path, told: Callable[[int], None]) -> None:
+        """`told` hears of every request done, by how many there are more."""
+        self.folder, self._told = folder, told
+        self.started = self.read_again = 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CalibrateError(f"Cannot write {folder}: {error.strerror or error}.") from None
+
+    def run(self, job: Job) -> Result:
+        """A job's result, from the folder where it is there.
+
+        Raises:
+            CalibrateError: the engine did not start, or ended.
+        """
+        file = self.folder / f"{job.name()}.result.json"
+        result = _read(file)
+        if result is not None:
+            self.read_again += 1
+            self._told(job.requests)
+            return result
+        self.started += 1
+        with signals_as_interrupt():
+            self._start(job, file)
+        result = _read(file)
+        if result is None:
+            raise CalibrateError(f"The engine left no result (log: {self._log(file)}).")
+        return result
+
+    def _log(self, file: Path) -> Path:
+        return file.with_name(file.name.replace(".result.json", ".log"))
+
+    def _start(self, job: Job, file: Path) -> None:
+        stated, progress = (
+            file.with_name(file.name.replace(".result.json", end)) for end in (".job.json", ".progress")
+        )
+        log = self._log(file)
+        stated.write_text(job.model_dump_json())
+        progress.write_text("0")
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", worker.__name__, str(stated), str(file), str(progress)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment(),
+                start_new_session=True,  # Ctrl-C reaches this process alone, which then ends that one
+            )
+        done = 0
+        try:
+            while process.poll() is None:
+                time.sleep(POLL)
+                done = self._tell(progress, done)
+        finally:
+            _end(process)
+            progress.unlink(missing_ok=True)
+        if process.returncode:
+            why = why_it_died(log) or f"it ended with status {process.returncode}"
+            raise CalibrateError(f"The engine failed: {why.rstrip('.')} (log: {log}).", details=log_tail(log))
+        self._told(job.requests - done)
+
+    def _tell(self, progress: Path, before: int) -> int:
+        text = progress.read_text()
+        now = int(text) if text.isdigit() else before
+        self._told(max(0, now - before))
+        return max(now, before)
+
+
+def environment() -> dict[str, str]:
+    """This process's, and what a machine without a GPU needs."""
+    import torch
+
+    stated = dict(os.environ)
+    stated.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if not torch.cuda.is_available():
+        stated.setdefault("TRITON_INTERPRET", "1")
+        stated.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+    return stated
+
+
+def _read(file: Path) -> Result | None:
+    try:
+        return Result.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError:  # of another version, or not whole: it is made again
+        return None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the process and whatever it started."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,74 @@
+"""`metok calibrate` and `metok probe`: what they say to a user's mistake, without a trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metok_vllm.calibrate import run
+from metok_vllm.cli import main
+from metok_vllm.demo.model_choice import TRAINED
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    (line,) = err.strip().splitlines()
+    return line.removeprefix("metok: error: ")
+
+
+@pytest.mark.parametrize("command", ["calibrate", "probe"])
+def test_without_videos_it_refuses(capsys: pytest.CaptureFixture[str], command: str, tmp_path: Path) -> None:
+    said = refused(capsys, command, str(TRAINED), "--out", str(tmp_path / "p.json"))
+    assert said == "Name the videos to measure on: --videos FOLDER, or --questions FILE that names some."
+
+
+def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert refused(capsys, "probe", str(tmp_path), "--videos", str(tmp_path)).startswith(
+        f"METok cannot tell which model is in {tmp_path}: "
+    )
+
+
+def test_a_place_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    said = refused(capsys, "calibrate", str(TRAINED), "--videos", str(tmp_path), "--out", str(tmp_path))
+    assert said == f"Cannot write {tmp_path}: it is a folder."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--target", "1.5"], "must be above 0 and at most 1, not '1.5'"),
+        (["--target", "all"], "must be above 0 and at most 1, not 'all'"),
+        (["--samples", "0"], "must be a whole number from 1, not '0'"),
+        (["--engine-option", "[1]"], "must be a JSON object, not '[1]'"),
+        (["--engine-option", "{"], "must be a JSON object, not '{'"),
+    ],
+)
+def test_wrong_options(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["calibrate", "m", *arguments])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_engine_options_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(run, "run_calibrate", lambda options: seen.append(options) or 0)
+    flags = ["--tensor-parallel-size", "2", "--dtype", "half", "--max-model-len", "99", "--num-frames", "8"]
+    assert main(["calibrate", "m", *flags, "--engine-option", '{"dtype": "float32", "seed": 1}']) == 0
+    assert seen[0].engine == {
+        "tensor_parallel_size": 2, "dtype": "float32", "max_model_len": 99, "seed": 1,
+        "media_io_kwargs": {"video": {"num_frames": 8}},
+    }  # fmt: skip
+
+
+def test_an_interrupt_ends_without_a_trace(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(options: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run_probe", interrupted)
+    assert main(["probe", "m"]) == 130
+    assert capsys.readouterr().err == "metok: interrupted; the same command goes on where it was.\n"

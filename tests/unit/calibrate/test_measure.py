@@ -1,0 +1,82 @@
+"""The distance between two models along one answer: what it must be where the truth is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metok_vllm.calibrate.measure import NEAR_TIE, divergence, interval, is_near_tie, sample
+
+
+def logs(*probabilities: float) -> dict[int, float]:
+    return {token: math.log(p) for token, p in enumerate(probabilities)}
+
+
+def exact(p: list[float], q: list[float]) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+distributions = st.lists(st.floats(0.01, 1), min_size=6, max_size=6).map(lambda v: [x / sum(v) for x in v])
+
+
+@given(distributions, distributions)
+def test_with_all_tokens_it_is_the_divergence(p: list[float], q: list[float]) -> None:
+    assert divergence(logs(*p), logs(*q)) == pytest.approx(exact(p, q), abs=1e-5)
+
+
+@given(distributions, distributions, st.integers(1, 5))
+def test_a_bucket_only_lowers_it(p: list[float], q: list[float], known: int) -> None:
+    merged = divergence(logs(*p[:known]), logs(*q))
+    assert -1e-9 <= merged <= exact(p, q) + 1e-6
+    rest_p, rest_q = sum(p[known:]), sum(q[known:])
+    assert merged == pytest.approx(exact([*p[:known], rest_p], [*q[:known], rest_q]), abs=1e-5)
+
+
+@given(distributions)
+def test_the_same_is_no_distance(p: list[float]) -> None:
+    assert divergence(logs(*p[:4]), logs(*p)) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_token_that_the_variant_thinks_impossible_is_far_and_finite() -> None:
+    far = divergence({0: math.log(0.9), 1: math.log(0.1)}, {0: -math.inf, 1: 0.0})
+    assert 20 < far < 100
+
+
+def test_a_token_that_only_the_variant_wants_counts_through_the_bucket() -> None:
+    assert divergence({0: math.log(0.999)}, {0: math.log(0.01)}) > 3
+
+
+def test_an_answer_is_as_far_as_its_tokens_are_on_the_mean() -> None:
+    steps = [logs(0.9, 0.1), logs(0.9, 0.1)]
+    seen = sample([0, 0], steps, [logs(0.9, 0.1), logs(0.1, 0.9)], [1, 2])
+    assert seen.kl == seen.harm == pytest.approx(exact([0.9, 0.1], [0.1, 0.9]) / 2)
+    assert not seen.agrees
+
+
+def test_who_is_surer_of_the_same_token_does_no_harm() -> None:
+    surer = sample([0], [logs(0.6, 0.4)], [logs(0.99, 0.01)], [1])
+    assert surer.kl > 1
+    assert surer.harm == 0
+    unsure = sample([0], [logs(0.99, 0.01)], [logs(0.6, 0.4)], [1])
+    assert unsure.harm == unsure.kl > 0.2
+
+
+def test_every_token_must_agree_but_for_near_ties() -> None:
+    sure, torn = logs(0.9, 0.1), logs(0.51, 0.49)
+    assert is_near_tie(torn)
+    assert not is_near_tie(sure)
+    assert not is_near_tie({0: 0.0})
+    assert not is_near_tie({0: -0.5, 1: -0.5 - 1.01 * NEAR_TIE})
+    assert sample([0, 0], [sure, torn], [sure, torn], [1, 2]).agrees
+    assert not sample([0, 0], [sure, torn], [sure, torn], [2, 1]).agrees
+
+
+@pytest.mark.parametrize(
+    ("agreeing", "count", "low", "high"),
+    [(32, 32, 0.893, 1.0), (0, 32, 0.0, 0.107), (30, 32, 0.799, 0.983), (0, 0, 0.0, 1.0)],
+)
+def test_the_interval_is_wilsons(agreeing: int, count: int, low: float, high: float) -> None:
+    assert interval(agreeing, count) == pytest.approx((low, high), abs=1e-3)
