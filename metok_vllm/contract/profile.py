@@ -51,7 +51,7 @@ class Measured(BaseModel):
     questions: Annotated[int, Field(ge=1)]
     agreement: Share  # of the answers, those that are the model's own without METok, near-ties aside
     interval: tuple[Share, Share]  # 95 %
-    largest_kl: Annotated[float, Field(ge=0)]  # nats, of the worst token of any answer
+    largest_harm: Annotated[float, Field(ge=0)]  # nats, of the answer that suffers most (docs/calibration.md)
     tokens: Annotated[float, Field(ge=0)]  # visual, mean of the layers and the questions
     tokens_stock: Annotated[float, Field(ge=0)]
     kv: Annotated[float, Field(ge=0)]  # bytes of the prompt's KV, text included, as a share of stock's
