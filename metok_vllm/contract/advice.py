@@ -51,9 +51,11 @@ def fewer_frames() -> str:
     return "send a video of fewer frames"
 
 
-def switch_off(otherwise: str) -> str:
-    """How a client gets what stock vLLM would do; `otherwise` where it cannot."""
-    return 'send the request with mm_processor_kwargs={"metok": "off"}' if requests_state_kwargs() else otherwise
+def compress_alone(otherwise: str) -> str:
+    """How a client has a video compressed and not pruned; `otherwise` where it cannot."""
+    if requests_state_kwargs():
+        return 'send the request with mm_processor_kwargs={"metok": {"stages": 1}}'
+    return otherwise
 
 
 def with_report() -> str:

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter
 
-from metok_vllm.contract.advice import switch_off
+from metok_vllm.contract.advice import compress_alone
 from metok_vllm.contract.request_ids import printable
 
 Reason = Literal[
@@ -44,7 +44,7 @@ FRONT_END = CollectorRegistry()
 
 def no_prompt_logprobs() -> str:
     """The sentence for a request that asks for them of a pruned prompt."""
-    instead = switch_off(otherwise="leave them out")
+    instead = compress_alone(otherwise="leave them out")
     return (
         "prompt_logprobs do not exist for a prompt whose video is pruned, since its tokens do not reach the last "
         f"layer; {instead}."

@@ -35,7 +35,7 @@ or what the operator's status page shows.
 
 OF_THE_LATER_STAGES = (
     *("prune_layers", "keep_ratio", "decode_retention", "quota", "score_rows", "frame_smoothing", "final_keep"),
-    *("preset", "profile", "max_deferred_bytes"),
+    *("preset", "profile", "max_deferred_bytes", "status_shows_questions"),
 )
 """Keys that say nothing of stage 1: with `stages` 1 nobody may state them."""
 
@@ -77,8 +77,8 @@ class MetokSettings(BaseModel):
     stages: Literal[1, 3] = Field(
         default=3,
         description="1: events, tiers and pooling alone. Fewer tokens enter the language model; inside it all is stock's, "
-        "and prefix caching works for videos. A server of `stages` 1 also takes pipeline parallelism, and no request "
-        "can ask it for 3.",
+        "and prefix caching works for videos. A server of `stages` 1 also takes pipeline parallelism "
+        "(Qwen's models do not), and no request can ask it for 3.",
     )
     prune_layers: tuple[StrictInt, StrictInt, StrictInt] | Literal["cheap"] | None = Field(
         default=None,
@@ -149,6 +149,11 @@ class MetokSettings(BaseModel):
         description="MiB that one API server process has for decoded frames and for decoders at work. Videos wait for "
         "it; one that could never fit is refused. Each decoder has 192 MiB more to open its file.",
     )
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _is_a_whole_number(cls, stages: object) -> object:
+        return stages if type(stages) is int else repr(stages)  # True and 1.0 equal 1, and are no stages
 
     @model_validator(mode="before")
     @classmethod
@@ -254,15 +259,18 @@ def parse_settings(value: object, where: str = "additional_config") -> MetokSett
         value = {}
     if not isinstance(value, Mapping):
         raise ValueError(f"METok ({where}): the settings must be an object of keys and values, not {value!r}.")
-    _refuse_later_stages(value, value.get("stages", 3), where)
+    _refuse_later_stages(value, value.get("stages", 3), where, OR_ALL_STAGES)
     try:
         return MetokSettings.model_validate(dict(value))
     except ValidationError as error:
         raise ValueError(explain(error, where)) from None
 
 
-def _refuse_later_stages(stated: Mapping[str, object], stages: object, where: str) -> None:
-    """Refuse keys without effect.
+OR_ALL_STAGES = ", or let stages be 3"
+
+
+def _refuse_later_stages(stated: Mapping[str, object], stages: object, where: str, or_else: str) -> None:
+    """Refuse keys without effect; `or_else`: what else would help.
 
     Raises:
         ValueError: one sentence.
@@ -270,7 +278,7 @@ def _refuse_later_stages(stated: Mapping[str, object], stages: object, where: st
     if stages == 1 and (idle := [key for key in OF_THE_LATER_STAGES if key in stated]):
         raise ValueError(
             f"METok ({where}): with stages 1 nothing is pruned inside the model, so '{idle[0]}' has no effect: leave it "
-            "out, or let stages be 3."
+            f"out{or_else}."
         )
 
 
@@ -297,9 +305,10 @@ def resolve_request(server: MetokSettings, value: object) -> RequestSettings | N
     for key in SERVER_ONLY:
         if key in value:
             raise ValueError(f"METok ({where}): '{key}' belongs to the server; set it with --additional-config.")
-    if server.stages == 1 and value.get("stages", 1) != 1:
+    if server.stages == 1 and value.get("stages") == 3:
         raise ValueError(f"METok ({where}): this server was started with stages 1, so no request can have the others.")
-    _refuse_later_stages(value, value.get("stages", server.stages), where)
+    or_else = "" if server.stages == 1 else OR_ALL_STAGES
+    _refuse_later_stages(value, value.get("stages", server.stages), where, or_else)
     base = server.model_dump()
     if "preset" in value:  # stated by the request, it decides what a preset is about
         base = {key: stated for key, stated in base.items() if key not in BALANCED}

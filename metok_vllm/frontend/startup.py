@@ -250,6 +250,7 @@ def _refuse_model(model_config: ModelConfig) -> None:
 
 
 def _refuse_stages_of_layers(vllm_config: VllmConfig) -> None:
+    _refuse_split_positions(vllm_config)
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ValueError(
             "METok does not support pipeline parallelism with all its stages: use --tensor-parallel-size instead of "

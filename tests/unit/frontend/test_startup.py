@@ -265,7 +265,8 @@ def test_what_a_server_of_stage_1_takes(make_config: Make, what: str) -> None:
     assert "METok" not in said
 
 
-def test_a_pipeline_and_rotary_positions_of_three_axes(make_config: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stages", [1, 3])
+def test_a_pipeline_and_rotary_positions_of_three_axes(make_config: Make, tmp_path: Path, stages: int) -> None:
     from metok_vllm.demo.qwen_checkpoint import build_qwen_checkpoint
 
     sentence = refusal(
@@ -273,7 +274,7 @@ def test_a_pipeline_and_rotary_positions_of_three_axes(make_config: Make, tmp_pa
         model=str(build_qwen_checkpoint(tmp_path, "qwen2.5-vl")),
         hf_overrides={"architectures": ["METokQwen2_5_VLForConditionalGeneration"]},
         pipeline_parallel_size=2,
-        additional_config={"metok": {"stages": 1}},
+        additional_config={"metok": {"stages": stages}},
     )
     assert sentence == (
         "METok does not support pipeline parallelism for a model with rotary positions of three axes: use "
