@@ -68,7 +68,6 @@ def test_a_mixed_batch_equals_the_oracle(running: Engine) -> None:
         Case((video(running, 4, 10),), images=(picture(3, 90, 60),), metok=ONE),
         Case((video(running, 4, 16),), metok={**ONE, "query": "Who plays the drums?"}),
     ]
-    asked = [replace(case, max_tokens=12) for case in asked]
     preempted: set[str] = set()
 
     def watch(seen: Engine) -> None:
