@@ -26,7 +26,18 @@ from training.make_set import write_set
 
 FRAMES = 24
 ENGINE = {"block_size": 32}
-FLAGS = ("--dtype", "float32", "--max-model-len", "2048", "--num-frames", str(FRAMES), "--samples", "3")
+FLAGS = (
+    "--dtype",
+    "float32",
+    "--max-model-len",
+    "2048",
+    "--num-frames",
+    str(FRAMES),
+    "--samples",
+    "3",
+    "--answer-tokens",
+    "8",
+)
 
 
 @pytest.fixture(scope="module")

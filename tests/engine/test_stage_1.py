@@ -22,10 +22,8 @@ ONE = {"stages": 1}
 LONG = "Who is it that comes in last, and what do they carry, and where do they put it down when all are gone? " * 3
 
 
-KINDS = {"llava": (3, 832, 90), "qwen": (3, 832, 62), "llava-alone": (1, 512, 24), "qwen3-alone": (1, 832, 34)}
-"""The stages of the servers, their longest prompt, and blocks of all groups: too few for all requests at
-once, but for the first. A group for all tokens needs fewer.
-"""
+KINDS = {"qwen": (3, 832, 62), "llava-alone": (1, 512, 24), "qwen3-alone": (1, 832, 34)}
+"""The stages of the servers, their longest prompt, and blocks of all groups: too few for all requests."""
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -75,8 +73,7 @@ def test_a_mixed_batch_equals_the_oracle(running: Engine) -> None:
 
     answers = running.run(asked, watch)
     check(running, asked, answers)
-    pool = running.scheduler.kv_cache_manager.block_pool.num_gpu_blocks
-    assert preempted or pool == KINDS["llava"][2], "nobody was preempted"
+    assert preempted, "nobody was preempted"
 
 
 def test_nothing_is_pruned(running: Engine) -> None:

@@ -47,10 +47,15 @@ if __name__ == "__main__":
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "llava-onevision-hf": {"decode_retention": 0.5, "quota": "video", "frame_smoothing": 0.5, "final_keep": 0.3},
     "qwen2.5-vl, tower by data": {"decode_retention": 0.5},
     "llava-onevision-hf, pipeline": {"stages": 1},
-    "qwen3-vl-moe": {"decode_retention": 0.5, "prune_layers": [3, 5, 7]},
+    "qwen3-vl-moe": {
+        "decode_retention": 0.5,
+        "quota": "video",
+        "frame_smoothing": 0.5,
+        "final_keep": 0.3,
+        "prune_layers": [3, 5, 7],
+    },
 }
 
 

@@ -125,14 +125,20 @@ def test_an_interrupt_ends_the_worker(tmp_path: Path, run_by: Callable[..., None
     pid_file = tmp_path / "pid"
     run_by(f"import os, time; Path({str(pid_file)!r}).write_text(str(os.getpid())); time.sleep(60)")
 
+    # A shell starts what it puts in the background with this one ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def interrupt() -> None:
         while not pid_file.exists() or not pid_file.read_text():
             time.sleep(0.05)
         os.kill(os.getpid(), by)
 
     threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        Engines(tmp_path, lambda done: None).run(a_job())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Engines(tmp_path, lambda done: None).run(a_job())
+    finally:
+        signal.signal(signal.SIGINT, before)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)
     run_by()
