@@ -24,15 +24,17 @@ def enable(**settings: Any) -> dict[str, Any]:
         chosen when its config is read, and an unsupported model is refused there.
 
     Raises:
-        ValueError: an unknown setting, an impossible value, or a list of plugins (``VLLM_PLUGINS``) without
-            METok, in one sentence.
+        ValueError: an unknown setting, an impossible value, one that only a server can have, or a list of
+            plugins (``VLLM_PLUGINS``) without METok, in one sentence.
     """
     from metok_vllm.contract.settings import parse_settings
+    from metok_vllm.frontend.shadow import refuse_shadow
     from metok_vllm.models.registry import FORMAT, select_architecture
 
     if "metok" not in os.environ.get("VLLM_PLUGINS", "metok").split(","):  # as vLLM reads it (vllm/envs.py)
         raise ValueError("METok is not among the plugins that vLLM may load: add metok to VLLM_PLUGINS, or unset it.")
     parse_settings(settings, "enable")
+    refuse_shadow({"metok": settings})
     return {
         "config_format": FORMAT,
         "tokenizer_mode": FORMAT,

@@ -1,53 +1,17 @@
-"""How far a variant's distribution is from the stock model's, along the stock model's own answer.
-
-The answer is teacher-forced: the variant is told the stock model's tokens one by one and says what it would
-have thought of each. So one changed word does not make all words behind it incomparable.
-"""
+"""How far a variant is from the stock model, along the stock model's own answer (`contract/forced.py`)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-NEAR_TIE = 0.1
-"""Nats. Where the stock model's own two best tokens are nearer than this, either is as good an answer."""
-
-KL_LIMIT = 0.2
-"""Nats. An answer that is farther than this from the stock model's is not left as it was."""
+from metok_vllm.contract.forced import Step, divergence, is_near_tie
 
 NEEDS_VIDEO = 0.1
 """Nats. A question whose answer changes by less than this without the video does not need it."""
 
 Z = 1.959964  # of the 95 % interval
-
-
-def divergence(stock: Mapping[int, float], variant: Mapping[int, float]) -> float:
-    """KL(stock || variant) of one token, over the tokens that both state and one bucket for all others.
-
-    Merging tokens into a bucket can only lower it, so this never exceeds the true divergence.
-
-    Args:
-        stock: log-probability by token id, the most probable ones.
-        variant: the same of the variant; may state others too.
-    """
-    shared = [token for token in stock if token in variant]
-    total = sum(math.exp(stock[t]) * (stock[t] - max(variant[t], _LEAST)) for t in shared)
-    rest_stock = max(0.0, 1.0 - math.fsum(math.exp(stock[t]) for t in shared))
-    rest_variant = max(0.0, 1.0 - math.fsum(math.exp(variant[t]) for t in shared))
-    if rest_stock > _ROUNDING:
-        total += rest_stock * (math.log(rest_stock) - math.log(max(rest_variant, math.exp(_LEAST))))
-    return max(0.0, total)
-
-
-_LEAST = -50.0  # a log-probability of -inf counts as this
-_ROUNDING = 1e-6  # what float32 log-probabilities do not add up to
-
-
-def is_near_tie(stock: Mapping[int, float]) -> bool:
-    """Whether the stock model itself wavers between its two best tokens."""
-    best = sorted(stock.values(), reverse=True)[:2]
-    return len(best) == 2 and best[0] - best[1] < NEAR_TIE
 
 
 @dataclass(frozen=True)
@@ -61,8 +25,8 @@ class Sample:
 
 def sample(
     tokens: Sequence[int],
-    steps: Sequence[Mapping[int, float]],
-    variant: Sequence[Mapping[int, float]],
+    steps: Sequence[Step],
+    variant: Sequence[Step],
     ranks: Sequence[int],
 ) -> Sample:
     """Compare one answer.

@@ -9,9 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from metok_vllm.calibrate.bench import Row
-from metok_vllm.calibrate.measure import KL_LIMIT, interval
+from metok_vllm.calibrate.measure import interval
 from metok_vllm.calibrate.search import Horizon, Seen
 from metok_vllm.calibrate.settings import Setting
+from metok_vllm.contract.forced import KL_LIMIT
 
 
 def curve_table(horizon: Horizon) -> Table:

@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from metok_vllm.calibrate.measure import KL_LIMIT
 from metok_vllm.calibrate.settings import Setting, Strides, with_strides
+from metok_vllm.contract.forced import KL_LIMIT
 from metok_vllm.contract.kv_layout import divides_evenly
 
 FEW = 32

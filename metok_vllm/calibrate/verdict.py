@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from metok_vllm.calibrate.measure import KL_LIMIT, interval
+from metok_vllm.calibrate.measure import interval
 from metok_vllm.calibrate.search import Seen
+from metok_vllm.contract.forced import KL_LIMIT
 
 
 @dataclass(frozen=True)

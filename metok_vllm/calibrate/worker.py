@@ -16,14 +16,7 @@ from typing import Any
 
 from metok_vllm.calibrate.jobs import Asked, Counts, Facts, Job, Result, StockAnswer, Told, Variant
 from metok_vllm.calibrate.measure import sample
-
-TOP = 20
-"""Tokens of the stock model's distribution that are compared, and vLLM's own limit of `logprobs`."""
-
-MOST_IDS = 128
-"""Tokens whose log-probabilities one request can ask for (`MAX_LOGPROB_TOKEN_IDS` in
-vllm/sampling_params.py).
-"""
+from metok_vllm.contract.forced import TOP, ids_to_compare, read, told
 
 BATCH = 64
 """Requests handed to the engine at a time; METok keeps 256 reports."""
@@ -105,29 +98,17 @@ class _Session:
 
     def force(self, asked: Sequence[Asked], variant: Variant) -> list[Told]:
         """The stock model's answers, as the variant sees them."""
-        from vllm import SamplingParams
-
         indices = list(range(len(asked))) if variant.of is None else variant.of
         found = []
         for batch in _batches(indices):
             answers = [asked[i].stock for i in batch]
-            params = [
-                SamplingParams(
-                    temperature=0,
-                    max_tokens=len(answer.tokens),
-                    trace_decode_token_ids=answer.tokens,
-                    logprob_token_ids=ids_to_compare(answer),
-                    flat_logprobs=True,  # in the other form a token's rank is lost where it is among those asked for
-                )
-                for answer in answers
-                if answer is not None
-            ]
+            params = [told(answer.tokens, ids=ids_to_compare(answer.steps)) for answer in answers if answer is not None]
             for index, answer, output in zip(batch, answers, self._chat(batch, params, variant), strict=True):
                 assert answer is not None
                 said = output.outputs[0]
                 if list(said.token_ids) != answer.tokens:
                     raise RuntimeError("the engine did not follow the answer that it was told")
-                seen = sample(answer.tokens, answer.steps, *_read(said.logprobs))
+                seen = sample(answer.tokens, answer.steps, *read(said.logprobs))
                 found.append(
                     Told(
                         index=index,
@@ -170,22 +151,6 @@ def _message(asked: Asked, with_video: bool) -> Any:
     video = {"type": "video_url", "video_url": {"url": Path(asked.video).resolve().as_uri()}}
     text = {"type": "text", "text": asked.question}
     return [{"role": "user", "content": [video, text] if with_video else [text]}]
-
-
-def _read(flat: Any) -> tuple[list[dict[int, float]], list[int]]:
-    """Log-probabilities by token at each step, and the rank of the token taken, which comes first."""
-    spans = [slice(start, end) for start, end in zip(flat.start_indices, flat.end_indices, strict=True)]
-    steps = [dict(zip(flat.token_ids[span], flat.logprobs[span], strict=True)) for span in spans]
-    return steps, [flat.ranks[span.start] for span in spans]
-
-
-def ids_to_compare(answer: StockAnswer) -> list[int]:
-    """The tokens that matter most anywhere in an answer, as many as one request may ask for."""
-    best: dict[int, float] = {}
-    for step in answer.steps:
-        for token, value in step.items():
-            best[token] = max(value, best.get(token, value))
-    return sorted(best, key=lambda token: (-best[token], token))[:MOST_IDS]
 
 
 def _batches(indices: Sequence[int]) -> Iterator[list[int]]:

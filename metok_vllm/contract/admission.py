@@ -16,6 +16,7 @@ cache has the item's data already and sends none.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet, finalize
@@ -163,6 +164,7 @@ class Admission:
         self._platforms_own = platforms_own
         self.caches: WeakSet[BaseMultiModalProcessorCache] = WeakSet()  # of the processors in this process
         self.unsent = Unsent()
+        self.keep_answer: Callable[[], str] = str  # under which name, of a request with a compressed video
         self.serves_metok_alone = False  # else another model's items may pass here, made by its own processor
 
     def __call__(self, processed_inputs: EngineInput, params: Any) -> None:
@@ -195,7 +197,7 @@ class Admission:
                 one.sent()
         beside = next((one.beside for one in ranges if isinstance(one, CompressedRange)), None)
         if beside is not None:
-            beside.put(params)
+            replace(beside, keep_answer=self.keep_answer()).put(params)
 
 
 def refused_later(params: Any, prompt_len: int, room: int) -> bool:

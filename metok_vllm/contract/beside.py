@@ -51,6 +51,8 @@ class Beside:
         windows: the question in the windows of a dual tower's text side, each of equal length; None where the
             aligner is another.
         rows: positions of the tokens whose attention scores (`score_rows`); empty where all text does.
+        keep_answer: the name under which the scheduler keeps the answer for the HTTP server; empty where
+            nobody will ask for it.
     """
 
     prompt_tokens: int
@@ -58,6 +60,7 @@ class Beside:
     question: tuple[int, ...] = ()
     windows: tuple[tuple[int, ...], ...] | None = None
     rows: tuple[int, ...] = ()
+    keep_answer: str = ""
 
     def put(self, params: SamplingParams) -> None:
         """Hang it on a request's parameters. The caller's own dictionary is left as it is."""
@@ -67,6 +70,7 @@ class Beside:
             question=list(self.question),
             windows=None if self.windows is None else [list(window) for window in self.windows],
             rows=list(self.rows),
+            keep_answer=self.keep_answer,
         )
         params.extra_args = {**(params.extra_args or {}), KEY: carried}
 
@@ -83,6 +87,7 @@ class Beside:
             tuple(found["question"]),
             None if windows is None else tuple(tuple(window) for window in windows),
             tuple(found["rows"]),
+            found["keep_answer"],
         )
 
     def fields(self) -> dict[str, torch.Tensor]:

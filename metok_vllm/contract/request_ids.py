@@ -14,6 +14,11 @@ from vllm import envs
 LONGEST = 128
 """Characters of an id, or of another word of a client's, as METok stores, logs and shows it."""
 
+SHADOW = "metok-shadow-"
+"""Begins the engine's id of a request that METok makes itself, to compare an answer. No client's does: vLLM
+puts a word of its own before it.
+"""
+
 _DIGEST = 12  # hexadecimal digits that tell shortened words apart
 _CHILD = re.compile(r"^\d+_")
 _RANDOM = re.compile(r"-[0-9a-f]{8}\Z")
@@ -30,6 +35,17 @@ def client_id(engine_id: str) -> str:
     own = _CHILD.sub("", engine_id)
     # A wish of the operator's, which a later vLLM will not know.
     return own if getattr(envs, "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", False) else _RANDOM.sub("", own)
+
+
+def is_shadow(engine_id: str) -> bool:
+    """Whether METok has made this request itself."""
+    return engine_id.startswith(SHADOW)
+
+
+def is_first_sample(engine_id: str) -> bool:
+    """Whether a request of the engine is the first sample, or the only one, of what the client asked for."""
+    child = _CHILD.match(engine_id)
+    return child is None or child.group() == "0_"
 
 
 def key(request_id: str) -> str:

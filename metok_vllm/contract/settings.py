@@ -27,7 +27,7 @@ from metok_vllm.compression.ratios import to_micro
 
 SERVER_ONLY = (
     *("profile", "prune_layers", "aligner_model", "max_deferred_bytes", "status_shows_questions", "chat_template"),
-    *("videos_at_once", "videos_waiting", "video_memory_mib"),
+    *("videos_at_once", "videos_waiting", "video_memory_mib", "shadow_rate"),
 )
 """Keys that no request can change: they shape what is allocated at start, what all requests share,
 or what the operator's status page shows.
@@ -138,6 +138,12 @@ class MetokSettings(BaseModel):
         "the question is found through it. `--plugin metok` takes it from `--chat-template`.",
     )
     status_shows_questions: StrictBool = Field(default=False, description="Let the status page show what users asked.")
+    shadow_rate: Share = Field(
+        default=0.0,
+        description="Share of the requests with a compressed video that are asked once more with METok off, unseen and "
+        "when the server has nothing else to do, to see how far the answers are from the model's own. See "
+        "[calibration](calibration.md#in-live-traffic).",
+    )
     videos_at_once: Annotated[StrictInt, Field(ge=1, le=256)] = Field(
         default=24, description="Video files that one API server process decodes at a time, each in a child process."
     )

@@ -27,6 +27,7 @@ from metok_vllm.frontend.config_file import ConfigFile, config_file
 from metok_vllm.frontend.model_files import check_settings_files
 from metok_vllm.frontend.programs import WORKS_WITH, Program, program_of, vllm_command
 from metok_vllm.frontend.reasons import reason
+from metok_vllm.frontend.shadow import refuse_shadow
 from metok_vllm.log import metok_logger
 from metok_vllm.media.request_limits import leave_room
 from metok_vllm.models.registry import FORMAT, SUPPORTED, metok_architecture, read_own_format
@@ -118,6 +119,8 @@ def _read(argv: Sequence[str]) -> tuple[list[str], Namespace | None]:
     arguments = _with_chat_template(arguments, options)
     if program.serves:
         arguments += ["--middleware", MIDDLEWARE]
+    else:
+        refuse_shadow(options.additional_config)
     return arguments, options
 
 

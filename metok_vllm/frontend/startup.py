@@ -25,6 +25,7 @@ from metok_vllm.frontend.checkpoint_format import complete_config
 from metok_vllm.frontend.command_line import was_asked
 from metok_vllm.frontend.model_files import check_front_end
 from metok_vllm.frontend.profile_choice import ChosenProfile, choose_profile, merged, warn_uncalibrated
+from metok_vllm.frontend.shadow import prepare_shadow
 from metok_vllm.log import metok_logger
 from metok_vllm.media.in_force import set_in_force
 from metok_vllm.models.registry import SUPPORTED, family_of
@@ -77,6 +78,7 @@ def _configure(vllm_config: VllmConfig) -> None:
     choices = choose(vllm_config, settings, profile)
     model_config = vllm_config.model_config
     attach_choices(model_config.hf_config, choices)
+    prepare_shadow(model_config, choices.settings.shadow_rate)
     family = family_of(model_config.architectures)
     media_io_kwargs = model_config.get_multimodal_config().media_io_kwargs
     set_in_force(media_io_kwargs, choices.settings, family.sampling if family else {})

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from metok_vllm.contract.kv_spec import GROUP_KINDS, group_kind
 from metok_vllm.contract.refusals import REFUSED_BY_SCHEDULER
+from metok_vllm.contract.request_ids import is_shadow
 from metok_vllm.scheduler.chunking import DeferralBudget
 
 if TYPE_CHECKING:
@@ -38,20 +39,21 @@ class SchedulerCounters:
         """Count the prompts that run for the first time in a step, and what the prefix cache gave them.
 
         Args:
-            new: the step's new requests; a resumed one is among them and was counted before.
+            new: the step's new requests; a resumed one is among them and was counted before. METok's own
+                count nowhere.
             requests: the scheduler's requests by id.
             pruned: ids of those with a pruned video.
         """
         for data in new:
             request = requests[data.req_id]
-            if request.num_preemptions:
+            if request.num_preemptions or is_shadow(data.req_id):
                 continue
             kind = REQUEST_KINDS[0] if data.req_id in pruned else REQUEST_KINDS[1]
             self.prompt_tokens[kind] += request.num_prompt_tokens
             self.cache_hit_tokens[kind] += data.num_computed_tokens
 
     def snapshot(
-        self, managers: Iterable[SingleTypeKVCacheManager], deferral: DeferralBudget, pruned: Sized
+        self, managers: Iterable[SingleTypeKVCacheManager], deferral: DeferralBudget, pruned: Sized, requests: int = 0
     ) -> dict[str, Any]:
         """The totals, and what is held right now.
 
@@ -59,6 +61,7 @@ class SchedulerCounters:
             managers: one for each KV cache group.
             deferral: the prompts that are being deferred.
             pruned: the requests with a pruned video that are queued or running.
+            requests: all that clients have queued or running.
         """
         blocks: dict[str, int] = dict.fromkeys(GROUP_KINDS, 0)
         for manager in managers:
@@ -68,6 +71,7 @@ class SchedulerCounters:
             "prompt_tokens": dict(self.prompt_tokens),
             "cache_hit_tokens": dict(self.cache_hit_tokens),
             "pruned_requests": len(pruned),
+            "requests": requests,
             "blocks": blocks,
             "deferral": {
                 "requests": len(deferral.held),

@@ -18,9 +18,10 @@ from metok_vllm.contract.beside import put_together
 from metok_vllm.contract.budgets import bytes_per_token, deferral_limit, ending_limit
 from metok_vllm.contract.extents import most_positions, taken, too_far
 from metok_vllm.contract.refusals import NO_SESSIONS, no_prompt_logprobs
-from metok_vllm.contract.request_ids import shown
+from metok_vllm.contract.request_ids import is_shadow, shown
 from metok_vllm.contract.spans import UnusableItem, pruned_spans
 from metok_vllm.log import metok_logger
+from metok_vllm.scheduler.answers import KeptAnswers
 from metok_vllm.scheduler.chunking import DeferralBudget, EncoderSchedule, EndingLimit, longest_chunk
 from metok_vllm.scheduler.counters import SchedulerCounters
 from metok_vllm.scheduler.kv_manager import DeepKVManager
@@ -51,12 +52,19 @@ class MetokScheduler(QueueOrderScheduler):
         self.deferral = DeferralBudget(bytes_per_token(model_config), deferral_limit(model_config))
         self.ending = EndingLimit(ending_limit(self.vllm_config))
         self._counters = SchedulerCounters()
+        self._answers = KeptAnswers()
         self._refusals: dict[str, tuple[Reason, str]] = {}  # of requests that wait to be ended, why
 
-    def __call__(self) -> dict[str, Any]:
-        """Figures for the HTTP server: totals since the start, and what is held right now."""
+    def __call__(self, answer: str | None = None) -> dict[str, Any] | None:
+        """Figures for the HTTP server: totals since the start, and what is held right now.
+
+        With the name of an answer: that answer, once (`KeptAnswers.take`).
+        """
+        if answer is not None:
+            return self._answers.take(answer)
         managers = self.kv_cache_manager.coordinator.single_type_managers
-        return self._counters.snapshot(managers, self.deferral, self.slot_counts)
+        others = sum(not is_shadow(request_id) for request_id in self.requests)
+        return self._counters.snapshot(managers, self.deferral, self.slot_counts, others)
 
     # --- requests come and go ---
 
@@ -83,6 +91,7 @@ class MetokScheduler(QueueOrderScheduler):
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
+        self._answers.ended(request)
         self.slot_counts.pop(request.request_id, None)
         self._refusals.pop(request.request_id, None)
         self.deferral.forget(request.request_id)

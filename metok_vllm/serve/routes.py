@@ -6,14 +6,16 @@ routes when the server starts, so that requests to them pass vLLM's API key chec
 the engines before `/metrics` is answered.
 
 A middleware is outermost: it runs before vLLM has looked at the API key. So it reads no body and refuses
-nothing. What METok refuses, it refuses where vLLM has authenticated and parsed the request
-(`frontend/processing.py`, `contract/admission.py`).
+nothing; with `shadow_rate` it hears what vLLM itself reads. What METok refuses, it refuses where vLLM has
+authenticated and parsed the request (`frontend/processing.py`, `contract/admission.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -23,11 +25,16 @@ from metok_vllm.contract import request_ids
 from metok_vllm.contract.admission import check_requests
 from metok_vllm.contract.advice import with_report
 from metok_vllm.contract.server_choices import server_choices
+from metok_vllm.contract.settings import MetokSettings
 from metok_vllm.log import metok_logger
 from metok_vllm.media.in_force import decode_pool, set_in_force
 from metok_vllm.serve import metrics
 from metok_vllm.serve.closing import bound_shutdown, run_until_shutdown
 from metok_vllm.serve.figures import Latest, ask_workers, engine_figures, recent_requests
+from metok_vllm.serve.shadow.engines import LiveEngines
+from metok_vllm.serve.shadow.exchange import keep_answer, question_of
+from metok_vllm.serve.shadow.replay import Replay
+from metok_vllm.serve.shadow.traffic import Shadow
 from metok_vllm.serve.status import status, status_page
 
 logger = metok_logger(__name__)
@@ -40,6 +47,7 @@ With several API servers another one may answer `/metrics`.
 
 PREFIX = "/v1/metok"  # under /v1, which is what vLLM's --api-key guards
 RETRY_AFTER_S = b"2"
+CHAT = "/v1/chat/completions"
 PAGE = "/metok"  # without any data, so outside
 
 
@@ -49,6 +57,7 @@ class MetokRoutes:
     def __init__(self, app: Any) -> None:
         self.app = app
         self._figures: Latest[dict[str, Any]] | None = None
+        self._shadow: Shadow | None = None
         self._metrics: Any | None = None  # answers /metrics, where vLLM's own route cannot
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -60,9 +69,19 @@ class MetokRoutes:
             await (self._metrics or self.app)(scope, receive, send)
         elif scope["type"] == "http":
             last = error(503, "The server is shutting down.", "ServiceUnavailableError")
-            await run_until_shutdown(self.app, scope, receive, retry_after(send), last)
+            with self._watched(scope) as app:
+                await run_until_shutdown(app, scope, receive, retry_after(send), last)
         else:
             await self.app(scope, receive, send)
+
+    @contextmanager
+    def _watched(self, scope: Any) -> Iterator[Any]:
+        """The app that answers a request; where `shadow_rate` is set, one that may note it."""
+        if self._shadow is None or scope["method"] != "POST":
+            yield self.app
+            return
+        with self._shadow.client():
+            yield partial(self._shadow.serve, self.app) if path_of(scope) == CHAT else self.app
 
     async def _live(self, scope: Any, receive: Any, send: Any) -> None:
         """The server's life: from its start, through all requests, to its shutdown."""
@@ -76,11 +95,14 @@ class MetokRoutes:
             await receive()
             await send({"type": "lifespan.startup.failed", "message": f"vllm: error: {error}"})
             return
-        publishing = asyncio.create_task(keep_publishing())
+        background = [asyncio.create_task(keep_publishing())]
+        if self._shadow is not None:
+            background.append(asyncio.create_task(self._shadow.run()))
         try:
             await self.app(scope, receive, send)
         finally:
-            publishing.cancel()
+            for task in background:
+                task.cancel()
             self._shut_down()
 
     def _started(self, app: FastAPI) -> None:
@@ -91,12 +113,16 @@ class MetokRoutes:
         set_in_force(model_config.get_multimodal_config().media_io_kwargs, settings)
         decode_pool().start()
         bound_shutdown(app.state.server.config)
-        self._figures = attach_routes(app)
+        if settings.shadow_rate:
+            self._shadow = shadow_of(app.state, settings)
+            check_requests().keep_answer = keep_answer
+        self._figures = attach_routes(app, self._shadow)
         self._metrics = metrics.serve_metrics(self._figures)
 
     def _shut_down(self) -> None:
         """No request is running any more, or the start has failed."""
         check_requests().serves_metok_alone = False
+        check_requests().keep_answer = str
         decode_pool().stop()
 
 
@@ -135,14 +161,20 @@ def path_of(scope: Any) -> str:
     return path.rstrip("/")
 
 
-def attach_routes(app: FastAPI) -> Latest[dict[str, Any]]:
+def shadow_of(state: Any, settings: MetokSettings) -> Shadow:
+    """What compares the answers of a server with the model's own; `state` is the app's."""
+    shown = question_of if settings.status_shows_questions else None
+    return Shadow(settings.shadow_rate, LiveEngines(state.engine_client), Replay(state).compare, shown)
+
+
+def attach_routes(app: FastAPI, shadow: Shadow | None = None) -> Latest[dict[str, Any]]:
     """Add METok's routes. Returns what the engines' figures are read through."""
     # The engine client is there only once the server has started.
     figures = Latest(lambda: engine_figures(app.state.engine_client))
     recent = Latest(lambda: recent_requests(app.state.engine_client))
 
     async def current_status(request: Request) -> JSONResponse:
-        return await status(request, figures, recent)
+        return await status(request, figures, recent, shadow)
 
     app.add_api_route(f"{PREFIX}/reports/{{request_id:path}}", report, methods=["GET"])
     app.add_api_route(f"{PREFIX}/state", state, methods=["GET"])

@@ -26,6 +26,7 @@ from metok_vllm.contract.refusals import FRONT_END
 from metok_vllm.contract.server_choices import server_choices
 from metok_vllm.serve.figures import Latest
 from metok_vllm.serve.metrics import refused_in
+from metok_vllm.serve.shadow.traffic import Shadow
 
 PAGE = "status.html"
 
@@ -68,7 +69,10 @@ async def status_page() -> HTMLResponse:
 
 
 async def status(
-    request: Request, figures: Latest[dict[str, Any]], recent: Latest[list[dict[str, Any]]]
+    request: Request,
+    figures: Latest[dict[str, Any]],
+    recent: Latest[list[dict[str, Any]]],
+    shadow: Shadow | None = None,
 ) -> JSONResponse:
     """All that the page shows, as JSON."""
     totals, requests = await asyncio.gather(figures.refresh(), recent.refresh())
@@ -78,6 +82,7 @@ async def status(
         "engine_figures": totals,
         "engine_figures_age_seconds": _number(figures.age),
         "refused_by_this_process": refused_in(FRONT_END.collect()),
+        "shadow_of_this_process": None if shadow is None else {"rate": shadow.rate, **shadow.record.shown()},
         "requests": [_with_question(one, state) for one in requests or ()],
         "requests_age_seconds": _number(recent.age),
     }

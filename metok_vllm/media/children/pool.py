@@ -146,7 +146,8 @@ class DecodePool:
             raise
         except OSError as error:  # files, memory or processes have run out
             outcome = Outcome.BUSY
-            logger().error("METok: a video was not decoded: %s", error)
+            if not job.cancelled:
+                logger().error("METok: a video was not decoded: %s", error)
             raise Busy(NO_PROCESS) from None
         finally:
             (Outcome.CANCELLED if job.cancelled else outcome).count()

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metok_vllm.calibrate.measure import NEAR_TIE, divergence, interval, is_near_tie, sample
+from metok_vllm.calibrate.measure import interval, sample
+from metok_vllm.contract.forced import NEAR_TIE, divergence, is_near_tie
 
 
 def logs(*probabilities: float) -> dict[int, float]:

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metok_vllm.calibrate.measure import KL_LIMIT
 from metok_vllm.calibrate.search import (
     CLOSE,
     MOST_FORWARDS,
@@ -22,6 +21,7 @@ from metok_vllm.calibrate.search import (
     search,
 )
 from metok_vllm.calibrate.settings import Setting, unseen_from
+from metok_vllm.contract.forced import KL_LIMIT
 from metok_vllm.contract.kv_layout import divides_evenly
 
 STRIDES = (2, 4, 8)

@@ -17,6 +17,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from metok_vllm.contract.admission import HOOK, Admission, OwnRange, PrunedRange, check_requests, mark
+from metok_vllm.contract.beside import Beside
 from metok_vllm.contract.refusals import FOREIGN_FEATURES, FRONT_END, REFUSED, no_prompt_logprobs
 from tests.support.fakes import feature, plan
 
@@ -170,3 +171,23 @@ def test_a_mark_keeps_the_place_and_travels_as_vllms_own(admission: Admission) -
     spec.mm_position = PrunedRange(4, 3)
     (arrived,) = MsgpackDecoder(list[MultiModalFeatureSpec]).decode(MsgpackEncoder().encode([spec]))
     assert arrived.mm_position == PlaceholderRange(4, 3)
+
+
+def test_an_answer_to_be_kept_is_named_where_a_video_is_compressed(admission: Admission) -> None:
+    def name_of(inputs: Any) -> str | None:
+        params = SamplingParams()
+        admission(inputs, params)
+        beside = Beside.of(params)
+        return None if beside is None else beside.keep_answer
+
+    def compressed() -> Any:
+        inputs = items(made_here=False)
+        mark(inputs, PrunedRange, Beside(9))
+        return inputs
+
+    assert name_of(compressed()) == ""
+    names = iter(["first", "second"])
+    admission.keep_answer = lambda: next(names)
+    assert [name_of(one) for one in (items(), tokens_input([1, 2]), compressed(), compressed())] == [
+        None, None, "first", "second",
+    ]  # fmt: skip

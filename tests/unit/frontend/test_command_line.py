@@ -169,6 +169,13 @@ def test_middleware_of_the_users_own(serve: Callable[..., Namespace]) -> None:
     assert options.middleware == ["a.b", "c.d", MIDDLEWARE]
 
 
+def test_there_are_no_requests_to_watch_in_a_batch(serve: Callable[..., Namespace]) -> None:
+    settings = ("--additional-config", '{"metok": {"shadow_rate": 0.5}}')
+    assert serve("MODEL", "--plugin", "metok", *settings).additional_config["metok"] == {"shadow_rate": 0.5}
+    with pytest.raises(ValueError, match="'shadow_rate' watches the requests of vllm serve, and has no effect here"):
+        serve(*BATCH, "--model", "MODEL", "--plugin", "metok", *settings, command="run-batch")
+
+
 # --- what is not asked for METok ---
 
 

@@ -497,3 +497,40 @@ def test_prompts_that_one_step_always_takes(make_config: Make, arguments: dict[s
 )
 def test_served(make_config: Make, arguments: dict[str, Any]) -> None:
     assert make_config(**arguments).scheduler_config.get_scheduler_cls() is MetokScheduler
+
+
+# --- answers compared with the model's own ---
+
+SHADOW = {"additional_config": {"metok": {"shadow_rate": 0.1}}}
+
+
+def test_a_server_that_compares_can_be_told_answers(make_config: Make) -> None:
+    assert make_config(**SHADOW).model_config.enable_trace_replay
+    assert not make_config().model_config.enable_trace_replay
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            {"logprobs_mode": "processed_logprobs"},
+            "METok's shadow_rate compares the model's own log-probabilities: remove --logprobs-mode.",
+        ),
+        ({"max_logprobs": 19}, "METok's shadow_rate compares the best 20 tokens: let --max-logprobs be 20 or more."),
+    ],
+)
+def test_what_is_in_the_way_of_comparing(make_config: Make, arguments: dict[str, Any], sentence: str) -> None:
+    make_config(**arguments)
+    with pytest.raises(ValueError, match="shadow_rate") as error:
+        make_config(**SHADOW, **arguments)
+    assert sentence in str(error.value)
+
+
+def test_all_log_probabilities_are_enough(make_config: Make) -> None:
+    assert make_config(**SHADOW, max_logprobs=-1).model_config.enable_trace_replay
+
+
+def test_there_is_nothing_to_watch_in_python() -> None:
+    with pytest.raises(ValueError, match="'shadow_rate' watches the requests of vllm serve"):
+        metok_vllm.enable(shadow_rate=0.5)
+    assert metok_vllm.enable(shadow_rate=0)["additional_config"] == {"metok": {"shadow_rate": 0}}

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import psutil
@@ -254,6 +255,27 @@ def test_a_task_that_is_cancelled_ends_its_child_or_leaves_the_queue(make: Calla
     asyncio.run(run())
     until(lambda: not children(pool) and pool.places.used == 0)
     assert outcomes()["cancelled"] == before["cancelled"] + 1
+
+
+@pytest.mark.parametrize(("gone", "lines"), [(True, 0), (False, 1)])
+def test_whose_error_it_is_that_a_child_ended_before_it_began(
+    make: Callable[..., DecodePool],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    gone: bool,
+    lines: int,
+) -> None:
+    """Nobody's, where its client had gone: METok itself has ended it then."""
+
+    def ended(job: Any) -> None:
+        job.cancelled = gone
+        raise OSError("it ended with status 9 before it began")
+
+    pool = make()
+    monkeypatch.setattr(pool, "_in_a_child", ended)
+    with pytest.raises(Busy):
+        pool.decode(VIDEOS["mp4"], VideoSettings())
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == lines
 
 
 def test_many_at_once_on_an_event_loop_that_stays_free(make: Callable[..., DecodePool]) -> None:

@@ -1,0 +1,99 @@
+"""One answer seen by two models: told its tokens one by one, each says what it would have thought of them.
+
+vLLM can be told an answer (`SamplingParams.trace_decode_token_ids`, with `enable_trace_replay`). So one
+changed word does not make all words behind it incomparable. `metok calibrate` compares settings by it, and a
+server its own answers with what the model says without METok (`serve/shadow`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+TOP = 20
+"""Tokens of a distribution that are compared, and vLLM's own limit of `logprobs`."""
+
+MOST_IDS = 128
+"""Tokens whose log-probabilities one request can ask for (`MAX_LOGPROB_TOKEN_IDS` in
+vllm/sampling_params.py).
+"""
+
+NEAR_TIE = 0.1
+"""Nats. Where the stock model's own two best tokens are nearer than this, either is as good an answer."""
+
+KL_LIMIT = 0.2
+"""Nats. An answer that is farther than this from the stock model's is not left as it was."""
+
+Step = Mapping[int, float]
+"""Log-probability by token id, the most probable ones."""
+
+
+def divergence(stock: Step, variant: Step) -> float:
+    """KL(stock || variant) of one token, over the tokens that both state and one bucket for all others.
+
+    Merging tokens into a bucket can only lower it, so this never exceeds the true divergence.
+
+    Args:
+        stock: the stock model's most probable tokens.
+        variant: the same of the variant; may state others too.
+    """
+    shared = [token for token in stock if token in variant]
+    total = sum(math.exp(stock[t]) * (stock[t] - max(variant[t], _LEAST)) for t in shared)
+    rest_stock = max(0.0, 1.0 - math.fsum(math.exp(stock[t]) for t in shared))
+    rest_variant = max(0.0, 1.0 - math.fsum(math.exp(variant[t]) for t in shared))
+    if rest_stock > _ROUNDING:
+        total += rest_stock * (math.log(rest_stock) - math.log(max(rest_variant, math.exp(_LEAST))))
+    return max(0.0, total)
+
+
+_LEAST = -50.0  # a log-probability of -inf counts as this
+_ROUNDING = 1e-6  # what float32 log-probabilities do not add up to
+
+
+def is_near_tie(stock: Step) -> bool:
+    """Whether the stock model itself wavers between its two best tokens."""
+    best = sorted(stock.values(), reverse=True)[:2]
+    return len(best) == 2 and best[0] - best[1] < NEAR_TIE
+
+
+def told(answer: Sequence[int], *, top: int | None = None, ids: Sequence[int] | None = None) -> SamplingParams:
+    """Parameters of a request that is told its answer.
+
+    Args:
+        answer: the answer's token ids, one or more.
+        top: how many of each step's most probable tokens to state; or
+        ids: which tokens to state at every step, at most `MOST_IDS`.
+    """
+    return SamplingParams(
+        temperature=0,
+        max_tokens=len(answer),
+        trace_decode_token_ids=list(answer),
+        logprobs=top,
+        logprob_token_ids=None if ids is None else list(ids),
+        flat_logprobs=True,  # in the other form a token's rank is lost where it is among those asked for
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def read(flat: Any) -> tuple[list[dict[int, float]], list[int]]:
+    """Log-probabilities by token at each step, and the rank of the token taken, which comes first.
+
+    Args:
+        flat: vLLM's `FlatLogprobs`.
+    """
+    spans = [slice(start, end) for start, end in zip(flat.start_indices, flat.end_indices, strict=True)]
+    steps = [dict(zip(flat.token_ids[span], flat.logprobs[span], strict=True)) for span in spans]
+    return steps, [flat.ranks[span.start] for span in spans]
+
+
+def ids_to_compare(steps: Iterable[Step]) -> list[int]:
+    """The tokens that matter most anywhere in an answer, as many as one request may ask for."""
+    best: dict[int, float] = {}
+    for step in steps:
+        for token, value in step.items():
+            best[token] = max(value, best.get(token, value))
+    return sorted(best, key=lambda token: (-best[token], token))[:MOST_IDS]
