@@ -34,6 +34,7 @@ from metok_vllm.scheduler.chunking import DeferralBudget
 from metok_vllm.scheduler.counters import SchedulerCounters
 from metok_vllm.serve.figures import Latest, engine_figures, recent_requests
 from metok_vllm.serve.metrics import MetokCollector
+from metok_vllm.serve.shadow.record import Record
 from metok_vllm.worker.counters import PruningCounters
 from metok_vllm.worker.timing import PartTimes
 
@@ -285,6 +286,7 @@ def test_every_metric_is_documented() -> None:
     figures: Latest[dict[str, Any]] = Latest(lambda: engine_figures(two_engines()))
     asyncio.run(figures.refresh())
     publish(running=0, waiting=0, memory=0)  # as a server's pool of decoders does
+    Record()  # as one with `shadow_rate` does
     families = list(MetokCollector(figures).collect())
     page = (ROOT / "docs" / "metrics.md").read_text()
     for family in families:
