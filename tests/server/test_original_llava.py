@@ -1,11 +1,8 @@
-"""Folders in the format of LLaVA's authors behind `vllm serve` and `vllm run-batch`, METok on and off."""
+"""Folders in the format of LLaVA's authors behind `vllm serve`, METok on and off."""
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import openai
 import pytest
@@ -17,9 +14,9 @@ from tests.support.oracle.originals import OriginalSample, load_original, time_i
 from tests.support.oracle.samples import picture, scene_video
 from tests.support.server.asking import OPTIONS, QUESTION, ask, chat, result, user
 from tests.support.server.clips import FPS, data_url, mp4, png_url, seen
-from tests.support.server.live import Server, environment, serving, vllm
+from tests.support.server.live import Server, serving
 
-SERVED: tuple[Kind, ...] = ("longva-dpo", "llava-onevision", "llava-video")
+SERVED: tuple[Kind, ...] = ("longva-dpo", "llava-video")
 Running = tuple[Server, OriginalSample]
 VIDEO = mp4(scene_video(51, 22))
 
@@ -80,27 +77,3 @@ def test_a_video_by_its_uuid_alone(running: Running) -> None:
     assert_same(expected(sample, off=False), first, 1e-3)
     with pytest.raises(openai.BadRequestError, match="which a uuid alone does not say; send the data with it"):
         chat(server, [turn])
-
-
-def test_run_batch(tmp_path: Path) -> None:
-    sample = load_original(tmp_path / "model", "longva", seed=43)
-    body = {
-        "model": str(sample.path),
-        "messages": [user(QUESTION, data_url(VIDEO))],
-        "max_tokens": 6,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-    }
-    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
-    (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
-    command = [vllm(), "run-batch", "-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
-    done = subprocess.run(
-        [*command, "--model", str(sample.path), "--plugin", "metok", *OPTIONS],
-        env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    answer = json.loads((tmp_path / "out.jsonl").read_text())["response"]["body"]
-    oracle = expected(sample, off=False, steps=6)
-    assert answer["prompt_token_ids"] == oracle.prompt_ids
-    assert answer["choices"][0]["token_ids"] == oracle.tokens

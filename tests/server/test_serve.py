@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import threading
 import time
@@ -14,12 +13,10 @@ from typing import Any
 import openai
 import pytest
 
-from metok_vllm.contract import advice
-from metok_vllm.contract.refusals import no_prompt_logprobs
 from tests.support.oracle import assert_same
 from tests.support.oracle.samples import Sample, scene_video
-from tests.support.server.asking import OPTIONS, QUESTION, ask, assert_drained, oracle, result
-from tests.support.server.clips import data_url, mp4
+from tests.support.server.asking import QUESTION, ask, assert_drained, oracle, result
+from tests.support.server.clips import mp4
 from tests.support.server.live import Server, environment, vllm
 
 
@@ -167,59 +164,6 @@ def test_other_impossible_requests_get_one_sentence(server: Server) -> None:
         )
     assert ask(server, None, max_tokens=2).choices[0].message.content is not None
     assert "Traceback" not in server.log.read_text(errors="replace")
-
-
-def test_run_batch_takes_the_plugin(sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a user without a home folder, as in many containers, and with another plugin beside."""
-    beside, loaded = tmp_path / "site", tmp_path / "loaded"
-    about = beside / "beside-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: beside\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[vllm.general_plugins]\nbeside = beside_plugin:register\n")
-    (beside / "beside_plugin.py").write_text(f"def register():\n    open({str(loaded)!r}, 'a').close()\n")
-    odd = {
-        "HOME": "/proc/none",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(beside), os.environ.get("PYTHONPATH")])),
-    }
-    video = mp4(scene_video(10, 14))
-    line = {
-        "custom_id": "one",
-        "method": "POST",
-        "url": "/v1/chat/completions",
-        "body": {
-            "model": str(sample.path),
-            "temperature": 0,
-            "max_tokens": 24,
-            "ignore_eos": True,
-            "return_token_ids": True,
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "video_url", "video_url": {"url": data_url(video)}},
-                        {"type": "text", "text": QUESTION},
-                    ],
-                }
-            ],
-        },
-    }
-    refused = {**line, "custom_id": "two", "body": {**line["body"], "prompt_logprobs": 1}}  # type: ignore[dict-item]
-    (tmp_path / "in.jsonl").write_text(f"{json.dumps(refused)}\n{json.dumps(line)}\n")
-    subprocess.run(
-        [vllm(), "run-batch", "-i", "in.jsonl", "-o", "out.jsonl", "--model", str(sample.path), "--plugin", "metok",
-         "--additional-config", json.dumps({"metok": {"preset": "balanced"}}), *OPTIONS],
-        cwd=tmp_path, env=environment() | odd, check=True, capture_output=True, timeout=240,
-    )  # fmt: skip
-    outputs = [json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert loaded.exists()
-    two, one = sorted(outputs, key=lambda output: output["custom_id"], reverse=True)
-    assert two["response"]["status_code"] == 400
-    monkeypatch.setenv(advice.VARIABLE, "0")  # run-batch was not given --trust-request-mm-kwargs
-    assert two["error"]["error"]["message"] == f"METok: {no_prompt_logprobs()}"
-    body = one["response"]["body"]
-    expected = oracle(sample, video, {"decode_retention": 1, "quota": "video"})
-    assert body["prompt_token_ids"] == expected.prompt_ids
-    assert body["choices"][0]["token_ids"] == expected.tokens
 
 
 def test_a_model_that_cannot_be_served_is_refused_with_the_list(tmp_path: Path) -> None:
