@@ -91,9 +91,15 @@ def read(flat: Any) -> tuple[list[dict[int, float]], list[int]]:
 
 
 def ids_to_compare(steps: Iterable[Step]) -> list[int]:
-    """The tokens that matter most anywhere in an answer, as many as one request may ask for."""
+    """The tokens that matter most anywhere in an answer, as many as one request may ask for.
+
+    Every step's best comes first: of an answer of `MOST_IDS` tokens none of them is left out.
+    """
+    steps = list(steps)
+    firsts = dict.fromkeys(max(step, key=step.__getitem__) for step in steps)
     best: dict[int, float] = {}
     for step in steps:
         for token, value in step.items():
             best[token] = max(value, best.get(token, value))
-    return sorted(best, key=lambda token: (-best[token], token))[:MOST_IDS]
+    others = sorted((token for token in best if token not in firsts), key=lambda token: (-best[token], token))
+    return sorted([*firsts, *others][:MOST_IDS], key=lambda token: (-best[token], token))

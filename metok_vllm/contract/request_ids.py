@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from typing import Any
 
 from vllm import envs
 
@@ -15,9 +16,7 @@ LONGEST = 128
 """Characters of an id, or of another word of a client's, as METok stores, logs and shows it."""
 
 SHADOW = "metok-shadow-"
-"""Begins the engine's id of a request that METok makes itself, to compare an answer. No client's does: vLLM
-puts a word of its own before it.
-"""
+"""Begins the engine's id of a request that METok makes itself, to compare an answer."""
 
 _DIGEST = 12  # hexadecimal digits that tell shortened words apart
 _CHILD = re.compile(r"^\d+_")
@@ -37,9 +36,16 @@ def client_id(engine_id: str) -> str:
     return own if getattr(envs, "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", False) else _RANDOM.sub("", own)
 
 
-def is_shadow(engine_id: str) -> bool:
-    """Whether METok has made this request itself."""
-    return engine_id.startswith(SHADOW)
+def is_shadow(engine_id: str, params: Any) -> bool:
+    """Whether METok has made this request itself: it is told its answer.
+
+    A client can choose such an id on some routes, but nobody is told an answer there.
+
+    Args:
+        engine_id: the engine's.
+        params: its `SamplingParams`, or what stands in their place.
+    """
+    return engine_id.startswith(SHADOW) and bool(getattr(params, "trace_decode_token_ids", None))
 
 
 def is_first_sample(engine_id: str) -> bool:

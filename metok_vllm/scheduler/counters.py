@@ -46,14 +46,19 @@ class SchedulerCounters:
         """
         for data in new:
             request = requests[data.req_id]
-            if request.num_preemptions or is_shadow(data.req_id):
+            if request.num_preemptions or is_shadow(data.req_id, data.sampling_params):
                 continue
             kind = REQUEST_KINDS[0] if data.req_id in pruned else REQUEST_KINDS[1]
             self.prompt_tokens[kind] += request.num_prompt_tokens
             self.cache_hit_tokens[kind] += data.num_computed_tokens
 
     def snapshot(
-        self, managers: Iterable[SingleTypeKVCacheManager], deferral: DeferralBudget, pruned: Sized, requests: int = 0
+        self,
+        managers: Iterable[SingleTypeKVCacheManager],
+        deferral: DeferralBudget,
+        pruned: Sized,
+        requests: int = 0,
+        paused: bool = False,
     ) -> dict[str, Any]:
         """The totals, and what is held right now.
 
@@ -62,6 +67,7 @@ class SchedulerCounters:
             deferral: the prompts that are being deferred.
             pruned: the requests with a pruned video that are queued or running.
             requests: all that clients have queued or running.
+            paused: whether the operator has paused the engine, or put it to sleep.
         """
         blocks: dict[str, int] = dict.fromkeys(GROUP_KINDS, 0)
         for manager in managers:
@@ -72,6 +78,7 @@ class SchedulerCounters:
             "cache_hit_tokens": dict(self.cache_hit_tokens),
             "pruned_requests": len(pruned),
             "requests": requests,
+            "paused": int(paused),
             "blocks": blocks,
             "deferral": {
                 "requests": len(deferral.held),

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm.outputs import RequestError
+from vllm.v1.core.sched.interface import PauseState
 
 from metok_vllm.contract.admission import asks_for_prompt_logprobs
 from metok_vllm.contract.beside import put_together
@@ -63,8 +64,9 @@ class MetokScheduler(QueueOrderScheduler):
         if answer is not None:
             return self._answers.take(answer)
         managers = self.kv_cache_manager.coordinator.single_type_managers
-        others = sum(not is_shadow(request_id) for request_id in self.requests)
-        return self._counters.snapshot(managers, self.deferral, self.slot_counts, others)
+        paused = self.pause_state != PauseState.UNPAUSED
+        others = sum(not is_shadow(name, one.sampling_params) for name, one in self.requests.items())
+        return self._counters.snapshot(managers, self.deferral, self.slot_counts, others, paused)
 
     # --- requests come and go ---
 

@@ -13,8 +13,7 @@ authenticated and parsed the request (`frontend/processing.py`, `contract/admiss
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -69,19 +68,16 @@ class MetokRoutes:
             await (self._metrics or self.app)(scope, receive, send)
         elif scope["type"] == "http":
             last = error(503, "The server is shutting down.", "ServiceUnavailableError")
-            with self._watched(scope) as app:
-                await run_until_shutdown(app, scope, receive, retry_after(send), last)
+            await run_until_shutdown(self._watched(scope), scope, receive, retry_after(send), last)
         else:
             await self.app(scope, receive, send)
 
-    @contextmanager
-    def _watched(self, scope: Any) -> Iterator[Any]:
-        """The app that answers a request; where `shadow_rate` is set, one that may note it."""
+    def _watched(self, scope: Any) -> Any:
+        """The app that answers a request; where `shadow_rate` is set, one that sees who is there."""
         if self._shadow is None or scope["method"] != "POST":
-            yield self.app
-            return
-        with self._shadow.client():
-            yield partial(self._shadow.serve, self.app) if path_of(scope) == CHAT else self.app
+            return self.app
+        app = partial(self._shadow.serve, self.app) if path_of(scope) == CHAT else self.app
+        return partial(self._shadow.watch, app)
 
     async def _live(self, scope: Any, receive: Any, send: Any) -> None:
         """The server's life: from its start, through all requests, to its shutdown."""

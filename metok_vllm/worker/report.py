@@ -13,7 +13,7 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from metok_vllm.compression.accounting import ModelShape, VisualTokens, account
-from metok_vllm.contract.request_ids import client_id, is_shadow, key, shown
+from metok_vllm.contract.request_ids import client_id, key, shown
 from metok_vllm.contract.server_choices import server_choices
 from metok_vllm.contract.video_plan import VideoPlan
 from metok_vllm.log import metok_logger
@@ -194,7 +194,7 @@ class Reports:
         Args:
             request: a request whose prompt has just been pruned.
         """
-        if get_tensor_model_parallel_rank() != 0 or is_shadow(request.req_id):
+        if get_tensor_model_parallel_rank() != 0 or request.is_shadow:
             return
         client_sees = client_id(request.req_id)
         summary = self._summary(request, shown(client_sees))

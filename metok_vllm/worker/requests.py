@@ -13,6 +13,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from metok_vllm.compression.ordering import true_indices
 from metok_vllm.contract.fields import QUESTION_FIELD, ROWS_FIELD
+from metok_vllm.contract.request_ids import is_shadow
 from metok_vllm.contract.spans import VideoSpan, pruned_spans
 
 if TYPE_CHECKING:
@@ -183,6 +184,7 @@ class PrunedRequest:
     chunks: list[ChunkState] = field(default_factory=list)
     result: PruningResult | None = None  # set when the prompt has been pruned
     question: tuple[int, ...] = ()  # token ids of the question by which it is pruned; empty where none is used
+    is_shadow: bool = False  # METok has made it itself, to compare an answer
     score_rows: str = "text"  # or "question": which tokens score
 
     @property
@@ -251,6 +253,7 @@ class PrunedRequest:
             scoring_before=tuple(int(np.searchsorted(scoring, span.end)) for span in spans),
             # Now, not when it is needed: vLLM 0.33 drops an item's data once its tokens are computed.
             question=question_ids(data.mm_features),
+            is_shadow=is_shadow(data.req_id, data.sampling_params),
             score_rows=score_rows,
             tags=[None] * len(spans),
         )

@@ -35,7 +35,8 @@ NOTHING_LOST = {"stages": 1, "events": 1, "key_events": 1, "key_frames": 64, "st
 def watching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serving(
         TRAINED, tmp_path_factory.mktemp("log") / "server.log", "--plugin", "metok", "--additional-config",
-        json.dumps(SETTINGS), "--trust-request-mm-kwargs", "--dtype", "float32", "--enforce-eager", "--max-model-len",
+        json.dumps(SETTINGS), "--trust-request-mm-kwargs", "--shutdown-timeout", "40",
+        "--dtype", "float32", "--enforce-eager", "--max-model-len",
         str(LENGTH), "--block-size", "32", "--served-model-name", "tiny", "--media-io-kwargs", '{"video": {"num_frames": 16}}',
     ) as running:  # fmt: skip
         yield running
@@ -181,6 +182,7 @@ def test_metoks_own_requests_count_nowhere(watching: Server) -> None:
 
 def test_a_comparison_keeps_no_server_from_ending(watching: Server) -> None:
     """The last test of this file: it ends the server."""
+    before = watching.log.read_text()
     ask(watching, max_tokens=250, ignore_eos=True)
     time.sleep(0.5)
     started = time.monotonic()
@@ -189,4 +191,5 @@ def test_a_comparison_keeps_no_server_from_ending(watching: Server) -> None:
     assert time.monotonic() - started < 30
     log = watching.log.read_text()
     assert "Traceback" not in log
+    assert "METok: " not in log.removeprefix(before)
     assert "was not decoded" not in log

@@ -92,7 +92,9 @@ def keep_answer() -> str:
 
 
 def question_of(body: bytes) -> str:
-    """The text of the last turn in a chat request's body, as it may be shown on one line."""
-    turn = json.loads(body)["messages"][-1]["content"]
-    parts = [turn] if isinstance(turn, str) else [part.get("text", "") for part in turn if part.get("type") == "text"]
-    return printable(" ".join(parts)[:LONGEST_QUESTION])
+    """The text of the user's last turn in a chat request's body, as it may be shown on one line."""
+    turns = [turn for turn in json.loads(body)["messages"] if turn.get("role") == "user"]
+    content = turns[-1].get("content") if turns else None
+    parts = [content] if isinstance(content, str) else content or []
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return printable(" ".join(text for text in texts if isinstance(text, str))[:LONGEST_QUESTION])

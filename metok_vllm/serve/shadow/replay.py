@@ -7,6 +7,7 @@ penalties or grammars.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,18 +16,22 @@ from typing import Any
 from uuid import uuid4
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.sampling_params import SamplingParams
 
-from metok_vllm.contract.forced import TOP, Step, divergence, ids_to_compare, read, told
+from metok_vllm.contract.forced import MOST_IDS, NEAR_TIE, TOP, Step, divergence, ids_to_compare, read, told
 from metok_vllm.contract.request_ids import SHADOW
 
-LONGEST_ANSWER = 256
-"""Tokens of an answer that are compared, from its first one on."""
+LONGEST_ANSWER = MOST_IDS
+"""Tokens of an answer that are compared, from its first one on: the best alternative of each is looked up."""
 
 
 class Unrepeatable(Exception):
     """The request cannot be asked again; says why."""
+
+
+class Disturbed(Exception):
+    """The server has no room for it now."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ class Comparison:
 def compared(stock: Sequence[Step], ours: Sequence[Step], answer: Sequence[int], ranks: Sequence[int]) -> Comparison:
     """What two models think of one answer.
 
-    Where a token was drawn at random, METok's choice is the best of those compared.
+    They agree on a token if METok's choice is the stock model's, or within `NEAR_TIE` of it. Where a token
+    was drawn at random, METok's choice is the best of those compared.
 
     Args:
         stock: METok off, each token's most probable alternatives.
@@ -62,12 +68,22 @@ def compared(stock: Sequence[Step], ours: Sequence[Step], answer: Sequence[int],
         ranks: their places among METok's; 1 is its choice.
     """
     distances = [divergence(theirs, mine) for theirs, mine in zip(stock, ours, strict=True)]
-    choices = [
-        token if rank == 1 else max(mine, key=lambda one: mine[one] if one != token else -math.inf)
-        for token, rank, mine in zip(answer, ranks, ours, strict=True)
-    ]
-    agreeing = sum(choice == max(step, key=step.__getitem__) for choice, step in zip(choices, stock, strict=True))
+    choices = [_choice(*one) for one in zip(answer, ranks, ours, strict=True)]
+    agreeing = sum(
+        max(step.values()) - step.get(choice, -math.inf) < NEAR_TIE for choice, step in zip(choices, stock, strict=True)
+    )
     return Comparison(len(answer), agreeing, math.fsum(distances) / len(answer), max(distances))
+
+
+def _choice(token: int, rank: int, step: Step) -> int:
+    """What a model would have said in the place of `token`.
+
+    vLLM ranks a token behind all that are as likely (vllm/v1/worker/gpu/sample/logprob.py): it is the choice
+    all the same where every token before it is one of these.
+    """
+    if sum(value == step[token] for value in step.values()) >= rank:
+        return token
+    return max((one for one in step if one != token), key=step.__getitem__, default=token)
 
 
 class Replay:
@@ -76,6 +92,9 @@ class Replay:
     def __init__(self, state: Any) -> None:
         """`state` is the app's, with vLLM's chat endpoint and engine client."""
         self._state = state
+        # What a body sets has passed the operator's check of it already (`--trust-request-mm-kwargs`).
+        self._renderer = copy.copy(state.openai_serving_chat.online_renderer)
+        self._renderer.trust_request_mm_kwargs = True
 
     async def compare(self, body: bytes | None, answer: Sequence[int]) -> Comparison:
         """Ask a request twice more.
@@ -86,6 +105,7 @@ class Replay:
 
         Raises:
             Unrepeatable: the request cannot be asked again.
+            Disturbed: the server has no room for it now.
         """
         asked, tokens = _parsed(body), list(answer[:LONGEST_ANSWER])
         if not tokens:
@@ -99,9 +119,7 @@ class Replay:
         self, body: Mapping[str, Any], params: SamplingParams, tokens: Sequence[int]
     ) -> tuple[list[dict[int, float]], list[int]]:
         try:
-            rendered = await self._state.openai_serving_chat.render_chat_request(
-                ChatCompletionRequest.model_validate(body)
-            )
+            rendered = await self._renderer.render_chat(ChatCompletionRequest.model_validate(body))
             if not isinstance(rendered, tuple):
                 raise Unrepeatable(rendered.error.message)
             (prompt,) = rendered[1]
@@ -109,6 +127,8 @@ class Replay:
             said = [output.outputs[0] async for output in outputs]
         except (ValueError, VLLMClientError) as error:  # as a client's request is refused
             raise Unrepeatable(str(error)) from error
+        except GracefulHTTPError as error:
+            raise Disturbed(str(error)) from error
         if not said or list(said[-1].token_ids) != tokens:
             raise Unrepeatable("the prompt leaves no room for the answer")
         return read(said[-1].logprobs)

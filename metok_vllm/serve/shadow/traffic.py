@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Protocol
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from metok_vllm.log import metok_logger
+from metok_vllm.serve.shadow.engines import EnginesGone
 from metok_vllm.serve.shadow.exchange import CURRENT, Exchange
 from metok_vllm.serve.shadow.record import Outcome, Record
-from metok_vllm.serve.shadow.replay import Comparison, Unrepeatable
+from metok_vllm.serve.shadow.replay import Comparison, Disturbed, Unrepeatable
 
 logger = metok_logger(__name__)
 
@@ -28,18 +30,22 @@ WAITING = 8
 PATIENCE_S = 300.0
 """How long one waits."""
 
+TRIES = 3
+"""How often a comparison is begun: each one fetches the video anew."""
+
+LONGEST_S = 120.0
+"""How long one may take."""
+
 LOOK_S = 0.25
 """Seconds between two looks at the engines: other servers' requests are seen there alone."""
 
 
 class Engines(Protocol):
-    """What the comparisons need to know of the engines."""
+    """What the comparisons need to know of the engines: `engines.py: LiveEngines`."""
 
-    async def answer(self, name: str) -> tuple[str, list[int]] | None:
-        """A request's id as the client saw it, and its answer's tokens; None where there is none."""
+    async def answer(self, name: str) -> tuple[str, list[int]] | None: ...
 
-    async def is_idle(self) -> bool:
-        """Whether no client's request is queued or running in any of them."""
+    async def are_idle(self) -> bool: ...
 
 
 Compare = Callable[[bytes | None, list[int]], Awaitable[Comparison]]
@@ -69,11 +75,28 @@ class Shadow:
         self._compare = compare
         self._question = question
         self._draw = draw
-        self._drawn: asyncio.Queue[tuple[float, Exchange]] = asyncio.Queue(WAITING)
+        self._drawn: asyncio.Queue[_Drawn] = asyncio.Queue(WAITING)
         self._open = 0  # clients' requests in this process
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._running: asyncio.Task[Comparison] | None = None
+
+    async def watch(self, app: Any, scope: Any, receive: Any, send: Any) -> None:
+        """Run an ASGI app for a request; while a client's is being served, nothing is compared.
+
+        It begins where the app reads the request's body: what is refused before that, such as for a wrong
+        key, disturbs nobody.
+        """
+        with ExitStack() as until_its_end:
+
+            async def opening() -> Any:
+                message = await receive()
+                if message["type"] == "http.request" and not is_open:
+                    is_open.append(until_its_end.enter_context(self.client()))
+                return message
+
+            is_open: list[None] = []
+            await app(scope, opening, send)
 
     @contextmanager
     def client(self) -> Iterator[None]:
@@ -100,38 +123,44 @@ class Shadow:
             await app(scope, exchange.receiving(receive), exchange.sending(send))
         finally:
             CURRENT.reset(token)
-        if exchange.is_compressed and exchange.is_answered:
-            try:
-                self._drawn.put_nowait((monotonic(), exchange))
-            except asyncio.QueueFull:
-                self.record.count("busy")
+        if not (exchange.is_compressed and exchange.is_answered):
+            return
+        if self._drawn.full():
+            self.record.count("busy")
+            return
+        # At once: the scheduler keeps the latest answers alone.
+        answer = asyncio.ensure_future(self._engines.answer(exchange.name))
+        self._drawn.put_nowait(_Drawn(exchange, answer, monotonic() + PATIENCE_S))
 
     async def run(self) -> None:
-        """Compare what was drawn, until cancelled."""
-        while True:
-            since, exchange = await self._drawn.get()
-            outcome = await self._one(exchange, since + PATIENCE_S)
-            if outcome is not None:
-                self.record.count(outcome)
+        """Compare what was drawn, until cancelled or the engines are gone."""
+        with suppress(EnginesGone, EngineDeadError):  # vLLM says so, and ends the server
+            while True:
+                drawn = await self._drawn.get()
+                outcome = await self._one(drawn)
+                if outcome is not None:
+                    self.record.count(outcome)
 
-    async def _one(self, exchange: Exchange, deadline: float) -> Outcome | None:
+    async def _one(self, drawn: _Drawn) -> Outcome | None:
         """What came of a request; None where it was compared, which `Record.add` counts."""
         try:
-            found = await self._engines.answer(exchange.name)
+            found = await drawn.answer
             if found is None:
                 return "failed"
             request_id, tokens = found
-            while await self._is_quiet(deadline):
-                comparison = await self._undisturbed(exchange, tokens)
+            for _ in range(TRIES):
+                if not await self._is_quiet(drawn.deadline):
+                    break
+                comparison = await self._undisturbed(drawn.exchange, tokens)
                 if comparison is not None:
-                    self.record.add(request_id, comparison, self._shown(exchange))
+                    self.record.add(request_id, comparison, self._shown(drawn.exchange))
                     return None
             return "busy"
         except Unrepeatable as error:
             logger.debug("METok: a request cannot be compared: %s", error)
             return "unrepeatable"
-        except EngineDeadError:
-            return "failed"  # vLLM has said so, and ends the server
+        except (EnginesGone, EngineDeadError):
+            raise
         except Exception as error:  # of a request that nobody waits for: the server goes on
             logger.warning("METok: comparing a request with the model without METok failed: %s", error)
             return "failed"
@@ -145,31 +174,31 @@ class Shadow:
         while (left := deadline - monotonic()) > 0:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._quiet.wait(), left)
-                if await self._engines.is_idle() and not self._open:
+                if await self._engines.are_idle() and not self._open:
                     return True
                 await asyncio.sleep(LOOK_S)
         return False
 
     async def _undisturbed(self, exchange: Exchange, tokens: list[int]) -> Comparison | None:
-        """Compare one request; None where somebody else came."""
+        """Compare one request; None where somebody else came, or it took too long."""
         running: asyncio.Task[Comparison] = asyncio.ensure_future(self._compare(exchange.body, tokens))
-        self._running = running
+        self._running, end = running, monotonic() + LONGEST_S
         try:
-            while True:
-                done, _ = await asyncio.wait({running}, timeout=LOOK_S)
-                if done:
-                    return running.result()
-                if not await self._engines.is_idle():
+            while not (await asyncio.wait({running}, timeout=LOOK_S))[0]:
+                if monotonic() > end or not await self._engines.are_idle():
                     running.cancel()
-        except asyncio.CancelledError:
-            if running.cancelled() and not _is_ending():
-                return None
-            raise
+            return None if running.cancelled() else running.result()
+        except Disturbed:
+            return None
         finally:
             self._running = None
             running.cancel()
 
 
-def _is_ending() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+@dataclass(frozen=True)
+class _Drawn:
+    """A request that waits to be compared."""
+
+    exchange: Exchange
+    answer: asyncio.Future[tuple[str, list[int]] | None]
+    deadline: float

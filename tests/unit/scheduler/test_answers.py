@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
 from metok_vllm.contract.beside import Beside
@@ -49,12 +50,27 @@ def test_an_answer_is_there_once_it_has_ended(base: Any, monkeypatch: pytest.Mon
 
 def test_requests_of_clients_are_counted_and_metoks_own_are_not(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = make_scheduler(base, Limits(), monkeypatch)
-    scheduler.add_request(PROMPT.request(f"{SHADOW}0-12345678"))
+    told = PROMPT.request(f"{SHADOW}0-12345678")
+    told.sampling_params.trace_decode_token_ids = [1]
+    scheduler.add_request(told)
     assert scheduler()["requests"] == 0
     scheduler.add_request(PROMPT.request("chatcmpl-one-12345678"))
     assert scheduler()["requests"] == 1
     schedule(scheduler)
     assert scheduler()["prompt_tokens"] == {"pruned": PROMPT.length, "other": 0}
+
+
+def test_a_client_that_calls_itself_metok_is_a_client(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make_scheduler(base, Limits(), monkeypatch)
+    scheduler.add_request(PROMPT.request(f"{SHADOW}0-12345678"))
+    assert scheduler()["requests"] == 1
+
+
+def test_a_paused_engine_says_so(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make_scheduler(base, Limits(), monkeypatch)
+    assert scheduler()["paused"] == 0
+    scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    assert scheduler()["paused"] == 1
 
 
 @pytest.mark.parametrize("status", ENDED)

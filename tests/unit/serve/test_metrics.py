@@ -102,7 +102,9 @@ def test_prompts_are_counted_once_by_kind() -> None:
         "b": SimpleNamespace(num_prompt_tokens=10, num_preemptions=0),
         "resumed": SimpleNamespace(num_prompt_tokens=1000, num_preemptions=1),
     }
-    new: Any = [SimpleNamespace(req_id=name, num_computed_tokens=8 * (name == "b")) for name in requests]
+    new: Any = [
+        SimpleNamespace(sampling_params=None, req_id=name, num_computed_tokens=8 * (name == "b")) for name in requests
+    ]
     counters.admitted(new, requests, {"a", "resumed"})
     snapshot = counters.snapshot([], DeferralBudget(1, limit=20, held={"x": 5, "y": 6}), {"a": 1})
     assert snapshot["prompt_tokens"] == {"pruned": 100, "other": 10}
