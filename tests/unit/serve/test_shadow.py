@@ -191,7 +191,6 @@ def test_of_a_long_answer_the_first_tokens() -> None:
         (None, [1], None, Unrepeatable),
         (BODY, [], None, Unrepeatable),
         (json.dumps({**json.loads(BODY), "use_beam_search": True}).encode(), [1], None, Unrepeatable),
-        (b'{"messages": 5}', [1], None, Unrepeatable),
         (BODY, [1], VLLMValidationError("too long"), Unrepeatable),
         (BODY, [1], QueueOverflowError(), Disturbed),
         (BODY, [1], RuntimeError("lost"), RuntimeError),
