@@ -79,6 +79,10 @@ class InternVLProcessing(MetokProcessing):
         """Stands for one visual token of a video."""
         return str(self.info.get_hf_processor().video_token)
 
+    def video_placeholder(self, target: Sequence[int]) -> Sequence[int]:
+        ids: Sequence[int] = cached_encode(self.info.get_tokenizer(), self.placeholder, add_special_tokens=False)
+        return ids
+
     def video_grid(self, frames: int, fields: Mapping[str, Any], item: int) -> VideoGrid:
         taken = int(fields["video_num_patches"][item])
         if taken != frames:

@@ -124,6 +124,15 @@ SUPPORTED = (
         strides=MERGED_STRIDES,
         text_types=("qwen2", "qwen3", "qwen3_moe", "llama"),
     ),
+    SupportedModel(
+        stock="InternVLChatModel",
+        metok="METokInternVLChatModel",
+        module="metok_vllm.models.internvl_chat:MetokInternVLChatModel",
+        model_types=("internvl_chat",),
+        about="InternVL3 and InternVL3.5 as their authors published them",
+        strides=MERGED_STRIDES,
+        text_types=("qwen2", "qwen3", "qwen3_moe"),
+    ),
 )
 
 
