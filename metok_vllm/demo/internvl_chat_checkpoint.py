@@ -2,9 +2,9 @@
 
     python -m metok_vllm.demo.internvl_chat_checkpoint FOLDER
 
-The folder holds what a published `InternVL3-*` one holds: a config with the code that reads it (a server needs
-`--trust-remote-code`), weights, tokenizer and chat template; no processor's config. The model is that of
-`internvl_checkpoint.py`.
+The folder holds what a published `InternVL3-*` one holds: a config with the code that reads it, so that a
+server needs `--trust-remote-code`, weights, tokenizer and chat template; no processor's config. The model is
+that of `internvl_checkpoint.py`.
 """
 
 from __future__ import annotations

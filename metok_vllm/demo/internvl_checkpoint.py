@@ -100,7 +100,10 @@ def random_model(
     kv_heads: int,
     intermediate: int,
 ) -> tuple[Any, Any]:
-    """A random model of transformers, and its tokenizer with `specials`; the rest as of the function above."""
+    """A random model of transformers, and its tokenizer with `specials`.
+
+    All else as of `build_internvl_checkpoint`.
+    """
     if hidden != 32 * heads:
         raise ValueError(f"hidden must be 32 * heads = {32 * heads}, got {hidden}")
     tokenizer = make_tokenizer(specials)

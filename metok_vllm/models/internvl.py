@@ -34,7 +34,7 @@ def side_of(hf_config: Any) -> int:
     """Rows, and columns, of a frame's tokens behind the pixel shuffle."""
     vision = hf_config.vision_config
     image, patch = (one[0] if isinstance(one, Sequence) else one for one in (vision.image_size, vision.patch_size))
-    return round(image // patch * hf_config.downsample_ratio)
+    return int(image // patch * hf_config.downsample_ratio)
 
 
 def frame_labels(frames: int, between: str, video_token: str, tokenizer: Any) -> list[FrameText]:
@@ -135,5 +135,5 @@ class MetokInternVLMultiModalProcessor(InternVLProcessing, InternS1MultiModalPro
 @MULTIMODAL_REGISTRY.register_processor(
     MetokInternVLMultiModalProcessor, info=InternS1ProcessingInfo, dummy_inputs=InternS1DummyInputsBuilder
 )
-class MetokInternVLForConditionalGeneration(InternVLTower, InternS1ForConditionalGeneration):
+class MetokInternVLForConditionalGeneration(InternVLTower, InternS1ForConditionalGeneration):  # type: ignore[misc]  # `forward`
     """The stock model; a video goes through stage 1, a step that prunes through the pruned step."""

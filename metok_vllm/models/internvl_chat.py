@@ -51,7 +51,7 @@ class MetokInternVLChatMultiModalProcessor(InternVLProcessing, InternVLMultiModa
     info=MetokInternVLChatProcessingInfo,
     dummy_inputs=InternVLDummyInputsBuilder,
 )
-class MetokInternVLChatModel(InternVLTower, InternVLChatModel):
+class MetokInternVLChatModel(InternVLTower, InternVLChatModel):  # type: ignore[misc]  # of `forward`
     """The stock model; a video goes through stage 1, a step that prunes through the pruned step."""
 
     pixels_field = "pixel_values_flat_video"

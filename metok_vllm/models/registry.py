@@ -38,7 +38,7 @@ class SupportedModel:
     levels: Callable[[Any], int] = lambda hf_config: 0  # first layers behind which extra channels are added
     strides: tuple[int, int, int] = (2, 4, 8)  # of the tiers, where nobody says otherwise
     sampling: Mapping[str, Any] = field(default_factory=dict)  # the loader's settings, where nobody says otherwise
-    text_types: tuple[str, ...] = ()  # what `model_type` of the language model may be; empty: the family has one kind
+    text_types: tuple[str, ...] = ()  # what `model_type` of the language model may be; empty: anything
 
 
 MERGED_STRIDES = (1, 2, 4)

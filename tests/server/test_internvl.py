@@ -1,5 +1,5 @@
-"""InternVL3 behind `vllm serve`, from a folder as its authors publish it: the config is read by the code beside it,
-and the template knows nothing of pictures and videos.
+"""InternVL3 behind `vllm serve`, from a folder as its authors publish it: the config is read by the code
+beside it, and the template knows nothing of pictures and videos.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""InternVL3 in its authors' format, read by the tests themselves: weights put into transformers' model, pictures
-cut and prompts written from what vLLM's processor says of them.
+"""InternVL3 in its authors' format, read by the tests themselves: weights put into transformers' model,
+pictures cut and prompts written from what vLLM's processor says of them.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class ChatSample(InternVLSample):
         return torch.stack(found), torch.tensor(counts)
 
     def _rank(self, picture: Image.Image, columns: int, rows: int) -> tuple[float, float]:
-        """How far the shapes are apart; of two as near the larger tiling, where the picture fills half of it."""
+        """How far the shapes are apart; of two as near the larger, if the picture fills half of it."""
         cells = columns * rows
         is_filled = picture.width * picture.height > cells * self.side**2 / 2
         return abs(picture.width / picture.height - columns / rows), -cells if is_filled else cells

@@ -16,7 +16,9 @@ def test_without_metok_it_is_transformers(tmp_path_factory: pytest.TempPathFacto
     sample = load_internvl(tmp_path_factory.mktemp("tiny"), language, seed=5)
     video, image = scene_video(3, 7, side=224)[:, :150], picture(2, 90, 150)
     ids = sample.as_read(sample.prompt_ids(images=1))
-    found = run(sample.model, ids, [sample.pixels(video)], sample.image_inputs([image]), [], OracleSettings(off=True), 12)
+    found = run(
+        sample.model, ids, [sample.pixels(video)], sample.image_inputs([image]), [], OracleSettings(off=True), 12
+    )
     message = {"role": "user", "content": [{"type": "image"}, {"type": "video"}, {"type": "text", "text": QUESTION}]}
     text = sample.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
     inputs = sample.processor(text=text, images=[image], videos=[video], return_tensors="pt")
