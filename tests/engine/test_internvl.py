@@ -19,7 +19,7 @@ from metok_vllm.scheduler.kv_manager import DeepKVManager
 from tests.engine.test_host_reads import ON_THE_HOST, THE_READ
 from tests.support.families import ATOL, PREFACE, cached_tokens, check, check_in_chunks, check_preempted
 from tests.support.guards.host_reads import waits_of_metok
-from tests.support.harness import Case, Engine, engine
+from tests.support.harness import Case, Engine, engine, observed
 from tests.support.oracle import OracleResult, assert_same, stage1
 from tests.support.oracle import internvl as internvl_oracle
 from tests.support.oracle.internvl_chat import load_internvl_chat
@@ -138,11 +138,10 @@ def kind_of_border(expected: OracleResult, border: int) -> str:
     }[sides]
 
 
+@pytest.mark.parametrize("running", ["internvl"], indirect=True)  # the scheduler counts the formats alike
 def test_preempted_requests_continue_with_the_same_survivors(running: Engine) -> None:
     settings = [{"decode_retention": 1}, {"decode_retention": 0.5}, "off", {"decode_retention": 1}, None]
-    longest, steps = (24, 24) if running.runner.model.num_image_token == 16 else (20, 40)
-    asked = [Case((film(longest - i, i),), metok=metok, max_tokens=steps) for i, metok in enumerate(settings)]
-    check_preempted(running, asked)
+    check_preempted(running, [Case((film(20 - i, i),), metok=metok, max_tokens=40) for i, metok in enumerate(settings)])
 
 
 def test_what_the_prefix_cache_has(running: Engine) -> None:
@@ -176,6 +175,7 @@ def test_text_inside_the_video_is_text(running: Engine) -> None:
     inside = text_inside(running, case)
     expected = running.oracle(case)
     assert expected.kv_positions is not None
+    assert_same(expected, observed(outputs[request_id]), ATOL)
     prompt = len(outputs[request_id].prompt_token_ids)
     text = prompt - span.length + inside
     assert span.plan.text_tokens == inside
