@@ -72,6 +72,8 @@ VIDEO = Model("LLaVA-Video-7B", 3584, 28, 4, 128, 27, "bilinear", "row")
 QWEN_SMALL = Model("Qwen2.5-VL-3B", 2048, 16, 2, 128, (20, 36), "average", "none", 3)
 QWEN = Model("Qwen2.5-VL-7B", 3584, 28, 4, 128, (20, 36), "average", "none", 3)
 QWEN3 = Model("Qwen3-VL-8B", 4096, 32, 8, 128, (22, 40), "average", "none", 3, 3)
+INTERNVL = Model("InternVL3-8B", 3584, 28, 4, 128, 16, "average", "none")
+INTERNVL_NEWER = Model("InternVL3.5-8B", 4096, 32, 8, 128, 16, "average", "none")
 
 IN_USE = (
     (ONEVISION_SMALL, BF16),
@@ -85,6 +87,8 @@ IN_USE = (
     (QWEN_SMALL, BF16),
     (QWEN, BF16),
     (QWEN3, BF16),
+    (INTERNVL, BF16),
+    (INTERNVL_NEWER, BF16),
 )
 
 

@@ -130,6 +130,14 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
         """
         return ()
 
+    def video_placeholder(self, target: Sequence[int]) -> Sequence[int]:
+        """What stands in a prompt for one visual token of a video, as token ids.
+
+        Args:
+            target: what stands there for the whole video before; most models read that as one token, too.
+        """
+        return target
+
     stock_lays_text = False
     """Whether the stock processor writes `frame_text` into the prompt. METok off, it does so here too."""
 
@@ -467,7 +475,7 @@ class MetokProcessing(BaseMultiModalProcessor[Any]):
                 plan = VideoPlan.from_tensor(data)
                 if self.stock_lays_text and not plan.compressed:
                     return stock.replacement(item_idx)
-                return list(stock.target) * plan.tokens
+                return [*self.video_placeholder(stock.target)] * plan.tokens
 
             return replacement
 

@@ -234,6 +234,7 @@ def _refuse_model(model_config: ModelConfig) -> None:
     if model_config.hf_config.model_type not in types:
         can = ", ".join(supported.stock for supported in SUPPORTED)
         raise ValueError(f"METok cannot serve a {model_config.hf_config.model_type} model; it can serve: {can}.")
+    _refuse_language_model(model_config)
     multimodal = model_config.multimodal_config
     if multimodal is None or multimodal.language_model_only:
         raise ValueError("METok needs the model's video input: remove --language-model-only.")
@@ -248,6 +249,16 @@ def _refuse_model(model_config: ModelConfig) -> None:
     if multimodal.mm_processor_cache_type == "shm":
         raise ValueError(
             "METok cannot share multimodal items by shared memory: leave --mm-processor-cache-type at lru."
+        )
+
+
+def _refuse_language_model(model_config: ModelConfig) -> None:
+    """Some families come with language models whose layers METok does not know how to call."""
+    family, language = family_of(model_config.architectures), model_config.hf_text_config.model_type
+    if family is not None and family.text_types and language not in family.text_types:
+        raise ValueError(
+            f"METok cannot serve a {family.stock} with the language model {language}; it can serve it with: "
+            f"{', '.join(family.text_types)}."
         )
 
 

@@ -38,6 +38,7 @@ class SupportedModel:
     levels: Callable[[Any], int] = lambda hf_config: 0  # first layers behind which extra channels are added
     strides: tuple[int, int, int] = (2, 4, 8)  # of the tiers, where nobody says otherwise
     sampling: Mapping[str, Any] = field(default_factory=dict)  # the loader's settings, where nobody says otherwise
+    text_types: tuple[str, ...] = ()  # what `model_type` of the language model may be; empty: anything
 
 
 MERGED_STRIDES = (1, 2, 4)
@@ -113,6 +114,24 @@ SUPPORTED = (
         levels=deepstack_levels,
         strides=MERGED_STRIDES,
         sampling=QWEN3_SAMPLING,
+    ),
+    SupportedModel(
+        stock="InternVLForConditionalGeneration",
+        metok="METokInternVLForConditionalGeneration",
+        module="metok_vllm.models.internvl:MetokInternVLForConditionalGeneration",
+        model_types=("internvl",),
+        about="InternVL3 and InternVL3.5 in Hugging Face format",
+        strides=MERGED_STRIDES,
+        text_types=("qwen2", "qwen3", "qwen3_moe", "llama"),
+    ),
+    SupportedModel(
+        stock="InternVLChatModel",
+        metok="METokInternVLChatModel",
+        module="metok_vllm.models.internvl_chat:MetokInternVLChatModel",
+        model_types=("internvl_chat",),
+        about="InternVL3 and InternVL3.5 as their authors published them",
+        strides=MERGED_STRIDES,
+        text_types=("qwen2", "qwen3", "qwen3_moe"),
     ),
 )
 

@@ -108,11 +108,15 @@ class Engine:
         system = f"<|im_start|>system\n{case.before}<|im_end|>\n"
         return [*self.sample.processor.tokenizer(system).input_ids, *ids]
 
+    def read_ids(self, case: Case) -> list[int]:
+        """The case's prompt as the model reads it, one placeholder an item."""
+        return self.sample.as_read(self.prompt_ids(case))
+
     def question_at(self, case: Case) -> list[int]:
-        """Where in `prompt_ids` the tokens of the user's turn behind its first item stand, placeholders, and
+        """Where in `read_ids` the tokens of the user's turn behind its first item stand, placeholders, and
         space and the template's own tokens at both ends of what stands between them left out.
         """
-        ids, tokenizer = self.prompt_ids(case), self.sample.processor.tokenizer
+        ids, tokenizer = self.read_ids(case), self.sample.processor.tokenizer
         config = self.sample.model.config
         items = [i for i, token in enumerate(ids) if token in (config.image_token_id, config.video_token_id)]
         if not items:
@@ -183,7 +187,7 @@ class Engine:
         question_at = None if isinstance(case.metok, dict) and "query" in case.metok else self.question_at(case)
         return run_oracle(
             self.sample.model,
-            self.prompt_ids(case),
+            self.read_ids(case),
             [self.sample.pixels(video) for video in case.videos],
             images,
             self.sample.question_ids(question),

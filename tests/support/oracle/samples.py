@@ -39,6 +39,10 @@ class Sample:
         """The question alone, without special tokens."""
         return list(self.processor.tokenizer(question, add_special_tokens=False).input_ids)
 
+    def as_read(self, ids: list[int]) -> list[int]:
+        """`prompt_ids` with what the model has around the placeholders outside of frames."""
+        return ids
+
     def as_sent(self, video: Any) -> Any:
         """A case's video as vLLM is given it."""
         return video

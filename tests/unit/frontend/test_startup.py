@@ -30,7 +30,8 @@ Make = Callable[..., Any]
 NO = "METok does not support "
 CAN = (
     "LlavaOnevisionForConditionalGeneration, LlavaQwenForCausalLM, Qwen2_5_VLForConditionalGeneration, "
-    "Qwen2VLForConditionalGeneration, Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration"
+    "Qwen2VLForConditionalGeneration, Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration, "
+    "InternVLForConditionalGeneration, InternVLChatModel"
 )
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pipeline parallel": (
