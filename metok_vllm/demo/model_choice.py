@@ -22,6 +22,7 @@ QUESTION = "What happens in this video, and who is in it?"
 PROFILED_FRAMES = 32
 """The server has room for a video of this many frames by itself."""
 _TOKENS_PER_FRAME = 210  # at most, of the published checkpoints without METok: 27 x 27 patches pooled by 2, newlines
+_LABEL = 12  # tokens that number a frame, and more than enough
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -54,10 +55,15 @@ class DemoModel:
     def _tokens_per_frame(self) -> int:
         try:
             vision = json.loads((Path(self.checkpoint) / "config.json").read_text())["vision_config"]
-            side = int(vision["image_size"]) // int(vision["patch_size"])
+            side = _side(vision["image_size"]) // _side(vision["patch_size"])
         except (OSError, ValueError, LookupError, TypeError, ArithmeticError):
             return _TOKENS_PER_FRAME
-        return int((-(-side // 2)) ** 2)
+        return int((-(-side // 2)) ** 2) + _LABEL
+
+
+def _side(stated: int | list[int]) -> int:
+    """Of a square that a config states by its side, or by both."""
+    return int(stated[0] if isinstance(stated, list) else stated)
 
 
 def choose_model(stated: str | None, out: Path) -> DemoModel:
