@@ -1,4 +1,4 @@
-"""Measure whole requests: stock vLLM, stock vLLM with fewer frames,
+"""Measure whole requests: stock vLLM, stock vLLM with fewer frames or with its own pruning,
 and METok, on the same model, frames and prompts.
 
     # Anywhere: the tiny model on the CPU, a few minutes, ratios only.
@@ -7,6 +7,9 @@ and METok, on the same model, frames and prompts.
     python -m benchmarks.engine --model 7b --frames 64
     # Later: one more variant into the same file, of the same workload on the same machine.
     python -m benchmarks.engine --model 7b --frames 64 --variants metok-balanced --merge
+    # Beside vLLM's own pruning, EVS and VidCom2: Qwen's models, and their tiny forms for a CPU.
+    python -m benchmarks.engine --model qwen3-vl-8b --frames 128
+    python -m benchmarks.engine --small --model qwen3-vl-tiny
     python -m benchmarks.engine --plot benchmarks/results/engine-7b.json
 
 Each variant runs in a process of its own, one after the other. Writes one JSON and two PNGs. See
@@ -22,17 +25,19 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.options import positive
 from benchmarks.common.paths import RESULTS, ROOT
 from benchmarks.common.provenance import conditions, timestamp
-from benchmarks.engine.conditions import CLIP, EXCLUDED, claim, file_decode
+from benchmarks.engine.conditions import CLIP, EXCLUDED, claim, expected, file_decode, stated_family, weights
 from benchmarks.engine.merge import add, continued, mismatch
 from benchmarks.engine.models import BenchmarkModel, write_model
-from benchmarks.engine.report import plot, ratios, request_ms, summarise
-from benchmarks.engine.variants import NOT_IN_THE_RUN, Variant, prefill_budget, stock_tokens, variants
+from benchmarks.engine.qwen import MODELS
+from benchmarks.engine.report import notes, plot, ratios, ratios_to_pruning, request_ms, summarise
+from benchmarks.engine.variants import Variant, not_in_the_run, prefill_budget, variants
 
 
 def integers(text: str) -> list[int]:
@@ -57,7 +62,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.engine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--small", action="store_true", help="tiny model, 32 frames, 1,2,4 requests at a time")
-    parser.add_argument("--model", help="tiny, 0.5b, 7b, or a LLaVA-OneVision folder (7b)")
+    parser.add_argument("--model", help=f"tiny, 0.5b, 7b, {', '.join(MODELS)}, or a folder (7b)")
     parser.add_argument("--frames", type=positive, help="frames of each video (64)")
     parser.add_argument("--concurrency", type=integers, metavar="1,2,...", help="requests at a time (1,2,4,8,16,32)")
     parser.add_argument("--requests", type=positive, help="least requests a level; twice the concurrency at least (8)")
@@ -74,6 +79,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--engine-option", type=keywords, default={}, metavar="JSON", help="more keyword arguments of vllm.LLM"
     )
     parser.add_argument("--no-breakdown", action="store_true", help="do not time the parts of a request")
+    parser.add_argument("--counts", action="store_true", help="count tokens and KV blocks, and time nothing")
     parser.add_argument("--clip", type=Path, default=CLIP, help="the file whose decoding is timed")
     parser.add_argument("--timeout", type=positive, default=1800, help="seconds for one process (1800)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmark", help="model folders and logs")
@@ -103,8 +109,9 @@ def engine_options(options: argparse.Namespace, model: BenchmarkModel, cuda: boo
 
     On a CPU the engine is eager, where `--engine-option` does not say otherwise.
     """
-    budget = prefill_budget(options.frames, model.grid, options.text_tokens)
-    prompt = stock_tokens(options.frames, model.grid) + options.text_tokens + options.max_tokens + 64
+    budget = prefill_budget(options.frames, model, options.text_tokens)
+    inside = model.stock_tokens(options.frames) + model.label_tokens(options.frames)
+    prompt = inside + options.text_tokens + options.max_tokens + 64
     result: dict[str, Any] = {
         "dtype": "bfloat16" if cuda else "float32",
         "enforce_eager": options.eager or not cuda,
@@ -171,17 +178,33 @@ def run_job(job: dict[str, Any], work: Path, cuda: bool, timeout: int) -> dict[s
     return raw
 
 
-def measure(variant: Variant, options: argparse.Namespace, model: BenchmarkModel, cuda: bool) -> dict[str, Any]:
-    """One variant's summary."""
-    job = {
+def parts(options: argparse.Namespace) -> list[str]:
+    """What a worker does, in this order."""
+    if options.counts:
+        return ["counts"]
+    return ["serve"] if options.no_breakdown else ["serve", "breakdown"]
+
+
+def job_of(variant: Variant, options: argparse.Namespace, model: BenchmarkModel, cuda: bool) -> dict[str, Any]:
+    """What `worker.py` is to measure of a variant."""
+    family = model.family
+    return {
         "name": variant.name, "model": str(model.path), "dummy": model.dummy, "layers": model.layers,
-        "image_size": model.image_size, "frames": variant.frames, "metok": variant.metok,
+        "frame_size": list(model.frame), "frames": variant.frames, "metok": variant.metok,
+        "pruning": variant.pruning.options if variant.pruning else {},
+        "whole_frames": options.frames if family.timed else None,
+        "turn": family.turn, "video_token": model.video_token, "stock_tokens": model.stock_tokens(variant.frames),
         "text_tokens": options.text_tokens, "max_tokens": options.max_tokens, "videos": options.videos,
         "concurrency": options.concurrency, "requests": options.requests, "repeats": options.repeats,
         "engine": engine_options(options, model, cuda),
-        "parts": ["serve"] if options.no_breakdown else ["serve", "breakdown"],
+        "parts": parts(options),
     }  # fmt: skip
-    return summarise(run_job(job, options.work, cuda, options.timeout))
+
+
+def measure(variant: Variant, options: argparse.Namespace, model: BenchmarkModel, cuda: bool) -> dict[str, Any]:
+    """One variant's summary."""
+    job = job_of(variant, options, model, cuda)
+    return summarise(run_job(job, options.work, cuda, options.timeout), model.layers)
 
 
 def save(result: dict[str, Any], path: Path) -> None:
@@ -201,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     try:
         model = write_model(options.model, options.work)
-        chosen = variants(options.frames, model.grid, options.variants)
+        chosen = variants(model, options.frames, options.variants)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     out = options.out or RESULTS / f"engine-{model.name}{'' if cuda else '-cpu'}.json"
@@ -211,14 +234,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "date": timestamp(),
         **conditions(cuda),
         "workload": {
-            "model": model.name, "weights": "random" if model.dummy or model.name == "tiny" else "from the folder",
-            "frames": options.frames, "frame_size": [model.image_size, model.image_size],
+            "model": model.name, "weights": weights(model), **stated_family(model),
+            "frames": options.frames, "frame_size": list(model.frame),
             "text_tokens": options.text_tokens, "max_tokens": options.max_tokens, "concurrency": options.concurrency,
             "videos": options.videos, "aligner": "auto: the folder's own if it has one, else embedding",
             "all_videos_have_equal_length": True, "engine": engine_options(options, model, cuda),
         },
-        "excluded": EXCLUDED, "not_in_the_run": NOT_IN_THE_RUN,
-        "file_decode_ms": None, "variants": {},
+        "excluded": EXCLUDED, "not_in_the_run": not_in_the_run(model.family),
+        **expected(model, options.frames), "file_decode_ms": None, "variants": {},
     }  # fmt: skip
     commit = result["commit"]
     if options.merge and out.exists():
@@ -227,15 +250,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if reason:
             raise SystemExit(f"error: {out} is of another run, delete it or state another --out ({reason})")
         result = continued(before, result)
-    decoding = {options.frames: result["file_decode_ms"] or file_decode(options.clip, options.frames)}
-    result["file_decode_ms"] = decoding[options.frames]
+    decoding: dict[int, Any] = {}
+    if not options.counts:
+        decoding[options.frames] = result["file_decode_ms"] or file_decode(options.clip, options.frames)
+        result["file_decode_ms"] = decoding[options.frames]
     failed = False
     for variant in chosen:
         print(f"{variant.label} ({variant.frames} frames) ...", flush=True)
         entry: dict[str, Any] = {"label": variant.label, "frames": variant.frames, "metok": variant.metok}
-        if variant.frames not in decoding:
+        if variant.pruning is not None:
+            entry["pruning"] = asdict(variant.pruning)
+        if variant.frames not in decoding and not options.counts:
             decoding[variant.frames] = file_decode(options.clip, variant.frames)
-        entry |= {"commit": commit, "date": timestamp(), "file_decode_ms": decoding[variant.frames]}
+        entry |= {"commit": commit, "date": timestamp(), "file_decode_ms": decoding.get(variant.frames)}
         try:
             entry |= measure(variant, options, model, cuda)
             if "breakdown" in entry:
@@ -247,8 +274,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed = True
         add(result["variants"], variant.name, entry)
         result["ratios_to_stock"] = ratios(result["variants"])
+        if model.family.pruning:
+            result["ratios_to_pruning"] = ratios_to_pruning(result["variants"])
+            result["notes"] = notes(result["variants"], result["expected"])
         save(result, out)
-    print(out)
+    print(*result.get("notes", []), out, sep="\n")
     if not options.no_plots and any("levels" in entry for entry in result["variants"].values()):
         print(*plot(result, out), sep="\n")
     return int(failed)
@@ -256,9 +286,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def line(entry: dict[str, Any]) -> str:
     """A variant's first level and its KV, for the terminal."""
+    visual = entry["tokens"].get("visual_tokens")
+    said = f"{entry['tokens']['prompt_tokens']} prompt tokens"
+    if visual is not None:
+        said += f", {visual['encoded']} of them visual, {entry['tokens']['mean_over_layers']:.1f} a layer on average"
+    if "levels" not in entry:
+        return f"{said}; {entry['kv']['requests_per_gib']:.1f} requests fit in a GiB of KV cache"
     level = entry["levels"][0]
     return (
-        f"{entry['tokens']['prompt_tokens']} prompt tokens; at {level['concurrency']} at a time: first token after "
+        f"{said}; at {level['concurrency']} at a time: first token after "
         f"{level['ttft_ms']['p50']:.0f} ms ({entry['first_request']['ttft_ms']:.0f} ms in the first request after start), "
         f"then one every {level['inter_token_ms']['p50']:.1f} ms, {level['requests_per_s']:.2f} requests/s; "
         f"{entry['kv']['requests_that_fit']} requests fit in the KV cache"

@@ -1,5 +1,5 @@
-"""What goes into a result beside the figures: what is excluded,
-what decoding a file takes, what may be claimed.
+"""What goes into a result beside the figures: what is excluded, what decoding a file takes, what may be
+claimed, what counts are expected.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.paths import ROOT
+from benchmarks.engine.families import LLAVA_ONEVISION
 from benchmarks.engine.models import BenchmarkModel
+from benchmarks.engine.qwen import MODELS
 
 CLIP = ROOT / "metok_vllm" / "demo" / "assets" / "iscc-band-60s.mp4"
 
@@ -51,3 +53,31 @@ def claim(model: BenchmarkModel, cuda: bool) -> str:
         )
     weights = "made-up weights: speed and memory only" if model.dummy else "real weights"
     return f"{model.name}, {weights}; accuracy not measured"
+
+
+def weights(model: BenchmarkModel) -> str:
+    """Whose the weights are."""
+    return "random" if model.dummy or model.name in ("tiny", *MODELS) else "from the folder"
+
+
+def stated_family(model: BenchmarkModel) -> dict[str, str]:
+    """The family, for the workload. LLaVA-OneVision's results, older than the others, do not state it."""
+    return {} if model.family is LLAVA_ONEVISION else {"family": model.family.title}
+
+
+def expected(model: BenchmarkModel, frames: int) -> dict[str, Any]:
+    """What the rates of vLLM's own pruning are chosen by, and the fewest tokens that each method leaves.
+
+    Nothing where the family has none.
+    """
+    if not model.family.pruning:
+        return {}
+    tokens = model.expected(frames)
+    return {
+        "expected": {
+            "stock": tokens.stock,
+            "encoded": tokens.encoded,
+            "mean_over_layers": model.expected_mean(frames),
+            "least": {"evs": model.family.tokens_per_step(model.grid), "vidcom2": model.family.steps(frames)},
+        }
+    }

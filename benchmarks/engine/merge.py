@@ -45,7 +45,7 @@ def continued(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 def add(variants: dict[str, dict[str, Any]], name: str, entry: dict[str, Any]) -> None:
     """Put a variant's entry among the others, in place of an earlier one of that name.
 
-    One that failed takes no figures away: those of an earlier run stay.
+    One that failed, or only counted, takes no times away: those of an earlier run stay.
     """
-    if "error" not in entry or "levels" not in variants.get(name, {}):
+    if "levels" in entry or "levels" not in variants.get(name, {}):
         variants[name] = entry

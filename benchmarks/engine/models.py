@@ -1,5 +1,5 @@
-"""Model folders for the engine benchmark: a tiny random checkpoint,
-and the published shapes without weights.
+"""Model folders for the engine benchmark: tiny random checkpoints,
+and published shapes without weights. Qwen's are in `qwen.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.engine import qwen
+from benchmarks.engine.families import LLAVA_ONEVISION, Family, Grid, by_model_type, mean_over_layers
+from metok_vllm.compression.accounting import VisualTokens
+from metok_vllm.compression.selection import prune_layers
 
 FORMAT = 2
 """Changes with what `write_model` writes,
@@ -57,45 +62,80 @@ class BenchmarkModel:
 
     name: str
     path: Path
-    layers: int
-    grid: int  # patches on a side of the tower's grid
-    image_size: int  # pixels on a side of a frame
+    family: Family
+    layers: int  # of the language model
+    grid: Grid  # of a frame, or of the frames that the tower takes at once
+    frame: Grid  # height and width of a frame in pixels
     dummy: bool  # there are no weights: vLLM makes them up
+    video_token: int  # id of the placeholders of a video
+
+    def stock_tokens(self, frames: int) -> int:
+        """Visual tokens of a video in stock vLLM."""
+        return self.family.stock_tokens(frames, self.grid)
+
+    def label_tokens(self, frames: int) -> int:
+        """Text tokens inside a video, at the most."""
+        return self.family.steps(frames) * self.family.most_label
+
+    def expected(self, frames: int) -> VisualTokens:
+        """Visual tokens of a video with METok's preset `paper`, for events of equal length."""
+        return self.family.expected(frames, self.grid)
+
+    def expected_mean(self, frames: int) -> float:
+        """The mean of `expected` over the layers in prefill."""
+        return mean_over_layers(self.expected(frames), self.prune_layers, self.layers)
+
+    @property
+    def prune_layers(self) -> tuple[int, int, int]:
+        """METok's L1, L2 and L3, as it chooses them."""
+        return prune_layers(self.layers)
 
 
 def write_model(name: str, root: Path) -> BenchmarkModel:
-    """The model called `name`: "tiny", "0.5b", "7b", or a folder with a LLaVA-OneVision checkpoint.
+    """The model called `name`: "tiny", "0.5b", "7b", one of `qwen.MODELS`, or a folder with a checkpoint.
 
-    The first three are written below `root` unless they are there already.
+    All but the last are written below `root` unless they are there already.
 
     Raises:
         ValueError: `name` is none of these.
     """
-    if name == "tiny" or name in PUBLISHED:
-        folder = root / f"llava-onevision-{name}"
+    known = ("tiny", *PUBLISHED, *qwen.MODELS)
+    if name in known:
+        folder = root / (name if name in qwen.MODELS else f"llava-onevision-{name}")
         stamp = folder / "benchmark-format"
         if not stamp.exists() or stamp.read_text() != str(FORMAT):
-            _write_tiny(folder) if name == "tiny" else _write_published(folder, PUBLISHED[name])
+            if name in qwen.MODELS:
+                qwen.write(name, folder)
+            elif name == "tiny":
+                _write_tiny(folder)
+            else:
+                _write_published(folder, PUBLISHED[name])
             stamp.write_text(str(FORMAT))
-        return describe(name, folder, dummy=name != "tiny")
+        is_tiny = name == "tiny" or name.endswith("-tiny")
+        return describe(name, folder, dummy=not is_tiny, is_tiny=is_tiny)
     folder = Path(name)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"--model must be tiny, {', '.join(PUBLISHED)} or a model's folder, not {name!r}")
+        raise ValueError(f"--model must be {', '.join(known)} or a model's folder, not {name!r}")
     return describe(folder.resolve().name, folder, dummy=not list(folder.glob("*.safetensors")))
 
 
-def describe(name: str, folder: Path, dummy: bool) -> BenchmarkModel:
-    """Read a model folder's config.
+def describe(name: str, folder: Path, dummy: bool, is_tiny: bool = False) -> BenchmarkModel:
+    """Read a model folder's config. `is_tiny`: frames are small, where the config leaves their size open.
 
     Raises:
-        ValueError: it is no LLaVA-OneVision model.
+        ValueError: the benchmark has no such family.
     """
     config = json.loads((folder / "config.json").read_text())
-    if config.get("model_type") != "llava_onevision":
-        raise ValueError(f"the benchmark is for LLaVA-OneVision models, not {config.get('model_type')!r}")
-    vision, text = config["vision_config"], config["text_config"]
-    side = vision["image_size"]
-    return BenchmarkModel(name, folder, text["num_hidden_layers"], side // vision["patch_size"], side, dummy)
+    family = by_model_type(config.get("model_type"))
+    vision, text = config["vision_config"], config.get("text_config", config)
+    if family is LLAVA_ONEVISION:
+        height = width = vision["image_size"]
+    else:
+        height, width = family.tiny_frame if is_tiny else family.frame
+    token = int(vision.get("patch_size", 14)) * family.merge  # Qwen2.5-VL's own config leaves its 14 out
+    grid = height // token, width // token
+    video_token = config["video_token_index" if family is LLAVA_ONEVISION else "video_token_id"]
+    return BenchmarkModel(name, folder, family, text["num_hidden_layers"], grid, (height, width), dummy, video_token)
 
 
 def _write_tiny(folder: Path) -> None:
@@ -151,12 +191,13 @@ def spread_weights(model: Any) -> None:
             if not parameter.is_floating_point():
                 continue
             generator = torch.Generator(device=parameter.device).manual_seed(index)
+            is_norm = "norm" in name or name.endswith("ln_q.weight")
             if parameter.dim() < 2:
-                scale = 0.02 if name.endswith("bias") or "norm" in name else 1.0
+                scale = 0.02 if name.endswith("bias") or is_norm else 1.0
                 parameter.normal_(0, scale, generator=generator)
-                if "norm" in name and not name.endswith("bias"):
+                if is_norm and not name.endswith("bias"):
                     parameter.add_(1)
-            elif "position_embedding" in name:
+            elif "position_embedding" in name or "pos_embed" in name:
                 parameter.normal_(0, 0.3, generator=generator)
             elif "embed_tokens" in name:
                 parameter.normal_(0, 0.5, generator=generator)

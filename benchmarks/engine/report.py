@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine.families import mean_over_layers
 from benchmarks.engine.timing import LANGUAGE_MODEL, OUTSIDE, PARTS
+from metok_vllm.compression.accounting import VisualTokens
 
 PART_COLOURS = (
     "#4c72b0", "#8172b3", "#55a868", "#c44e52", "#dd8452", "#64b5cd", "#937860", "#777777", "#999999", "#bbbbbb",
@@ -18,6 +20,7 @@ PART_COLOURS = (
 )  # fmt: skip
 VARIANT_COLOURS = {
     "stock": "#444444", "fewer-frames": "#999999", "metok-paper": "#c44e52", "metok-balanced": "#4c72b0",
+    "evs-mean": "#55a868", "evs-stage1": "#a3d6ae", "vidcom2-mean": "#dd8452", "vidcom2-stage1": "#f0c3a5",
 }  # fmt: skip
 
 
@@ -40,9 +43,15 @@ def quantiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:
     return {"p20": at(0.2), "p50": at(0.5), "p80": at(0.8)}
 
 
-def summarise(raw: dict[str, Any]) -> dict[str, Any]:
-    """A worker's raw figures as medians with p20 and p80, in milliseconds."""
-    result = {key: raw[key] for key in ("start_s", "tokens", "kv", "memory")}
+def summarise(raw: dict[str, Any], layers: int) -> dict[str, Any]:
+    """A worker's raw figures as medians with p20 and p80, in milliseconds; `layers` are the language model's.
+
+    Where it only counted, there are no times.
+    """
+    result: dict[str, Any] = {key: raw[key] for key in ("start_s", "tokens", "kv", "memory") if key in raw}
+    result["tokens"] = with_mean(raw["tokens"], layers)
+    if "levels" not in raw:
+        return result
     keys = ("concurrency", "requests", "wall_s", "requests_per_s", "cpu_s_per_request", "most_running")
     result["processing_ms"] = quantiles(raw["processing_s"], 1e3)
     result["levels"] = [
@@ -59,6 +68,20 @@ def summarise(raw: dict[str, Any]) -> dict[str, Any]:
     if "breakdown" in raw:
         result["breakdown"] = breakdown(raw["breakdown"])
     return result
+
+
+def with_mean(tokens: dict[str, Any], layers: int) -> dict[str, Any]:
+    """A worker's counts, and the visual tokens that a layer computes on average in prefill.
+
+    What METok's engine reports of one request, or the same tokens in every layer.
+    """
+    visual = tokens.get("visual_tokens")
+    if visual is None:
+        return tokens
+    mean = float(visual["encoded"])
+    if "prune_layers" in tokens:
+        mean = mean_over_layers(VisualTokens(**visual), tuple(tokens["prune_layers"]), layers)
+    return {**tokens, "mean_over_layers": mean}
 
 
 def first_request(raw: dict[str, Any], levels: Sequence[dict[str, Any]]) -> dict[str, float | None]:
@@ -105,41 +128,84 @@ def request_ms(entry: dict[str, Any]) -> dict[str, float | None]:
     return {"file_decode": decoding, **parts, "without_file_decode": without, "total": total}
 
 
-def ratios(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Every other variant against stock; above 1 is better than stock. Empty where stock has no result."""
-    stock = variants.get("stock", {})
-    if "levels" not in stock:
+def ratios_to_pruning(variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """METok's variants against each of vLLM's own prunings, as `ratios` has them, by that one's name."""
+    metok = {name: entry for name, entry in variants.items() if entry.get("metok") is not None}
+    return {
+        name: ratios({**metok, name: entry}, name)
+        for name, entry in variants.items()
+        if entry.get("pruning") and "levels" in entry
+    }
+
+
+def notes(variants: dict[str, dict[str, Any]], expected: dict[str, Any]) -> list[str]:
+    """Where the engines' counts are not those that the run was planned by: a sentence each.
+
+    Args:
+        variants: the entries measured so far.
+        expected: what the rates of vLLM's own pruning were chosen by (`cli.expected`).
+    """
+    said = []
+    for name, entry in variants.items():
+        tokens = entry.get("tokens", {})
+        visual = tokens.get("visual_tokens")
+        if visual is None:
+            continue
+        if entry.get("pruning"):
+            planned, wanted = entry["pruning"]["tokens"], entry["pruning"]["wanted"]
+            if planned != round(wanted):
+                least = expected["least"][entry["pruning"]["method"]]
+                said.append(f"{name}: {wanted:.1f} tokens were wanted, and this method leaves {least} or more")
+        elif entry["metok"] is not None:
+            planned, mean = expected["encoded"], expected["mean_over_layers"]
+            if abs(tokens["mean_over_layers"] - mean) > 1e-6:
+                said.append(
+                    f"{name}: {tokens['mean_over_layers']:.1f} visual tokens a layer on average, as the engine reports "
+                    f"it of one request; the rates of vLLM's own pruning were chosen by {mean:.1f}, for events of equal "
+                    "length"
+                )
+        else:
+            planned = visual["stock"]
+        if visual["encoded"] != planned:
+            said.append(f"{name}: {visual['encoded']} visual tokens enter the language model, and not {planned}")
+    return said
+
+
+def ratios(variants: dict[str, dict[str, Any]], to: str = "stock") -> dict[str, Any]:
+    """Every other variant against one of them; above 1 is better than it. Empty where it has no result."""
+    base = variants.get(to, {})
+    if "levels" not in base:
         return {}
     result = {}
     for name, other in variants.items():
-        if name == "stock" or "levels" not in other:
+        if name == to or "levels" not in other:
             continue
         levels = []
-        for base, level in zip(stock["levels"], other["levels"], strict=True):
-            steps = [at["decode_step_ms"] for at in (base, level)]
-            whole = [v["processing_ms"]["p50"] + at["ttft_ms"]["p50"] for v, at in ((stock, base), (other, level))]
+        for before, level in zip(base["levels"], other["levels"], strict=True):
+            steps = [at["decode_step_ms"] for at in (before, level)]
+            whole = [v["processing_ms"]["p50"] + at["ttft_ms"]["p50"] for v, at in ((base, before), (other, level))]
             levels.append({
                 "concurrency": level["concurrency"],
-                "ttft": base["ttft_ms"]["p50"] / level["ttft_ms"]["p50"],
+                "ttft": before["ttft_ms"]["p50"] / level["ttft_ms"]["p50"],
                 "ttft_with_processing": whole[0] / whole[1],
-                "inter_token": base["inter_token_ms"]["p50"] / level["inter_token_ms"]["p50"],
+                "inter_token": before["inter_token_ms"]["p50"] / level["inter_token_ms"]["p50"],
                 "decode_step": steps[0]["p50"] / steps[1]["p50"] if all(steps) else None,
-                "requests_per_s": level["requests_per_s"] / base["requests_per_s"],
-                "cpu_time": base["cpu_s_per_request"] / level["cpu_s_per_request"],
+                "requests_per_s": level["requests_per_s"] / before["requests_per_s"],
+                "cpu_time": before["cpu_s_per_request"] / level["cpu_s_per_request"],
             })  # fmt: skip
-        result[name] = {"levels": levels, "kv_capacity": base_over(stock, other)}
-        if "breakdown" in stock and "breakdown" in other:
-            mine, theirs = (v["breakdown"]["language_model_prefill_ms"] for v in (other, stock))
+        result[name] = {"levels": levels, "kv_capacity": more_that_fit(base, other)}
+        if "breakdown" in base and "breakdown" in other:
+            mine, theirs = (v["breakdown"]["language_model_prefill_ms"] for v in (other, base))
             result[name]["language_model_prefill"] = theirs / mine
-        if "request_ms" in stock and "request_ms" in other:
-            whole = [v["request_ms"]["total"] for v in (stock, other)]
+        if "request_ms" in base and "request_ms" in other:
+            whole = [v["request_ms"]["total"] for v in (base, other)]
             result[name]["file_to_first_token"] = whole[0] / whole[1] if None not in whole else None
     return result
 
 
-def base_over(stock: dict[str, Any], other: dict[str, Any]) -> float:
-    """How many times stock's video requests fit in the same KV memory."""
-    return float(other["kv"]["requests_per_gib"] / stock["kv"]["requests_per_gib"])
+def more_that_fit(base: dict[str, Any], other: dict[str, Any]) -> float:
+    """How many times the base's video requests fit in the same KV memory."""
+    return float(other["kv"]["requests_per_gib"] / base["kv"]["requests_per_gib"])
 
 
 def plot(result: dict[str, Any], path: Path) -> list[Path]:
@@ -171,7 +237,7 @@ def headline(result: dict[str, Any]) -> str:
     work = result["workload"]
     versions = result["versions"]
     return (
-        f"LLaVA-OneVision {work['model']}, {work['frames']} frames, {work['max_tokens']} new tokens on "
+        f"{work.get('family', 'LLaVA-OneVision')} {work['model']}, {work['frames']} frames, {work['max_tokens']} new tokens on "
         f"{result['hardware']['device']}; vLLM {versions.get('vllm', 'unknown')}, commit {result['commit']}"
     )
 

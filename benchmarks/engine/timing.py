@@ -18,6 +18,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+TOWERS = ("vision_tower", "multi_modal_projector", "visual")
+"""What makes visual tokens of pixels, as vLLM's models call it: LLaVA's two, Qwen's one with its merger."""
+
 LANGUAGE_MODEL = ("shallow_layers", "scoring", "deep_layers", "compiled_layers", "rest_of_model")
 """The parts that are the language model's."""
 
@@ -27,7 +30,9 @@ sampling, and what is left of a step.
 """
 
 PARTS = ("tower", "stage1", *LANGUAGE_MODEL, *OUTSIDE)
-"""In the order of a request's way. For stock vLLM `stage1` is its pooling, and there is no `scoring`."""
+"""In the order of a request's way. For stock vLLM `stage1` is its pooling or its own pruning, and there is no
+`scoring`.
+"""
 
 PRUNED_STEP = {"shallow": "shallow_layers", "scoring": "scoring", "deep": "deep_layers"}
 """METok's names for the parts of a pruned step, and those of here.
@@ -130,8 +135,7 @@ def attach_step(spans: Spans, scheduler: Any, runner: Any) -> None:
 
 
 def attach(spans: Spans, model: Any, first_prune_layer: int, *, compiled: bool = False) -> None:
-    """Put spans around the parts of a LLaVA-OneVision model, stock or METok;
-    both are cut at METok's first pruning layer.
+    """Put spans around the parts of a model, stock or METok; both are cut at METok's first pruning layer.
 
     Args:
         spans: takes the times.
@@ -140,10 +144,14 @@ def attach(spans: Spans, model: Any, first_prune_layer: int, *, compiled: bool =
         compiled: whether its layers are one compiled graph, which calls no hook of a layer.
 
     Raises:
-        LookupError: METok no longer has a part that is timed here, or vLLM's decoder is compiled otherwise.
+        LookupError: the model's tower is not known here, METok no longer has a part that is timed here, or
+            vLLM's decoder is compiled otherwise.
     """
-    spans.hook(model.vision_tower, "tower")
-    spans.hook(model.multi_modal_projector, "tower")
+    towers = [getattr(model, name) for name in TOWERS if hasattr(model, name)]
+    if not towers:
+        raise LookupError(f"{type(model).__name__} has no {' or '.join(TOWERS)}: its tower would be counted elsewhere")
+    for tower in towers:
+        spans.hook(tower, "tower")
     model.embed_multimodal = spans.around(model.embed_multimodal, "stage1")
     spans.hook(model, "rest_of_model")
     decoder = model.language_model.model

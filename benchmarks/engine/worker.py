@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.engine.models import spread_weights
 from benchmarks.engine.timing import Spans, attach, attach_step
-from benchmarks.engine.workload import prompt_ids, video
+from benchmarks.engine.workload import prompt_ids, times, video
 
 WARM_UP = 2
 """Requests before what is reported as warm; the very first one after the start is reported apart."""
@@ -58,6 +58,7 @@ class Bench:
 
             register()  # works where the package is on the path but not installed
             options |= enable(**job["metok"])
+        options |= job["pruning"]
         self.llm = LLM(job["model"], **options)
         client: Any = self.llm.llm_engine.engine_core  # the one that holds the core itself, in this process
         self.core: Any = client.engine_core
@@ -68,7 +69,7 @@ class Bench:
         self.peak_running = 0
         self._number = 0
         self._unanswered = 0  # requests without a first token
-        self._prepare(prompt_ids(Path(job["model"]), job["text_tokens"]))
+        self._prepare(prompt_ids(Path(job["model"]), job["text_tokens"], job["turn"]))
 
     @property
     def scheduler(self) -> Any:
@@ -78,11 +79,12 @@ class Bench:
         """Process every distinct video once; what that takes is measured here and is in no TTFT."""
         from vllm.inputs import TokensPrompt
 
-        self.text_tokens = len(ids) - 1
         self.prepared: list[Any] = []
         self.processing: list[float] = []
         for seed in range(self.job["videos"]):
-            frames = video(seed, self.job["frames"], self.job["image_size"])
+            frames: Any = video(seed, self.job["frames"], *self.job["frame_size"])
+            if self.job["whole_frames"] is not None:
+                frames = frames, times(self.job["frames"], self.job["whole_frames"])
             prompt = TokensPrompt(prompt_token_ids=ids, multi_modal_data={"video": frames})
             began = time.perf_counter()
             self.prepared.append(self.llm._preprocess_cmpl_one(prompt))
@@ -90,7 +92,6 @@ class Bench:
             if seed == 0 and self.job["metok"] is not None:
                 prompt["mm_processor_kwargs"] = {"metok": {"report": True}}
                 self.with_report: Any = self.llm._preprocess_cmpl_one(prompt)
-        self.prompt_tokens = len(self.prepared[0]["prompt_token_ids"])
 
     def submit(self, prepared: Any, max_tokens: int) -> tuple[str, str]:
         """Queue a request; returns its id for the client and the one inside the engine."""
@@ -161,17 +162,21 @@ class Bench:
         return timelines[name], internal
 
     def tokens(self) -> dict[str, Any]:
-        """Tokens of one request, as the engine reports them."""
-        visual = self.prompt_tokens - self.text_tokens
-        counts = {"prompt_tokens": self.prompt_tokens, "text_tokens": self.text_tokens}
+        """Tokens of one request, as they stand in the engine's prompt, or as METok reports them.
+
+        Text that labels frames inside a video counts as text.
+        """
+        prompt = self.prepared[0]["prompt_token_ids"]
         if self.job["metok"] is None:
-            return {**counts, "visual_tokens": {"stock": visual, "encoded": visual}}
+            visual = sum(token == self.job["video_token"] for token in prompt)
+            counts = {"prompt_tokens": len(prompt), "text_tokens": len(prompt) - visual}
+            return {**counts, "visual_tokens": {"stock": self.job["stock_tokens"], "encoded": visual}}
         from metok_vllm.contract.request_ids import client_id, key
 
         _, internal = self.one(self.with_report, 2)
         report = self.runner.model_state.reports.find(key(client_id(internal)))
-        kept = {key: report[key] for key in ("prune_layers", "visual_tokens", "kv_bytes", "prefill_flops")}
-        return {**counts, **kept}
+        keys = ("text_tokens", "prune_layers", "visual_tokens", "kv_bytes", "prefill_flops")
+        return {"prompt_tokens": len(prompt), **{key: report[key] for key in keys}}
 
     def kv(self, max_tokens: int) -> dict[str, Any]:
         """What a request holds at its largest,
@@ -270,6 +275,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Everything that the job asks for, as plain data with raw figures; `report.py` sums them up."""
     bench = Bench(job)
     result: dict[str, Any] = {"start_s": bench.start_s, "processing_s": bench.processing}
+    if "counts" in job["parts"]:
+        result |= {"tokens": bench.tokens(), "kv": bench.kv(job["max_tokens"])}
     if "serve" in job["parts"]:
         first, _ = bench.one(bench.prepared[0], job["max_tokens"])
         result["first_request"] = {"ttft_s": first.ttft, "token_gaps_s": first.gaps}

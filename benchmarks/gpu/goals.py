@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.gpu.folder import Folder
+from benchmarks.gpu.stages import PRUNED, tiny_of
 
 POINT = "one H200, LLaVA-OneVision 7B, 64 frames, about 200 text tokens, vLLM's default mode"
 STAGE_1_KERNELS = ("event_similarity", "tiered_pool")
@@ -23,10 +24,12 @@ class Results:
     eager: dict[str, Any]
     kernels: list[dict[str, str]]
     """Rows of the kernel benchmark: those with torch.compile's column where there are any."""
+    pruned: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The engine benchmark's results beside vLLM's own pruning, by the model's name."""
 
     @classmethod
     def of(cls, folder: Folder, model: str) -> Results:
-        def engine(mode: str) -> dict[str, Any]:
+        def engine(mode: str, model: str = model) -> dict[str, Any]:
             path = folder.engine(model, mode)
             found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
             return found
@@ -38,7 +41,8 @@ class Results:
                     # The later file's rows of an operation take the place of the earlier one's.
                     later = list(csv.DictReader(file))
                     rows = [row for row in rows if row["op"] not in {new["op"] for new in later}] + later
-        return cls(engine(""), engine("eager"), rows)
+        pruned = {name: engine("", name) for one in PRUNED for name in (one, tiny_of(one))}
+        return cls(engine(""), engine("eager"), rows, {name: found for name, found in pruned.items() if found})
 
 
 def measured(result: dict[str, Any], variant: str) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from benchmarks.gpu.goals import Results, measured
 from benchmarks.gpu.runner import Outcome, outcomes
 from benchmarks.gpu.stages import Stage
 
-ORDER = ("stock", "fewer-frames", "metok-paper", "metok-balanced")
+ORDER = (
+    "stock", "fewer-frames", "evs-mean", "evs-stage1", "vidcom2-mean", "vidcom2-stage1", "metok-paper", "metok-balanced",
+)  # fmt: skip
 NONE = "-"
 
 
@@ -34,6 +36,7 @@ def write(folder: Folder, stages: Sequence[Stage], model: str, plots: bool) -> P
         _goals(results, machine),
         *_mode("vLLM's default mode", results.default),
         *_mode("Eager mode (no torch.compile, no CUDA graphs)", results.eager),
+        *_pruned(results),
         "## Kernels",
         _kernels(results),
         "## Plots",
@@ -52,10 +55,12 @@ def draw(folder: Folder, results: Results, model: str) -> list[Path]:
     if importlib.util.find_spec("matplotlib") is None:
         return []
     written = []
-    for result, mode in ((results.default, ""), (results.eager, "eager")):
+    drawn = [(results.default, folder.engine(model)), (results.eager, folder.engine(model, "eager"))]
+    drawn += [(result, folder.engine(name)) for name, result in results.pruned.items()]
+    for result, path in drawn:
         present = {name: result["variants"][name] for name in ORDER if measured(result, name)}
         if present:
-            written += drawing.plot({**result, "variants": present}, folder.engine(model, mode))
+            written += drawing.plot({**result, "variants": present}, path)
     return written
 
 
@@ -110,6 +115,23 @@ def _goals(results: Results, machine: Mapping[str, Any]) -> str:
     return f"{note}\n\n" + table(("What", "Goal", "Measured", "Verdict", "Taken from"), goals.rows(results, gpu))
 
 
+def _pruned(results: Results) -> list[str]:
+    """METok beside vLLM's own pruning, a model after the other."""
+    if not results.pruned:
+        return ["## Beside vLLM's own pruning", "Not measured."]
+    blocks = []
+    for name, result in results.pruned.items():
+        work = result["workload"]
+        blocks += _mode(f"Beside vLLM's own pruning: {name}, {work['frames']} frames", result)
+        blocks += [
+            _times_as_good(f"Times as good as {base}", ratios)
+            for base, ratios in result["ratios_to_pruning"].items()
+            if ratios
+        ]
+        blocks.append("\n".join(f"- {note}." for note in result["notes"]))
+    return blocks
+
+
 def _mode(title: str, result: Mapping[str, Any]) -> list[str]:
     """Everything that the engine benchmark measured in one mode."""
     if not result:
@@ -124,7 +146,7 @@ def _mode(title: str, result: Mapping[str, Any]) -> list[str]:
         return blocks
     variants = {name: result["variants"][name] for name in present}
     to_stock = result["ratios_to_stock"]
-    return [*blocks, _requests(variants), _to_stock(to_stock), _whole(variants), _parts(variants)]
+    return [*blocks, _requests(variants), _tokens(variants), _to_stock(to_stock), _whole(variants), _parts(variants)]
 
 
 def _requests(variants: Mapping[str, Any]) -> str:
@@ -155,10 +177,32 @@ def _requests(variants: Mapping[str, Any]) -> str:
     )
 
 
+def _tokens(variants: Mapping[str, Any]) -> str:
+    """Tokens and KV blocks of a request, as the engines had them."""
+    rows = []
+    for name, variant in variants.items():
+        tokens, kv = variant["tokens"], variant["kv"]
+        visual, groups = tokens.get("visual_tokens", {}), kv.get("groups", [])
+        rows.append((
+            name, str(tokens["prompt_tokens"]), str(tokens["text_tokens"]), str(visual.get("encoded", NONE)),
+            number(tokens.get("mean_over_layers"), "{:.1f}"),
+            " + ".join(f"{group['blocks_of_a_request']} ({group['layers']} layers)" for group in groups) or NONE,
+            str(kv["requests_that_fit"]),
+        ))  # fmt: skip
+    head = ("Of a request", "Prompt tokens", "Text", "Visual, entering", "Visual, mean over layers", "KV blocks",
+            "Requests that fit")  # fmt: skip
+    return table(head, rows)
+
+
 def _to_stock(ratios: Mapping[str, Any]) -> str:
     """How many times as good as stock."""
     if not ratios:
         return "No ratios: stock was not measured."
+    return _times_as_good("Times as good as stock", ratios)
+
+
+def _times_as_good(title: str, ratios: Mapping[str, Any]) -> str:
+    """Two tables of ratios to one variant: at each number of requests, and of one request."""
     keys = ("ttft", "ttft_with_processing", "inter_token", "decode_step", "requests_per_s")
     rows = []
     for name in [name for name in ORDER if name in ratios]:
@@ -170,12 +214,12 @@ def _to_stock(ratios: Mapping[str, Any]) -> str:
          number(ratios[name].get("file_to_first_token")))
         for name in ORDER if name in ratios
     ]  # fmt: skip
-    head = ("Times as good as stock", "Requests at a time", "First token", "... with processing", "Between tokens",
+    head = (title, "Requests at a time", "First token", "... with processing", "Between tokens",
             "Decode step", "Requests/s")  # fmt: skip
     return (
         table(head, rows)
         + "\n\n"
-        + table(("Times as good as stock", "KV capacity", "Language-model prefill", "File to first token"), whole)
+        + table((title, "KV capacity", "Language-model prefill", "File to first token"), whole)
     )
 
 

@@ -14,6 +14,11 @@ PUBLISHED = "7b"
 SMOKE = "benchmarks/gpu/gpu_smoke.py"
 FRAMES, TEXT_TOKENS, CONCURRENCY = 64, 200, "1,32"
 
+PRUNED = ("qwen2.5-vl-7b", "qwen3-vl-8b")
+"""Models that vLLM can prune itself."""
+PRUNED_FRAMES, PRUNED_CONCURRENCY = 128, "1,8,32"
+"""Frames come in pairs: as many grids as `FRAMES` are."""
+
 TINY = (
     "--model", "tiny", "--frames", "8", "--concurrency", "1,2", "--requests", "2", "--repeats", "1", "--videos", "1",
     "--text-tokens", "30", "--max-tokens", "4",
@@ -51,6 +56,8 @@ def stages(folder: Folder, small: bool, model: str) -> Iterator[Stage]:
     yield Stage("machine", "the card and the versions", ("-m", "benchmarks.gpu.machine", str(folder.machine)), 5, 60)
     yield from _does_it_run(folder, small)
     yield from _headline(folder, small, model)
+    if model == PUBLISHED:
+        yield from _pruned(folder, small)
     yield from _correct(folder, small)
     yield from _rest(folder, small, model)
     yield Stage("kernels-compile", "each kernel beside torch.compile too", _kernels(folder.kernels[1], small), 60, 240,
@@ -105,6 +112,35 @@ def _headline(folder: Folder, small: bool, model: str) -> Iterator[Stage]:
     """
     yield _at_size(folder, small, model, "default-stock", "stock", "", 150, 280)
     yield _at_size(folder, small, model, "default-paper", "metok-paper", "", 150, 280)
+
+
+def _pruned(folder: Folder, small: bool) -> Iterator[Stage]:
+    """METok beside vLLM's own pruning: for each model the three that matter most, then the others."""
+    others = {"qwen2.5-vl-7b": (), "qwen3-vl-8b": (("vidcom2", "vidcom2-mean,vidcom2-stage1"),)}
+    for model in PRUNED:
+        name = model.split("-")[0]
+        yield _beside_pruning(folder, small, model, f"{name}-stock", "stock", 150, 280)
+        yield _beside_pruning(folder, small, model, f"{name}-evs", "evs-mean", 150, 280)
+        yield _beside_pruning(folder, small, model, f"{name}-paper", "metok-paper", 150, 280)
+        for short, variants in (*others[model], ("more", "evs-stage1,metok-balanced"), ("fewer", "fewer-frames")):
+            both = "," in variants
+            yield _beside_pruning(folder, small, model, f"{name}-{short}", variants, 240 if both else 150,
+                                  500 if both else 280)  # fmt: skip
+
+
+def _beside_pruning(folder: Folder, small: bool, model: str, name: str, variants: str, least: int, most: int) -> Stage:
+    """Whole requests of a model that vLLM can prune itself, of a variant or two, into one file a model."""
+    used = tiny_of(model) if small else model
+    size = ("--frames", str(PRUNED_FRAMES), "--text-tokens", str(TEXT_TOKENS), "--concurrency", PRUNED_CONCURRENCY,
+            "--repeats", "3")  # fmt: skip
+    command = _engine(folder.engine(used), folder.work / "pruned", *(TINY if small else size), "--model", used)
+    what = f"beside vLLM's own pruning, {model}: {variants.replace(',', ', ')}"
+    return Stage(name, what, (*command, "--merge", "--variants", variants), least, most)
+
+
+def tiny_of(model: str) -> str:
+    """The tiny model of one of `PRUNED`'s family."""
+    return model.rpartition("-")[0] + "-tiny"
 
 
 def _correct(folder: Folder, small: bool) -> Iterator[Stage]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.engine import cli
+from benchmarks.engine.merge import add
 
 Run = Callable[..., dict[str, Any]]
 
@@ -69,6 +70,14 @@ def test_a_variant_measured_again_takes_its_place_unless_it_fails(run: Run) -> N
     assert failed["variants"]["metok-balanced"]["error"] == "out of memory"
     assert failed["ratios_to_stock"] == again["ratios_to_stock"]
     assert "error" not in run("--variants", "metok-balanced", "--merge")["variants"]["metok-balanced"]
+
+
+def test_one_that_only_counted_takes_no_times_away() -> None:
+    counted, timed = {"tokens": {"prompt_tokens": 1}}, {"tokens": {"prompt_tokens": 1}, "levels": []}
+    entries: dict[str, dict[str, Any]] = {}
+    for entry, stays in ((counted, counted), (timed, timed), (counted, timed)):
+        add(entries, "stock", entry)
+        assert entries == {"stock": stays}
 
 
 def test_another_workload_is_refused_before_anything_runs(run: Run, tmp_path: Path) -> None:

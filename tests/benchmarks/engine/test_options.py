@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.engine import cli, models, variants
+from tests.benchmarks.models import llava
 
 
 def test_small_sets_what_is_not_set_by_hand() -> None:
@@ -39,14 +40,15 @@ def test_impossible_options_are_refused(wrong: list[str]) -> None:
 
 def test_an_unknown_variant_or_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown variant fast"):
-        variants.variants(32, 7, ["stock", "fast"])
+        variants.variants(llava(7), 32, ["stock", "fast"])
     with pytest.raises(ValueError, match="--model must be"):
         models.write_model("9b", tmp_path)
 
 
 @pytest.mark.parametrize(("frames", "grid"), [(32, 7), (64, 27), (8, 27), (1, 7), (128, 24)])
 def test_fewer_frames_take_nearest_to_as_many_tokens(frames: int, grid: int) -> None:
-    stock, fewer, paper, balanced = variants.variants(frames, grid)
+    model = llava(grid)
+    stock, fewer, paper, balanced = variants.variants(model, frames)
     assert stock.frames == paper.frames == balanced.frames == frames
     assert (stock.metok, fewer.metok, paper.metok, balanced.metok) == (
         None,
@@ -54,24 +56,24 @@ def test_fewer_frames_take_nearest_to_as_many_tokens(frames: int, grid: int) -> 
         {"preset": "paper"},
         {"preset": "balanced"},
     )
-    target = variants.metok_tokens(frames, grid)
-    off = abs(variants.stock_tokens(fewer.frames, grid) - target)
+    target = model.expected(frames).encoded
+    off = abs(model.stock_tokens(fewer.frames) - target)
     for other in range(1, frames + 1):
-        assert off <= abs(variants.stock_tokens(other, grid) - target)
+        assert off <= abs(model.stock_tokens(other) - target)
 
 
 def test_tokens_of_the_published_shape() -> None:
     """64 frames of 27 x 27 patches: 14 x 14, 7 x 7 and 4 x 4 tokens a frame;
     18 + 33 + 13 frames; 5 separators.
     """
-    assert variants.stock_tokens(64, 27) == 64 * 196 + 1
+    assert llava().stock_tokens(64) == 64 * 196 + 1
     sizes = [13, 13, 13, 13, 12]
     n1, n2, n3 = 18, sum(sizes[:3]) - 18 + 12, 13 - 6 + 12 - 6
-    assert variants.metok_tokens(64, 27) == n1 * 196 + n2 * 49 + n3 * 16 + 5
+    assert llava().expected(64).encoded == n1 * 196 + n2 * 49 + n3 * 16 + 5
 
 
 def test_every_variant_gets_the_same_engine(tmp_path: Path) -> None:
-    model = models.BenchmarkModel("7b", tmp_path, 28, 27, 384, dummy=True)
+    model = llava(path=tmp_path)
     more = ["--attention-backend", "TRITON_ATTN", "--engine-option", '{"seed": 7, "compilation_config": {"mode": 0}}']
     options = cli.arguments(["--model", "7b", *more])
     made = cli.engine_options(options, model, cuda=True)
@@ -84,7 +86,7 @@ def test_every_variant_gets_the_same_engine(tmp_path: Path) -> None:
     assert made["seed"] == 7
     assert made["compilation_config"] == {"mode": 0}
     assert made["enforce_eager"] is False
-    real = models.BenchmarkModel("x", tmp_path, 8, 7, 56, dummy=False)
+    real = llava(7, "x", tmp_path, dummy=False)
     on_cpu = cli.engine_options(options, real, cuda=False)
     assert "load_format" not in on_cpu
     assert on_cpu["enforce_eager"] is True
@@ -94,7 +96,7 @@ def test_every_variant_gets_the_same_engine(tmp_path: Path) -> None:
 
 def test_a_published_shape_on_disk(tmp_path: Path) -> None:
     model = models.write_model("0.5b", tmp_path)
-    assert (model.layers, model.grid, model.image_size, model.dummy) == (24, 27, 384, True)
+    assert (model.layers, model.grid, model.frame, model.dummy) == (24, (27, 27), (384, 384), True)
     config: dict[str, Any] = json.loads((model.path / "config.json").read_text())
     assert config["text_config"]["hidden_size"] == 896
     assert config["vision_config"]["num_hidden_layers"] == 26
@@ -115,7 +117,7 @@ def test_a_published_shape_on_disk(tmp_path: Path) -> None:
 
 
 def test_variants_run_in_the_order_given() -> None:
-    named = variants.variants(32, 7, ["metok-paper", "stock", "metok-paper"])
+    named = variants.variants(llava(7), 32, ["metok-paper", "stock", "metok-paper"])
     assert [variant.name for variant in named] == ["metok-paper", "stock"]
 
 
@@ -137,8 +139,8 @@ def test_one_process_measures_a_variant(
         return figures if "breakdown" in job["parts"] else {k: v for k, v in figures.items() if k != "breakdown"}
 
     monkeypatch.setattr(cli, "run_job", run_job)
-    model = models.BenchmarkModel("7b", tmp_path, 28, 27, 384, dummy=True)
-    stock = variants.variants(64, 27, ["stock"])[0]
+    model = llava(path=tmp_path)
+    stock = variants.variants(model, 64, ["stock"])[0]
     measured = cli.measure(stock, cli.arguments(["--work", str(tmp_path), *flags]), model, True)
     assert ("breakdown" in measured) == ("breakdown" in parts)
     assert [(job["parts"], job["engine"]["enforce_eager"]) for job in started] == [(parts, eager)]

@@ -19,6 +19,7 @@ from benchmarks.engine.models import write_model
 from benchmarks.engine.variants import variants
 from benchmarks.engine.worker import capacity
 from metok_vllm.worker.timing import PartTimes
+from tests.benchmarks.models import llava
 
 Raw = Callable[..., dict[str, Any]]
 
@@ -33,7 +34,7 @@ def test_quantiles_are_numpys() -> None:
 
 
 def test_a_summary_is_in_milliseconds(raw: Raw) -> None:
-    summary = report.summarise(raw(scoring=1.0))
+    summary = report.summarise(raw(scoring=1.0), 28)
     assert summary["levels"][0]["ttft_ms"]["p50"] == pytest.approx(350)
     assert summary["levels"][0]["inter_token_ms"]["p80"] == pytest.approx(10)
     assert summary["levels"][0]["decode_step_ms"]["p50"] == pytest.approx(8)
@@ -45,7 +46,7 @@ def test_a_summary_is_in_milliseconds(raw: Raw) -> None:
 
 def test_the_first_request_stands_beside_the_warm_ones(raw: Raw) -> None:
     figures = raw()
-    summary = report.summarise(figures)
+    summary = report.summarise(figures, 28)
     assert summary["first_request"] == {
         "ttft_ms": pytest.approx(2100),
         "longest_gap_ms": pytest.approx(500),
@@ -53,21 +54,21 @@ def test_the_first_request_stands_beside_the_warm_ones(raw: Raw) -> None:
     }
     assert max(figures["levels"][0]["ttft_s"]) < 2.1, "it is among the warm ones"
     figures["levels"] = figures["levels"][1:]  # two at a time: nothing to compare one request with
-    assert report.summarise(figures)["first_request"]["ttft_over_warm"] is None
+    assert report.summarise(figures, 28)["first_request"]["ttft_over_warm"] is None
 
 
 def test_a_level_without_a_step_that_only_decodes_has_no_decode_step(raw: Raw) -> None:
     figures = raw()
     figures["levels"][1]["decode_steps_s"] = []
-    summary = report.summarise(figures)
+    summary = report.summarise(figures, 28)
     assert summary["levels"][1]["decode_step_ms"] is None
-    levels = report.ratios({"stock": summary, "metok-paper": report.summarise(raw(0.5))})["metok-paper"]["levels"]
+    levels = report.ratios({"stock": summary, "metok-paper": report.summarise(raw(0.5), 28)})["metok-paper"]["levels"]
     assert [level["decode_step"] for level in levels] == [pytest.approx(2), None]
 
 
 def test_a_request_is_counted_from_its_file_on(raw: Raw) -> None:
     """Decoding, processing, tower, language model: apart, and their sum."""
-    summaries = {"stock": report.summarise(raw()), "metok-paper": report.summarise(raw(0.5))}
+    summaries = {"stock": report.summarise(raw(), 28), "metok-paper": report.summarise(raw(0.5), 28)}
     for entry in summaries.values():
         entry["file_decode_ms"] = {"median": 100.0}
         entry["request_ms"] = report.request_ms(entry)
@@ -84,7 +85,11 @@ def test_a_request_is_counted_from_its_file_on(raw: Raw) -> None:
 
 
 def test_ratios_above_one_are_better(raw: Raw) -> None:
-    results = {"stock": report.summarise(raw()), "metok-paper": report.summarise(raw(0.25)), "broken": {"error": "x"}}
+    results = {
+        "stock": report.summarise(raw(), 28),
+        "metok-paper": report.summarise(raw(0.25), 28),
+        "broken": {"error": "x"},
+    }
     ratios = report.ratios(results)
     assert list(ratios) == ["metok-paper"]
     assert ratios["metok-paper"]["kv_capacity"] == pytest.approx(4)
@@ -273,11 +278,9 @@ def test_the_engine_still_has_what_is_timed(eager: bool, tmp_path: Path) -> None
     # Dynamo traces the model as ever; its graph is then run as it is, which saves half a minute of Inductor.
     mode = {"enforce_eager": eager, "compilation_config": {"backend": "eager"}}
     options = cli.arguments(["--small", "--frames", "8", "--max-tokens", "3", "--engine-option", json.dumps(mode)])
-    job = {
-        "name": "metok", "model": str(model.path), "dummy": False, "layers": model.layers, "frames": 8,
-        "image_size": model.image_size, "metok": {"preset": "paper"}, "text_tokens": 30, "max_tokens": 3, "videos": 1,
-        "repeats": 1, "engine": cli.engine_options(options, model, cuda=False), "parts": ["breakdown"],
-    }  # fmt: skip
+    options.text_tokens, options.videos, options.repeats = 30, 1, 1
+    (paper,) = variants(model, 8, ["metok-paper"])
+    job = {**cli.job_of(paper, options, model, cuda=False), "parts": ["breakdown"]}
     found = report.breakdown(cli.run_job(job, tmp_path, False, 300)["breakdown"])
     assert found["compiled"] is not eager
     assert {part for part in timing.PARTS if found["prefill_ms"][part] == 0} == {"compiled_layers"}
@@ -307,19 +310,22 @@ def test_a_decoder_that_is_compiled_otherwise_is_not_timed_as_nothing(spans: tim
 
 
 def test_videos_are_the_same_scenes_at_any_sampling() -> None:
-    whole = workload.video(3, 24, 84)
+    whole = workload.video(3, 24, 84, 84)
     assert whole.shape == (24, 84, 84, 3)
-    assert np.array_equal(whole, workload.video(3, 24, 84))
-    assert not np.array_equal(whole, workload.video(4, 24, 84))
+    assert np.array_equal(whole, workload.video(3, 24, 84, 84))
+    assert not np.array_equal(whole, workload.video(4, 24, 84, 84))
     # The middle of each third of 24 frames is a frame of the video sampled at 8.
-    assert np.array_equal(workload.video(3, 8, 84), whole[1::3])
+    assert np.array_equal(workload.video(3, 8, 84, 84), whole[1::3])
     assert len(np.unique(whole.reshape(24, -1), axis=0)) == 24
 
 
 def canned(raw: Raw) -> dict[str, Any]:
     entries = {}
-    for index, variant in enumerate(variants(32, 7)):
-        entries[variant.name] = {"label": variant.label, **report.summarise(raw(1 / (1 + index), scoring=index / 2))}
+    for index, variant in enumerate(variants(llava(7), 32)):
+        entries[variant.name] = {
+            "label": variant.label,
+            **report.summarise(raw(1 / (1 + index), scoring=index / 2), 28),
+        }
     return {
         "claim": "canned",
         "commit": "0000000",

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from benchmarks.engine import report as engine_report
+from benchmarks.engine.families import QWEN3_VL
 from benchmarks.engine.variants import variants
 from benchmarks.gpu import goals, report
 from benchmarks.gpu.folder import Folder
 from benchmarks.gpu.goals import GOALS, Results
 from benchmarks.gpu.stages import stages
 from benchmarks.kernels.cli import COLUMNS
+from tests.benchmarks.models import llava, qwen
 
 Raw = Callable[..., dict[str, Any]]
 Write = Callable[..., str]
@@ -31,13 +33,17 @@ MACHINE = {
 def engine(raw: Raw, factors: dict[str, float], concurrencies: tuple[int, ...] = (1, 32)) -> dict[str, Any]:
     """A result of the engine benchmark; everything of a variant takes `factors` times as long as stock's."""
     entries: dict[str, Any] = {}
-    for variant in variants(64, 27):
+    for variant in variants(llava(), 64):
         if variant.name in factors:
             figures = raw(factors[variant.name], scoring=0.7 * (variant.metok is not None))
             figures["tokens"], figures["start_s"] = {"prompt_tokens": 12_745, "text_tokens": 200}, 33.0
             for level, concurrency in zip(figures["levels"], concurrencies, strict=True):
                 level["concurrency"] = concurrency
-            entry = {"label": variant.label, "file_decode_ms": {"median": 100.0}, **engine_report.summarise(figures)}
+            entry = {
+                "label": variant.label,
+                "file_decode_ms": {"median": 100.0},
+                **engine_report.summarise(figures, 28),
+            }
             entries[variant.name] = {**entry, "request_ms": engine_report.request_ms(entry)}
     return {
         "claim": "7b, made-up weights", "commit": "1234abc", "versions": MACHINE["versions"],
@@ -179,3 +185,40 @@ def test_what_engines_went_without_is_said(folder: Folder, write: Write) -> None
 def test_kernels_of_a_gpu_stand_beside_the_others(folder: Folder, write: Write) -> None:
     kernel_rows(folder.kernels[0], {"event_similarity": [0.8, 0.5]})
     assert "| event_similarity | case 1 | 200.00 | - | - | 0.500 |" in write()
+
+
+def test_models_that_vllm_prunes_stand_beside_each_other(raw: Raw, folder: Folder, write: Write) -> None:
+    """Their tokens and blocks as the engines had them, and METok against each of vLLM's own prunings."""
+    assert "## Beside vLLM's own pruning\n\nNot measured." in write()
+    assert "qwen" not in write().split("## Stages")[0]
+    entries: dict[str, Any] = {}
+    counts = {"stock": 9216, "evs-mean": 1734, "metok-paper": 4068}
+    for variant in variants(qwen(QWEN3_VL, layers=36), 128, list(counts)):
+        figures = raw({"stock": 1.0, "evs-mean": 0.5, "metok-paper": 0.2}[variant.name])
+        visual = {"stock": 9216, "encoded": counts[variant.name]}
+        figures["tokens"] = {"prompt_tokens": visual["encoded"] + 1000, "text_tokens": 1000, "visual_tokens": visual}
+        figures["kv"]["groups"] = [{"layers": 36, "blocks_of_a_request": visual["encoded"] // 16}]
+        entries[variant.name] = {
+            "label": variant.label, "metok": variant.metok, "pruning": variant.pruning and vars(variant.pruning),
+            **engine_report.summarise(figures, 36),
+        }  # fmt: skip
+    result = engine(raw, {})
+    result["workload"] |= {"model": "qwen3-vl-8b", "family": "Qwen3-VL", "frames": 128}
+    result |= {
+        "variants": entries,
+        "ratios_to_stock": engine_report.ratios(entries),
+        "ratios_to_pruning": engine_report.ratios_to_pruning(entries),
+        "notes": ["evs-mean: something was not as planned"],
+    }
+    folder.engine("qwen3-vl-8b").write_text(json.dumps(result))
+    page = write(plots=True)
+    section = page.split("## Beside vLLM's own pruning: qwen3-vl-8b, 128 frames")[1].split("## Kernels")[0]
+    (counted,) = re.findall(r"^\| Of a request .*?\n\n", section, re.MULTILINE | re.DOTALL)
+    assert line(counted, "evs-mean")[1:] == ["2734", "1000", "1734", "1734.0", "108 (36 layers)", "8"]
+    assert [row.split(" | ")[0] for row in counted.strip().splitlines()[2:]] == [f"| {name}" for name in counts]
+    to_evs = section.split("| Times as good as evs-mean | Requests")[1].split("| Times as good as evs-mean | KV")
+    assert line(to_evs[0], "metok-paper | 1")[2] == "2.50"
+    assert line(to_evs[1].split("\n\n")[0], "metok-paper")[1] == "2.50"
+    assert "- evs-mean: something was not as planned." in section
+    assert "![engine-qwen3-vl-8b-load](results/engine-qwen3-vl-8b-load.png)" in page
+    assert "## Beside vLLM's own pruning: qwen2.5-vl-7b" not in page

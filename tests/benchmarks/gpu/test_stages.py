@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.common.paths import ROOT
 from benchmarks.engine import cli as engine_cli
+from benchmarks.engine.families import QWEN2_5_VL, QWEN3_VL
 from benchmarks.engine.variants import variants
 from benchmarks.gpu import cli
 from benchmarks.gpu.fallback import NO_FLASH_ATTENTION, SAFE
@@ -25,9 +26,23 @@ from benchmarks.gpu.stages import SMALL, stages
 from benchmarks.kernels import cases
 from benchmarks.kernels import cli as kernels_cli
 from tests.benchmarks.gpu.conftest import Calls
+from tests.benchmarks.models import llava, qwen
 
 States = Callable[[], dict[str, str]]
-ENGINES = ["engine-tiny", "default-stock", "default-paper", "quiet", "eager", "default-more", "eager-more", "0.5b"]
+OF_PRUNED_MODELS = [
+    *("qwen2.5-stock", "qwen2.5-evs", "qwen2.5-paper", "qwen2.5-more", "qwen2.5-fewer"),
+    *("qwen3-stock", "qwen3-evs", "qwen3-paper", "qwen3-vidcom2", "qwen3-more", "qwen3-fewer"),
+]
+ENGINES = [
+    *("engine-tiny", "default-stock", "default-paper", *OF_PRUNED_MODELS, "quiet", "eager", "default-more"),
+    *("eager-more", "0.5b"),
+]
+BESIDE_PRUNING = {
+    "qwen2.5-vl-7b": ["stock", "evs-mean", "metok-paper", "evs-stage1,metok-balanced", "fewer-frames"],
+    "qwen3-vl-8b": [
+        "stock", "evs-mean", "metok-paper", "vidcom2-mean,vidcom2-stage1", "evs-stage1,metok-balanced", "fewer-frames",
+    ],
+}  # fmt: skip
 
 
 def engines(made: list[list[str]]) -> list[Any]:
@@ -41,13 +56,21 @@ def test_every_stage_calls_what_is_there(calls: Calls, states: States) -> None:
     names = [stage.name for stage in stages(Folder(Path("x")), False, "7b")]
     assert len(made) == len(names)
     assert states() == dict.fromkeys(names, "ok")
-    known = {variant.name for variant in variants(64, 27)}
+    models = {"qwen2.5-vl-7b": qwen(QWEN2_5_VL), "qwen3-vl-8b": qwen(QWEN3_VL)}
     found = engines(made)
-    assert all(call.no_plots and set(call.variants or known) <= known for call in found)
+    for call in found:
+        known = {variant.name for variant in variants(models.get(call.model, llava()), call.frames)}
+        assert call.no_plots
+        assert set(call.variants or known) <= known
     assert [(call.model, call.eager, call.variants, call.out.name) for call in found] == [
         ("tiny", True, ["metok-paper"], "engine-tiny-check.json"),
         ("7b", False, ["stock"], "engine-7b.json"),
         ("7b", False, ["metok-paper"], "engine-7b.json"),
+        *(
+            (model, False, together.split(","), f"engine-{model}.json")
+            for model, stages_ in BESIDE_PRUNING.items()
+            for together in stages_
+        ),
         ("tiny", False, ["stock", "metok-paper"], "engine-quiet.json"),
         ("7b", True, ["stock", "metok-paper"], "engine-7b-eager.json"),
         ("7b", False, ["metok-balanced", "fewer-frames"], "engine-7b.json"),
@@ -57,6 +80,12 @@ def test_every_stage_calls_what_is_there(calls: Calls, states: States) -> None:
     at_size = [call for call in found if call.model == "7b"]
     assert all(call.merge and not call.no_breakdown for call in at_size)
     assert {(call.frames, call.text_tokens, *call.concurrency) for call in at_size} == {(64, 200, 1, 32)}
+    beside = [call for call in found if call.model in BESIDE_PRUNING]
+    assert all(call.merge and not call.no_breakdown and not call.counts for call in beside)
+    assert {(call.frames, call.text_tokens, *call.concurrency) for call in beside} == {(128, 200, 1, 8, 32)}
+    for model, described in models.items():  # one file a model holds all its variants
+        run = {name for call in beside if call.model == model for name in call.variants}
+        assert run == {variant.name for variant in variants(described, 128)}
     measured = [kernels_cli.arguments(call[2:]) for call in made if call[:2] == ["-m", "benchmarks.kernels"]]
     assert [(call.out.name, call.no_compile) for call in measured] == [
         ("kernels-gpu.csv", True),
@@ -104,7 +133,8 @@ def test_the_smallest_form_needs_no_gpu(calls: Calls, states: States) -> None:
     assert set(states()) == set(SMALL)
     assert {call.model for call in engines(made)} == {"tiny"}
     _, named = calls("--small", *ENGINES)
-    assert {call.model for call in engines(named)} == {"tiny"}
+    assert {call.model for call in engines(named)} == {"tiny", "qwen2.5-vl-tiny", "qwen3-vl-tiny"}
+    assert {call.frames for call in engines(named) if "qwen" in call.model} == {8}
     assert len(named) == len(ENGINES)
 
 
@@ -119,7 +149,7 @@ def test_an_engine_that_fails_is_tried_without_what_may_be_broken(
     assert first.out == again.out
     assert again.engine_option == SAFE
     assert quiet.engine_option == {**SAFE, "jit_monitor_mode": "error"}
-    assert [call.engine_option for call in later] == [SAFE] * 6
+    assert [call.engine_option for call in later] == [SAFE] * (6 + len(OF_PRUNED_MODELS))
     assert code == 0
     assert "engines from here on" in capsys.readouterr().out
     assert "Engines ran with" not in (tmp_path / "out" / "report.md").read_text()  # no machine.json: nothing is said
@@ -130,7 +160,7 @@ def test_an_engine_that_fails_either_way_is_not_held_back_for_good(calls: Calls)
     code, made = calls(broken="always")
     assert code == 1
     options = [call.engine_option for call in engines(made)]
-    assert options == [{}, SAFE, {}, {}, {"jit_monitor_mode": "error"}, *[{}] * 4]
+    assert options == [*({}, SAFE, {}, {}, *[{}] * len(OF_PRUNED_MODELS), {"jit_monitor_mode": "error"}, *[{}] * 4)]
 
 
 def test_without_flash_attention_no_engine_takes_it(calls: Calls, states: States) -> None:
@@ -191,7 +221,7 @@ def test_no_time_is_said_and_the_most_valuable_goes_first(calls: Calls, capsys: 
     _, made = calls("--seconds", "60")
     printed = capsys.readouterr().out
     assert re.search(r"default-more .* skipped: needs 248 s, [56]\d s are left", printed)
-    assert "not begun: default-stock default-paper quiet" in printed
+    assert "not begun: default-stock default-paper qwen2.5-stock" in printed
     (tiny,) = engines(made)
     assert 30 < tiny.timeout <= 41  # four fifths of what is left
 
