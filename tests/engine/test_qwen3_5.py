@@ -24,13 +24,13 @@ from tests.support.harness import Case, Engine, engine
 from tests.support.oracle.qwen3_5_samples import load_qwen3_5
 from tests.support.oracle.samples import picture
 
-NEAR = 0.1
-"""Of the log-probabilities of chosen tokens; PLACEHOLDER."""
+NEAR = 0.3
+"""Of the log-probabilities of chosen tokens. Up to 0.12 was seen, METok on and off alike: rounding."""
 
 
 def started(kind: Qwen3_5Kind, folder: Any, **options: Any) -> Any:
-    # Small: what vLLM launches for states and for the tower's positions goes through Triton's interpreter.
-    limits = {"max_num_batched_tokens": 160, "max_num_seqs": 12, "max_model_len": 832}
+    # Without prefix caching: what vLLM launches for it at every step takes Triton's interpreter half a second.
+    limits = {"max_num_batched_tokens": 160, "max_num_seqs": 12, "max_model_len": 832, "enable_prefix_caching": False}
     return engine(load_qwen3_5(folder, kind, seed=3, layers=4), {"stages": 1}, **{**limits, **options})
 
 
