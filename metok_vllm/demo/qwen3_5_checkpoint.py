@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of Qwen3.5, dense and with experts, for tests and `make demo MODEL=`.
+"""Tiny random checkpoints of Qwen3.5, dense and with experts, for tests and servers of stage 1.
 
     python -m metok_vllm.demo.qwen3_5_checkpoint qwen3.5 FOLDER
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2VLImageProcessor,

@@ -153,13 +153,14 @@ class MetokModel:
 
     def get_model_state_cls(self) -> type[Any]:
         """vLLM asks the model itself (vllm/v1/worker/gpu/model_states/__init__.py)."""
+        if is_hybrid(self):
+            from metok_vllm.worker.hybrid_state import HybridEncodedModelState
+
+            return HybridEncodedModelState
         from metok_vllm.worker.encoded_state import EncodedModelState
-        from metok_vllm.worker.hybrid_state import HybridEncodedModelState
         from metok_vllm.worker.model_state import MetokModelState
 
-        if isinstance(self.decoder_stack, DecoderStack):
-            return MetokModelState
-        return HybridEncodedModelState if is_hybrid(self) else EncodedModelState
+        return MetokModelState if isinstance(self.decoder_stack, DecoderStack) else EncodedModelState
 
     # --- one batch ---
 

@@ -29,7 +29,7 @@ NEAR = 0.3
 
 
 def started(kind: Qwen3_5Kind, folder: Any, **options: Any) -> Any:
-    # Without prefix caching: what vLLM launches for it at every step takes Triton's interpreter half a second.
+    # What vLLM launches at every step for prefix caching takes Triton's interpreter half a second.
     limits = {"max_num_batched_tokens": 160, "max_num_seqs": 12, "max_model_len": 832, "enable_prefix_caching": False}
     return engine(load_qwen3_5(folder, kind, seed=3, layers=4), {"stages": 1}, **{**limits, **options})
 

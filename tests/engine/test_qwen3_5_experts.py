@@ -1,4 +1,4 @@
-"""Qwen3.5 with experts under stage 1 alone, against the oracle, and what the prefix cache gives a hybrid model.
+"""Qwen3.5 with experts under stage 1 alone, against the oracle; what the prefix cache gives a hybrid model.
 
 As in `test_qwen3_5.py`.
 """

@@ -1,9 +1,9 @@
 """The gated delta rule in float32, for engines of models with linear attention.
 
-vLLM's CPU kernel of it takes bfloat16 alone (vllm/model_executor/layers/mamba/ops/cpu/gdn_attention.py), whose
-rounding hides faults of a hundredth. This one, token by token, reads and writes the same states in vLLM's
-cache, by the same metadata; all else of the engine runs as it is. What vLLM's own kernel gives is looked at too,
-in bfloat16.
+vLLM's CPU kernel of it takes bfloat16 alone (vllm/model_executor/layers/mamba/ops/cpu/gdn_attention.py),
+whose rounding hides faults of a hundredth. This one, token by token, reads and writes the same states in
+vLLM's cache, by the same metadata; all else of the engine runs as it is. What vLLM's own kernel gives is
+looked at too, in bfloat16.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def in_float32() -> Iterator[list[int]]:
 
 
 def _sequence(layer: Any, mixed: Tensor, b: Tensor, a: Tensor, slot: int, fresh: bool) -> Tensor:
-    """One request's tokens: [n, heads, channels] from projections [n, ...], and its states in `slot` moved on."""
+    """One request's tokens, [n, heads, channels] from projections [n, ...]; moves its states in `slot` on."""
     windows, states = layer.kv_cache[0], layer.kv_cache[1]  # [slots, width - 1, channels], [slots, heads, v, k]
     if fresh:
         windows[slot], states[slot] = 0, 0

@@ -1,4 +1,4 @@
-"""Qwen3.5 for the oracle: Qwen3-VL's grids, text and positions, and a decoder that nothing is taken out of."""
+"""Qwen3.5 for the oracle: grids, text and positions are Qwen3-VL's; its decoder stays whole."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ def answer(
 ) -> tuple[list[int], Tensor]:
     """Greedy tokens and log-probabilities [steps, vocabulary], by the model's own layers and caches.
 
-    `hidden`: rows [tokens, D] of the prompt, `rotary` their positions [3, tokens], `upcoming` the answer's first.
+    `hidden`: rows [tokens, D] of the prompt; `rotary`: their positions [3, tokens]; `upcoming`: the first one
+    of the answer.
     """
     decoder, cache, tokens, rows = model.model.language_model, None, list[int](), list[Tensor]()
     places = rotary
     for step in range(steps):
-        given = decoder(
-            inputs_embeds=hidden[None], position_ids=places[:, None], past_key_values=cache, use_cache=True
-        )
+        given = decoder(inputs_embeds=hidden[None], position_ids=places[:, None], past_key_values=cache, use_cache=True)
         cache = given.past_key_values
         rows.append(model.lm_head(given.last_hidden_state[0, -1]).float().log_softmax(-1))
         tokens.append(int(rows[-1].argmax()))

@@ -47,6 +47,10 @@ class QwenSample(Sample):
             "do_sample_frames": False,
         }
 
+    def looked_at(self, video: Any) -> Any:
+        """The first of each pair, where all frames that are sent are taken."""
+        return (video[0] if isinstance(video, tuple) else video)[::2]
+
     def pixels(self, video: Any) -> Any:
         sent = self.as_sent(video)
         if self.kind == "qwen2-vl":

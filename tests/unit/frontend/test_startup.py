@@ -296,7 +296,7 @@ def hybrid(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_a_model_that_cannot_be_pruned(make_config: Make, hybrid: dict[str, Any], settings: Any) -> None:
     assert refusal(make_config, **hybrid, additional_config={"metok": settings} if settings else {}) == (
         "METok cannot prune inside this model, since most of its layers carry a state along instead of attending "
-        "(linear attention): start it with stage 1 alone, by --additional-config '{\"metok\": {\"stages\": 1}}' "
+        '(linear attention): start it with stage 1 alone, by --additional-config \'{"metok": {"stages": 1}}\' '
         "(in Python: metok_vllm.enable(stages=1))."
     )
 
