@@ -98,6 +98,7 @@ def _config(has_experts: bool, text: dict[str, Any], tokenizer: PreTrainedTokeni
         "mamba_ssm_dtype": "float32",
     }
     if has_experts:
+        del text["intermediate_size"]  # as published: every MLP has experts
         text |= {
             "num_experts": 4,
             "num_experts_per_tok": 2,

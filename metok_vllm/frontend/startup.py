@@ -106,9 +106,8 @@ def _configure(vllm_config: VllmConfig) -> None:
 def _configure_as_stock(vllm_config: VllmConfig) -> None:
     """What vLLM does for the stock architecture, which it looks up by name."""
     family = family_of(vllm_config.model_config.architectures)
-    of_stock = MODELS_CONFIG_MAP.get(family.stock) if family else None
-    if of_stock is not None:
-        of_stock.verify_and_update_config(vllm_config)
+    if family is not None:
+        MODELS_CONFIG_MAP.get(family.stock, VerifyAndUpdateConfig).verify_and_update_config(vllm_config)
 
 
 def _tell_of_profile(model_config: ModelConfig, choices: ServerChoices) -> None:
