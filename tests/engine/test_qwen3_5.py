@@ -15,6 +15,7 @@ import pytest
 from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
+from metok_vllm.contract.extents import TABLE_FACTOR
 from metok_vllm.demo.qwen3_5_checkpoint import Qwen3_5Kind
 from tests.engine.test_qwen3 import film, timed
 from tests.support.coarse import check_near
@@ -85,6 +86,13 @@ def test_states_and_blocks_are_stocks(running: Engine) -> None:
     assert isinstance(running.runner.model_state, MambaHybridModelState)
     assert running.runner.vllm_config.cache_config.mamba_ssm_cache_dtype == "float32"  # as the checkpoint says
     assert running.runner.model_config.architectures == ["METokQwen3_5ForConditionalGeneration"]
+
+
+def test_positions_of_lost_tokens_have_their_place_in_the_table(running: Engine) -> None:
+    """Of the layers that attend."""
+    layers = [layer.self_attn for layer in running.runner.model.decoder().layers if hasattr(layer, "self_attn")]
+    most = running.runner.model_config.hf_text_config.max_position_embeddings
+    assert [len(layer.rotary_emb.cos_sin_cache) for layer in layers] == [TABLE_FACTOR * most]
 
 
 @pytest.mark.parametrize(
