@@ -78,7 +78,7 @@ class MetokSettings(BaseModel):
         default=3,
         description="1: events, tiers and pooling alone. Fewer tokens enter the language model; inside it all is stock's, "
         "and prefix caching works for videos. A server of `stages` 1 also takes pipeline parallelism "
-        "(Qwen's models do not), and no request can ask it for 3.",
+        "and Qwen3.5, and no request can ask it for 3.",
     )
     prune_layers: tuple[StrictInt, StrictInt, StrictInt] | Literal["cheap"] | None = Field(
         default=None,

@@ -151,7 +151,7 @@ def build_checkpoint(
     (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
     save_processor(folder, tokenizer, image_size, patch_size)
     if aligner is not None:
-        _build_aligner(folder / ALIGNER_FOLDER, aligner, generator, dtype)
+        build_aligner(folder / ALIGNER_FOLDER, aligner, generator, dtype)
     return folder
 
 
@@ -303,7 +303,7 @@ def _random_frames(count: int, image_size: int, generator: torch.Generator) -> T
     return nn.functional.interpolate(coarse, size=(image_size, image_size), mode="bicubic").clamp(-1, 1)
 
 
-def _build_aligner(folder: Path, kind: AlignerKind, generator: torch.Generator, dtype: str) -> None:
+def build_aligner(folder: Path, kind: AlignerKind, generator: torch.Generator, dtype: str) -> None:
     """Write a tiny SigLIP or CLIP: 48-pixel frames, patches of 12 pixels, text window `ALIGNER_WINDOW`.
 
     As in the published towers, padding repeats the end token: SigLIP reads its text at the last position of a

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vllm import envs
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from metok_vllm.compression.selection import PruneLayers
@@ -73,7 +73,9 @@ def _one_sentence() -> Iterator[None]:
 
 
 def _configure(vllm_config: VllmConfig) -> None:
+    _configure_as_stock(vllm_config)
     settings, profile = server_settings(vllm_config)
+    refuse_unprunable(vllm_config.model_config, settings.stages)
     refuse_unsupported(vllm_config, settings.stages)
     choices = choose(vllm_config, settings, profile)
     model_config = vllm_config.model_config
@@ -101,6 +103,13 @@ def _configure(vllm_config: VllmConfig) -> None:
         tower,
     )
     _tell_of_profile(model_config, choices)
+
+
+def _configure_as_stock(vllm_config: VllmConfig) -> None:
+    """What vLLM does for the stock architecture, which it looks up by name."""
+    family = family_of(vllm_config.model_config.architectures)
+    if family is not None:
+        MODELS_CONFIG_MAP.get(family.stock, VerifyAndUpdateConfig).verify_and_update_config(vllm_config)
 
 
 def _tell_of_profile(model_config: ModelConfig, choices: ServerChoices) -> None:
@@ -195,6 +204,20 @@ def _refuse_layers(model_config: ModelConfig, layers: PruneLayers) -> None:
         )
 
 
+def refuse_unprunable(model_config: ModelConfig, stages: int) -> None:
+    """Refuse the later stages where the language model cannot have them; nothing is taken away in silence.
+
+    Raises:
+        ValueError: with the setting to add.
+    """
+    family = family_of(model_config.architectures)
+    if family is not None and family.unprunable and stages != 1:
+        raise ValueError(
+            f"METok cannot prune inside this model, since {family.unprunable}: start it with stage 1 alone, by "
+            """--additional-config '{"metok": {"stages": 1}}' (in Python: metok_vllm.enable(stages=1))."""
+        )
+
+
 def refuse_unsupported(vllm_config: VllmConfig, stages: int = 3) -> None:
     """Refuse what METok cannot do right, each in one sentence that names the flag to change.
 
@@ -212,7 +235,6 @@ def refuse_unsupported(vllm_config: VllmConfig, stages: int = 3) -> None:
     _refuse_scheduling(vllm_config)
     _refuse_runner(vllm_config)
     if stages == 1:
-        _refuse_split_positions(vllm_config)
         return
     _refuse_stages_of_layers(vllm_config)
     _refuse_experts(vllm_config)
@@ -263,20 +285,10 @@ def _refuse_language_model(model_config: ModelConfig) -> None:
 
 
 def _refuse_stages_of_layers(vllm_config: VllmConfig) -> None:
-    _refuse_split_positions(vllm_config)
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ValueError(
             "METok does not support pipeline parallelism with all its stages: use --tensor-parallel-size instead of "
             "--pipeline-parallel-size, or the setting stages 1."
-        )
-
-
-def _refuse_split_positions(vllm_config: VllmConfig) -> None:
-    """Where a compressed video's tokens stand on several rotary axes is known where they are encoded."""
-    if vllm_config.parallel_config.pipeline_parallel_size > 1 and vllm_config.model_config.uses_mrope:
-        raise ValueError(
-            "METok does not support pipeline parallelism for a model with rotary positions of three axes: use "
-            "--tensor-parallel-size instead of --pipeline-parallel-size."
         )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from vllm.model_executor.models.interfaces import is_hybrid
 from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import async_tensor_h2d
 
@@ -20,6 +21,7 @@ from metok_vllm.contract.fields import FRAME_TEXT_FIELD, PIXELS_FIELD, PLAN_FIEL
 from metok_vllm.contract.frame_text import of_field
 from metok_vllm.contract.server_choices import server_choices
 from metok_vllm.contract.video_plan import VideoPlan
+from metok_vllm.models.pipeline import handed_on, taken_over, with_room
 from metok_vllm.worker import ops
 from metok_vllm.worker.attention import LayerRole, MetokAttention, RunningStep
 from metok_vllm.worker.batch import DecoderStack, ModelParts
@@ -133,6 +135,9 @@ class MetokModel:
                 vllm_config.compilation_config.custom_ops,
             )
             self.decoder_stack = DecoderStack(decoder, times, choices.prune_layers, running, eager)
+        if self.rotary_axes > 1 and vllm_config.parallel_config.pipeline_parallel_size > 1:
+            stock: Any = self
+            stock.make_empty_intermediate_tensors = with_room(stock.make_empty_intermediate_tensors, self.rotary_axes)
         self.metok_aligner = None
         if choices.tower is not None:
             dtype = model_config.dtype
@@ -148,6 +153,10 @@ class MetokModel:
 
     def get_model_state_cls(self) -> type[Any]:
         """vLLM asks the model itself (vllm/v1/worker/gpu/model_states/__init__.py)."""
+        if is_hybrid(self):
+            from metok_vllm.worker.hybrid_state import HybridEncodedModelState
+
+            return HybridEncodedModelState
         from metok_vllm.worker.encoded_state import EncodedModelState
         from metok_vllm.worker.model_state import MetokModelState
 
@@ -175,9 +184,15 @@ class MetokModel:
             with self.deepstack(inputs_embeds.shape[0]) as levels:
                 output: torch.Tensor = metok_step.run(positions, inputs_embeds, levels)
             return output
+        if intermediate_tensors is not None and self.rotary_axes > 1:
+            intermediate_tensors = taken_over(intermediate_tensors, positions)
         stock: Any = super()
-        hidden: torch.Tensor = stock.forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-        return hidden
+        given: torch.Tensor | IntermediateTensors = stock.forward(
+            input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
+        )
+        if isinstance(given, IntermediateTensors) and self.rotary_axes > 1:
+            return handed_on(given, positions)
+        return given
 
     # --- stage 1 ---
 

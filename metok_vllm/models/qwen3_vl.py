@@ -102,7 +102,10 @@ class Qwen3Model(PrunedPositions, QwenTower):
         """
         text = vllm_config.model_config.hf_text_config
         for layer in self.decoder().layers:
-            attention: Any = layer.self_attn
+            # Not every layer attends (Qwen3.5), and those of other pipeline ranks are not here.
+            attention: Any = getattr(layer, "self_attn", None)
+            if attention is None:
+                continue
             attention.rotary_emb = get_rope(
                 attention.head_dim,
                 max_position=text.max_position_embeddings,

@@ -39,6 +39,7 @@ class SupportedModel:
     strides: tuple[int, int, int] = (2, 4, 8)  # of the tiers, where nobody says otherwise
     sampling: Mapping[str, Any] = field(default_factory=dict)  # the loader's settings, where nobody says otherwise
     text_types: tuple[str, ...] = ()  # what `model_type` of the language model may be; empty: anything
+    unprunable: str = ""  # why its language model cannot be pruned, so that it is served with `stages` 1 alone
 
 
 MERGED_STRIDES = (1, 2, 4)
@@ -49,6 +50,8 @@ QWEN_SAMPLING = {"sampling": "qwen2_vl", "fps": 2, "num_frames": -1}
 
 QWEN3_SAMPLING = {"sampling": "qwen3_vl", "fps": 2, "num_frames": -1}
 """What Qwen3-VL's own processor takes: as many, but otherwise placed."""
+
+LINEAR_ATTENTION = "most of its layers carry a state along instead of attending (linear attention)"
 
 
 def deepstack_levels(hf_config: Any) -> int:
@@ -114,6 +117,26 @@ SUPPORTED = (
         levels=deepstack_levels,
         strides=MERGED_STRIDES,
         sampling=QWEN3_SAMPLING,
+    ),
+    SupportedModel(
+        stock="Qwen3_5ForConditionalGeneration",
+        metok="METokQwen3_5ForConditionalGeneration",
+        module="metok_vllm.models.qwen3_5:MetokQwen3_5ForConditionalGeneration",
+        model_types=("qwen3_5",),
+        about="Qwen3.5 and 3.6, stage 1 alone",
+        strides=MERGED_STRIDES,
+        sampling=QWEN3_SAMPLING,
+        unprunable=LINEAR_ATTENTION,
+    ),
+    SupportedModel(
+        stock="Qwen3_5MoeForConditionalGeneration",
+        metok="METokQwen3_5MoeForConditionalGeneration",
+        module="metok_vllm.models.qwen3_5:MetokQwen3_5MoeForConditionalGeneration",
+        model_types=("qwen3_5_moe",),
+        about="Qwen3.5 and 3.6 with experts, stage 1 alone",
+        strides=MERGED_STRIDES,
+        sampling=QWEN3_SAMPLING,
+        unprunable=LINEAR_ATTENTION,
     ),
     SupportedModel(
         stock="InternVLForConditionalGeneration",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from vllm.distributed import get_pp_group
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.interface import ModelState
@@ -65,8 +66,8 @@ class EncodedModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         self._index[new_req_data.req_id] = req_index
         request = self.pruned.add(new_req_data)
-        if self.rope_state is None:
-            return
+        if self.rope_state is None or not get_pp_group().is_first_rank:
+            return  # later ranks of a pipeline are handed each step's positions (`models/pipeline.py`)
         spans = compressed_spans(new_req_data.mm_features)
         if not spans:
             return

@@ -171,8 +171,9 @@ class Reports:
     def __init__(self, vllm_config: VllmConfig, times: PartTimes | None = None) -> None:
         model_config = vllm_config.model_config
         choices = server_choices(model_config.hf_config)
-        self.shape = model_shape(model_config)
         self.layers = choices.prune_layers
+        # Where nothing is pruned, models are served too whose sizes the accounting does not know.
+        self.shape = None if self.layers is None else model_shape(model_config)
         dtype = model_config.dtype
         assert isinstance(dtype, torch.dtype)
         cache = vllm_config.cache_config.cache_dtype
@@ -253,6 +254,7 @@ class Reports:
         )
         layers = self.layers
         assert layers is not None, "a server of stage 1 alone prunes no request"
+        assert self.shape is not None
         costs = account(self.shape, layers, text, visual, kv_element_bytes=self.kv_element_bytes)
         return {
             "request_id": name,

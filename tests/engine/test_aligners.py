@@ -1,42 +1,28 @@
-"""The paper's aligner in the engine: SigLIP and CLIP towers beside the model, against the oracle."""
+"""The paper's aligner in the engine: SigLIP and CLIP towers beside the model, against the oracle.
+
+Beside a model that takes frames in pairs: `test_qwen3_experts.py`.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from metok_vllm.demo.checkpoint import ALIGNER_WINDOW
+from metok_vllm.demo.checkpoint import AlignerKind
 from tests.support.harness import Case, engine
 from tests.support.oracle import assert_same
 from tests.support.oracle import run as run_oracle
 from tests.support.oracle.samples import load_sample, scene_video
+from tests.support.towers import load_dual_tower
 
 LONG_QUESTION = (
     "Who is on the stage, and what do they play, and which of them leaves first when the light goes out there?"
 )
 
 
-def windows(tokenizer: Any, question: str) -> torch.Tensor:
-    """The question cut to the tower's window by hand:
-    special tokens around every piece, padded to full length.
-    """
-    ids = tokenizer(question, add_special_tokens=False).input_ids
-    special = tokenizer("", add_special_tokens=True).input_ids
-    before, after = (special[:1], special[1:]) if len(special) == 2 else ([], special)
-    room = ALIGNER_WINDOW - len(special)
-    rows = [[*before, *ids[i : i + room], *after] for i in range(0, len(ids), room)]
-    return torch.tensor([row + [tokenizer.pad_token_id] * (ALIGNER_WINDOW - len(row)) for row in rows])
-
-
 @pytest.mark.parametrize("tower", ["siglip", "clip"])
-def test_the_folder_beside_the_model_aligns(tower: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_folder_beside_the_model_aligns(tower: AlignerKind, tmp_path_factory: pytest.TempPathFactory) -> None:
     sample = load_sample(tmp_path_factory.mktemp("model"), seed=7, aligner=tower)
-    folder = sample.path / "metok_aligner"
-    model = AutoModel.from_pretrained(folder).eval()
-    images, tokenizer = AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    towers = load_dual_tower(sample.path)
     asked = [
         Case((scene_video(1, 22),)),
         Case((scene_video(2, 13), scene_video(3, 19)), LONG_QUESTION, metok={"decode_retention": 1}),
@@ -50,7 +36,6 @@ def test_the_folder_beside_the_model_aligns(tower: str, tmp_path_factory: pytest
         for case, answer in zip(asked, answers, strict=True):
             settings = case.settings(running.server)
             tall = {} if settings.off or case.metok == {"aligner": "embedding"} else {"aligner": "dual-tower"}
-            pixels = [images(list(v), return_tensors="pt")["pixel_values"] for v in case.videos]
             settings = type(settings)(**{**settings.__dict__, **tall})
             expected = run_oracle(
                 sample.model,
@@ -60,7 +45,7 @@ def test_the_folder_beside_the_model_aligns(tower: str, tmp_path_factory: pytest
                 sample.question_ids(case.question),
                 settings,
                 case.max_tokens,
-                aligner=(model, pixels, windows(tokenizer, case.question)),
+                aligner=towers.of(case.videos, case.question),
             )
             assert_same(expected, answer, 1e-3)
             if tall:

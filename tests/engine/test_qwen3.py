@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from metok_vllm.contract.extents import TABLE_FACTOR
-from metok_vllm.demo.qwen3_checkpoint import TOKEN, Qwen3Kind
+from metok_vllm.demo.qwen3_checkpoint import TOKEN
 from metok_vllm.scheduler.kv_manager import DeepKVManager
 from tests.engine.test_host_reads import ON_THE_HOST, THE_READ
 from tests.support.families import ATOL, PREFACE, cached_tokens, check, check_in_chunks, check_preempted
@@ -40,16 +40,19 @@ OF_THIS_FAMILY = {
 }
 
 
-def started(kind: Qwen3Kind, seed: int, folder: Any, server: dict[str, Any]) -> Any:
-    sample = load_qwen3(folder, kind, seed=seed, deepstack=(1, 2, 3))
-    limits = {"max_num_batched_tokens": 272, "max_num_seqs": 12, "max_model_len": 832, "num_gpu_blocks_override": 62}
-    return engine(sample, {"prune_layers": LAYERS, **server}, **limits)
+LIMITS: dict[str, Any] = {
+    "max_num_batched_tokens": 272,
+    "max_num_seqs": 12,
+    "max_model_len": 832,
+    "num_gpu_blocks_override": 62,
+}
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with started("qwen3-vl", 3, tmp_path_factory.mktemp("model"), {}) as engine_:
-        yield engine_
+    sample = load_qwen3(tmp_path_factory.mktemp("model"), "qwen3-vl", seed=3, deepstack=(1, 2, 3))
+    with engine(sample, {"prune_layers": LAYERS}, **LIMITS) as started:
+        yield started
 
 
 def film(frames: int, rows: int, columns: int, scenes: int = 4) -> Any:

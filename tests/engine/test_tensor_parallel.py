@@ -1,6 +1,7 @@
 """Two tensor-parallel ranks give the answers of one: the scores are averaged over the heads of both.
 
-So do two halves of the layers (pipeline parallel), where stage 1 alone runs.
+So do two halves of the layers (pipeline parallel), where stage 1 alone runs. The second half is handed the
+positions of the compressed video, on three axes.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any
 
 import pytest
 
+from metok_vllm.demo.qwen3_checkpoint import Qwen3Kind
 from tests.support.oracle import OracleResult, OracleSettings, assert_same
 from tests.support.oracle import run as run_oracle
 from tests.support.oracle.qwen3_samples import load_qwen3
 from tests.support.oracle.qwen_samples import load_qwen
-from tests.support.oracle.samples import QUESTION, Sample, load_sample, scene_video
+from tests.support.oracle.samples import QUESTION, Sample, scene_video
 
 # The ranks are processes of their own, and vLLM's multiprocessing starts them from the main module.
 SCRIPT = """
@@ -48,7 +50,7 @@ if __name__ == "__main__":
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2.5-vl, tower by data": {"decode_retention": 0.5},
-    "llava-onevision-hf, pipeline": {"stages": 1},
+    "qwen3-vl, pipeline": {"stages": 1},
     "qwen3-vl-moe": {
         "decode_retention": 0.5,
         "quota": "video",
@@ -60,11 +62,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def _load(family: str, folder: Path) -> Sample:
-    if family.startswith("llava-onevision-hf"):
-        return load_sample(folder, seed=19)
     if family.startswith("qwen2.5-vl"):
         return load_qwen(folder, "qwen2.5-vl", seed=21)
-    return load_qwen3(folder, "qwen3-vl-moe", seed=22, deepstack=(1, 2, 3))
+    kind: Qwen3Kind = "qwen3-vl" if family.startswith("qwen3-vl,") else "qwen3-vl-moe"
+    return load_qwen3(folder, kind, seed=22, deepstack=(1, 2, 3))
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")

@@ -19,6 +19,7 @@ from metok_vllm.scheduler.kv_manager import DeepKVManager
 from tests.support.oracle import Labels, OracleResult, OracleSettings
 from tests.support.oracle import run as run_oracle
 from tests.support.oracle.samples import QUESTION, Sample
+from tests.support.towers import DualTower
 
 Step = Callable[["Engine"], None]
 
@@ -53,6 +54,7 @@ class Engine:
     sample: Sample
     server: OracleSettings
     labels: Labels = field(default_factory=Labels)  # what the model has around and beside its frames
+    towers: DualTower | None = None  # that is loaded, and so aligns where a request says nothing
     groups_seen: dict[str, list[list[int]]] = field(default_factory=dict)  # request -> blocks of each group, each step
     internal: dict[str, str] = field(default_factory=dict)
     _next: int = 0
@@ -184,6 +186,10 @@ class Engine:
         question = " ".join(f"{case.between} {case.question}".split())
         if isinstance(case.metok, dict):
             question = case.metok.get("query", question)
+        aligner = None
+        if self.towers is not None and isinstance(case.metok, dict | None) and "aligner" not in (case.metok or {}):
+            settings = replace(settings, aligner="dual-tower")
+            aligner = self.towers.of([self.sample.looked_at(video) for video in case.videos], question)
         question_at = None if isinstance(case.metok, dict) and "query" in case.metok else self.question_at(case)
         return run_oracle(
             self.sample.model,
@@ -193,6 +199,7 @@ class Engine:
             self.sample.question_ids(question),
             settings,
             case.max_tokens,
+            aligner=aligner,
             force_tokens=force_tokens,
             labels=self.labels,
             question_at=question_at,

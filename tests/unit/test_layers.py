@@ -48,6 +48,12 @@ BY_NAME = {
     ("models.registry", "metok_vllm.models.qwen3_vl_moe:MetokQwen3VLMoeForConditionalGeneration"): (
         "vLLM imports a model's module when it builds one"
     ),
+    ("models.registry", "metok_vllm.models.qwen3_5:MetokQwen3_5ForConditionalGeneration"): (
+        "vLLM imports a model's module when it builds one"
+    ),
+    ("models.registry", "metok_vllm.models.qwen3_5:MetokQwen3_5MoeForConditionalGeneration"): (
+        "vLLM imports a model's module when it builds one"
+    ),
     ("models.registry", "metok_vllm.models.internvl:MetokInternVLForConditionalGeneration"): (
         "vLLM imports a model's module when it builds one"
     ),

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 from transformers.video_utils import VideoMetadata
 
+from metok_vllm.demo.qwen3_5_checkpoint import Qwen3_5Kind
 from metok_vllm.demo.qwen3_checkpoint import Qwen3Kind
 from metok_vllm.demo.qwen_checkpoint import QwenKind, build_qwen_checkpoint
 from tests.support.oracle.qwen import LAYOUT, Pixels
@@ -22,7 +23,7 @@ from tests.support.oracle.samples import QUESTION, Sample
 class QwenSample(Sample):
     """As `Sample`; videos are frames [F, h, w, 3], or such frames and their metadata."""
 
-    kind: QwenKind | Qwen3Kind = "qwen2.5-vl"
+    kind: QwenKind | Qwen3Kind | Qwen3_5Kind = "qwen2.5-vl"
     strides: ClassVar[tuple[int, int, int]] = (1, 2, 4)
 
     def prompt_ids(self, question: str = QUESTION, *, videos: int = 1, images: int = 0, between: str = "") -> list[int]:
@@ -45,6 +46,10 @@ class QwenSample(Sample):
             "duration": count / 2,
             "do_sample_frames": False,
         }
+
+    def looked_at(self, video: Any) -> Any:
+        """The first of each pair, where all frames that are sent are taken."""
+        return (video[0] if isinstance(video, tuple) else video)[::2]
 
     def pixels(self, video: Any) -> Any:
         sent = self.as_sent(video)

@@ -88,8 +88,13 @@ def run(
         for (start, _), e in zip(spans, encoded, strict=True):
             for place, token in e.written.items():
                 ids[start + place] = token
-    state.run()
-    tokens, logprobs = decode(model, state, max_new_tokens, force_tokens)
+    if layout.answer is not None:
+        assert settings.off or settings.stages == 1, "nothing can be taken out of this model's layers"
+        upcoming = state.next_position
+        tokens, logprobs = layout.answer(model, hidden, state.rotary, upcoming, max_new_tokens, force_tokens)
+    else:
+        state.run()
+        tokens, logprobs = decode(model, state, max_new_tokens, force_tokens)
     return report(ids, tokens, logprobs, state, encoded, spans)
 
 

@@ -47,6 +47,10 @@ class Sample:
         """A case's video as vLLM is given it."""
         return video
 
+    def looked_at(self, video: Any) -> Any:
+        """Of a case's video the frames that an aligner's towers look at, [T, h, w, 3]."""
+        return video
+
     def pixels(self, video: NDArray[np.uint8]) -> Tensor:
         """Pixel values [T, 3, height, width] of frames [T, h, w, 3]."""
         return self.processor.video_processor([video], return_tensors="pt")["pixel_values_videos"][0]

@@ -47,6 +47,8 @@ class Layout:
     labels: Callable[[Any, Any], Labels] | None = None
     """Model and pixels to a video's labels and extra channels. METok off, the prompt has the text's ids."""
     encode_pictures: Callable[..., list[Tensor]] | None = None  # as the function of that name
+    answer: Callable[..., tuple[list[int], Tensor]] | None = None
+    """In place of the oracle's own layers, where the model's have to stay whole: see `qwen3_5.answer`."""
 
 
 def layout_of(model: Any) -> Layout:

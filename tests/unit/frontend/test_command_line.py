@@ -412,7 +412,8 @@ def test_templates_of_requests_are_warned_of(serve: Callable[..., Namespace], mo
 CANNOT = (
     r"^METok cannot serve {} \({}\); it can serve: LlavaOnevisionForConditionalGeneration, LlavaQwenForCausalLM, "
     r"Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration, Qwen3VLForConditionalGeneration, "
-    r"Qwen3VLMoeForConditionalGeneration, InternVLForConditionalGeneration, InternVLChatModel\.$"
+    r"Qwen3VLMoeForConditionalGeneration, Qwen3_5ForConditionalGeneration, Qwen3_5MoeForConditionalGeneration, "
+    r"InternVLForConditionalGeneration, InternVLChatModel\.$"
 )
 
 

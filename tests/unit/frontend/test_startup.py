@@ -31,6 +31,7 @@ NO = "METok does not support "
 CAN = (
     "LlavaOnevisionForConditionalGeneration, LlavaQwenForCausalLM, Qwen2_5_VLForConditionalGeneration, "
     "Qwen2VLForConditionalGeneration, Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration, "
+    "Qwen3_5ForConditionalGeneration, Qwen3_5MoeForConditionalGeneration, "
     "InternVLForConditionalGeneration, InternVLChatModel"
 )
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -266,21 +267,48 @@ def test_what_a_server_of_stage_1_takes(make_config: Make, what: str) -> None:
     assert "METok" not in said
 
 
-@pytest.mark.parametrize("stages", [1, 3])
-def test_a_pipeline_and_rotary_positions_of_three_axes(make_config: Make, tmp_path: Path, stages: int) -> None:
+def test_a_pipeline_and_rotary_positions_of_three_axes(make_config: Make, tmp_path: Path) -> None:
     from metok_vllm.demo.qwen_checkpoint import build_qwen_checkpoint
 
-    sentence = refusal(
-        make_config,
-        model=str(build_qwen_checkpoint(tmp_path, "qwen2.5-vl")),
-        hf_overrides={"architectures": ["METokQwen2_5_VLForConditionalGeneration"]},
-        pipeline_parallel_size=2,
-        additional_config={"metok": {"stages": stages}},
+    arguments: dict[str, Any] = {
+        "model": str(build_qwen_checkpoint(tmp_path, "qwen2.5-vl")),
+        "hf_overrides": {"architectures": ["METokQwen2_5_VLForConditionalGeneration"]},
+        "pipeline_parallel_size": 2,
+    }
+    assert refusal(make_config, **arguments) == REFUSED["pipeline parallel"][1]
+    config = make_config(**arguments, additional_config={"metok": {"stages": 1}})
+    assert config.model_config.uses_mrope
+    assert config.parallel_config.pipeline_parallel_size == 2
+
+
+@pytest.fixture(scope="module", params=["qwen3.5", "qwen3.5-moe"])
+def hybrid(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Arguments of a model whose language model cannot be pruned."""
+    from metok_vllm.demo.qwen3_5_checkpoint import build_qwen3_5_checkpoint
+
+    folder = build_qwen3_5_checkpoint(tmp_path_factory.mktemp("model"), request.param, layers=4)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["mamba_ssm_dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(config))
+    return {"model": str(folder), "hf_overrides": {"architectures": [f"METok{config['architectures'][0]}"]}}
+
+
+@pytest.mark.parametrize("settings", [None, {"stages": 3}, {"keep_ratio": 0.5}])
+def test_a_model_that_cannot_be_pruned(make_config: Make, hybrid: dict[str, Any], settings: Any) -> None:
+    assert refusal(make_config, **hybrid, additional_config={"metok": settings} if settings else {}) == (
+        "METok cannot prune inside this model, since most of its layers carry a state along instead of attending "
+        '(linear attention): start it with stage 1 alone, by --additional-config \'{"metok": {"stages": 1}}\' '
+        "(in Python: metok_vllm.enable(stages=1))."
     )
-    assert sentence == (
-        "METok does not support pipeline parallelism for a model with rotary positions of three axes: use "
-        "--tensor-parallel-size instead of --pipeline-parallel-size."
-    )
+
+
+def test_a_hybrid_model_is_set_up_as_stock_vllm_does(make_config: Make, hybrid: dict[str, Any]) -> None:
+    """vLLM looks up by the architecture's name what it reads of the checkpoint, and METok's is another."""
+    config = make_config(**hybrid, additional_config={"metok": {"stages": 1}}, enable_prefix_caching=True)
+    assert config.cache_config.mamba_ssm_cache_dtype == "bfloat16"
+    assert config.cache_config.mamba_cache_mode == "align"
+    assert config.cache_config.kv_cache_layout is None
+    assert server_choices(config.model_config.hf_config).settings.strides == (1, 2, 4)
 
 
 # --- the model ---

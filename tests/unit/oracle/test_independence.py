@@ -6,7 +6,10 @@ import ast
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[2] / "support" / "oracle"
-JUDGE = {"__init__", "decoder", "internvl", "labelled", "qwen", "result", "run", "settings", "stage1", "stage2"}
+JUDGE = {
+    *("__init__", "decoder", "internvl", "labelled", "qwen", "qwen3", "qwen3_5", "result", "run", "settings"),
+    *("stage1", "stage2"),
+}
 
 
 def imported(path: Path) -> set[str]:

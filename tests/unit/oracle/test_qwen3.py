@@ -1,22 +1,33 @@
-"""The oracle of Qwen3-VL without METok against transformers' own answer."""
+"""The oracle of Qwen3-VL and Qwen3.5 without METok against transformers' own answer."""
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from metok_vllm.demo.qwen3_checkpoint import Qwen3Kind
 from tests.support.oracle import OracleSettings, run
+from tests.support.oracle.qwen3_5_samples import load_qwen3_5
 from tests.support.oracle.qwen3_samples import load_qwen3
 from tests.support.oracle.samples import greedy, picture, scene_video
 
 
-@pytest.mark.parametrize("kind", get_args(Qwen3Kind))
-def test_without_metok_it_is_transformers(tmp_path_factory: pytest.TempPathFactory, kind: Qwen3Kind) -> None:
+@pytest.mark.parametrize(
+    ("load", "kind", "shape"),
+    [
+        (load_qwen3, "qwen3-vl", {"deepstack": (1, 2, 3)}),
+        (load_qwen3, "qwen3-vl-moe", {"deepstack": (1, 2, 3)}),
+        (load_qwen3_5, "qwen3.5", {}),
+        (load_qwen3_5, "qwen3.5-moe", {}),
+    ],
+)
+def test_without_metok_it_is_transformers(
+    tmp_path_factory: pytest.TempPathFactory, load: Callable[..., Any], kind: str, shape: dict[str, Any]
+) -> None:
     """Text around the frames, its positions, and what the tower adds to pictures and videos."""
-    sample = load_qwen3(tmp_path_factory.mktemp("tiny"), kind, seed=5, deepstack=(1, 2, 3))
+    sample = load(tmp_path_factory.mktemp("tiny"), kind, seed=5, **shape)
     config = sample.model.config
     video, image = scene_video(3, 7, side=224)[:, :150], picture(2, 90, 150)
     pixels, pictures = sample.pixels(video), sample.image_inputs([image])
