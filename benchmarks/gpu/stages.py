@@ -56,9 +56,9 @@ def stages(folder: Folder, small: bool, model: str) -> Iterator[Stage]:
     yield Stage("machine", "the card and the versions", ("-m", "benchmarks.gpu.machine", str(folder.machine)), 5, 60)
     yield from _does_it_run(folder, small)
     yield from _headline(folder, small, model)
+    yield from _correct(folder, small)
     if model == PUBLISHED:
         yield from _pruned(folder, small)
-    yield from _correct(folder, small)
     yield from _rest(folder, small, model)
     yield Stage("kernels-compile", "each kernel beside torch.compile too", _kernels(folder.kernels[1], small), 60, 240,
                 adds_to=folder.kernels[1])  # fmt: skip

@@ -19,7 +19,6 @@ from metok_vllm.demo.qwen3_checkpoint import Qwen3Kind
 from tests.support.oracle import OracleResult, OracleSettings, assert_same
 from tests.support.oracle import run as run_oracle
 from tests.support.oracle.qwen3_samples import load_qwen3
-from tests.support.oracle.qwen_samples import load_qwen
 from tests.support.oracle.samples import QUESTION, Sample, scene_video
 
 # The ranks are processes of their own, and vLLM's multiprocessing starts them from the main module.
@@ -49,9 +48,8 @@ if __name__ == "__main__":
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "qwen2.5-vl, tower by data": {"decode_retention": 0.5},
     "qwen3-vl, pipeline": {"stages": 1},
-    "qwen3-vl-moe": {
+    "qwen3-vl-moe, tower by data": {
         "decode_retention": 0.5,
         "quota": "video",
         "frame_smoothing": 0.5,
@@ -62,8 +60,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def _load(family: str, folder: Path) -> Sample:
-    if family.startswith("qwen2.5-vl"):
-        return load_qwen(folder, "qwen2.5-vl", seed=21)
     kind: Qwen3Kind = "qwen3-vl" if family.startswith("qwen3-vl,") else "qwen3-vl-moe"
     return load_qwen3(folder, kind, seed=22, deepstack=(1, 2, 3))
 
