@@ -1,7 +1,6 @@
 """Two tensor-parallel ranks give the answers of one: the scores are averaged over the heads of both.
 
-So do two halves of the layers (pipeline parallel), where stage 1 alone runs. The second half is handed the
-positions of the compressed video, on three axes.
+So do two halves of the layers (pipeline parallel), where stage 1 alone runs.
 """
 
 from __future__ import annotations
@@ -10,95 +9,127 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from metok_vllm.demo.qwen3_checkpoint import Qwen3Kind
 from tests.support.oracle import OracleResult, OracleSettings, assert_same
 from tests.support.oracle import run as run_oracle
+from tests.support.oracle.internvl_samples import load_internvl
 from tests.support.oracle.qwen3_samples import load_qwen3
-from tests.support.oracle.samples import QUESTION, Sample, scene_video
+from tests.support.oracle.qwen_samples import load_qwen
+from tests.support.oracle.samples import QUESTION, Sample, load_sample, scene_video
 
-# The ranks are processes of their own, and vLLM's multiprocessing starts them from the main module.
+# The ranks are processes of their own, and vLLM's multiprocessing starts them from the main module. One
+# process for all families, one after the other: its own start costs more than an engine's.
 SCRIPT = """
 import json, sys
 import metok_vllm, numpy as np
 from vllm import LLM, SamplingParams
 
-def main():
-    folder, ids, videos, options = sys.argv[1], json.loads(sys.argv[2]), np.load(sys.argv[3]), json.loads(sys.argv[4])
-    llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=2048, block_size=32, max_num_batched_tokens=128,
-              **options, **metok_vllm.enable(**json.loads(sys.argv[6])))
-    known = json.loads(sys.argv[5])
+def answers(job):
+    llm = LLM(job["model"], dtype="float32", enforce_eager=True, max_model_len=2048, block_size=32,
+              max_num_batched_tokens=128, **job["options"], **metok_vllm.enable(**job["settings"]))
+    videos, known = np.load(job["videos"]), job["known"]
     sent = [(videos[name], known[name]) if known else videos[name] for name in videos.files]
-    prompts = [{"prompt_token_ids": ids, "multi_modal_data": {"video": [video]}} for video in sent]
+    prompts = [{"prompt_token_ids": job["ids"], "multi_modal_data": {"video": [video]}} for video in sent]
     params = SamplingParams(temperature=0, max_tokens=24, logprobs=1, ignore_eos=True)
     rows = []
     for output in llm.generate(prompts, params, use_tqdm=False):
         done = output.outputs[0]
         rows.append([list(output.prompt_token_ids), list(done.token_ids),
                      [{t: e.logprob for t, e in row.items()} for row in done.logprobs]])
-    print("RESULT" + json.dumps(rows))
+    llm.llm_engine.engine_core.shutdown()
+    return rows
 
 if __name__ == "__main__":
-    main()
+    for name, job in json.load(open(sys.argv[1])).items():
+        print("RESULT" + json.dumps([name, answers(job)]), flush=True)
 """
 
+TENSORS, LAYERS = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
+BY_DATA = {**TENSORS, "mm_encoder_tp_mode": "data"}
+"""The ranks share the work of one video's tower out by blocks of its frames."""
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "qwen3-vl, pipeline": {"stages": 1},
-    "qwen3-vl-moe, tower by data": {
-        "decode_retention": 0.5,
-        "quota": "video",
-        "frame_smoothing": 0.5,
-        "final_keep": 0.3,
-        "prune_layers": [3, 5, 7],
-    },
+
+@dataclass(frozen=True)
+class Family:
+    """A model over two ranks, and METok's settings."""
+
+    load: Callable[[Path], Sample]
+    options: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=lambda: {"decode_retention": 0.5})
+
+
+FAMILIES = {
+    "qwen2.5-vl, tower by data": Family(lambda folder: load_qwen(folder, "qwen2.5-vl", seed=21), BY_DATA),
+    "internvl": Family(lambda folder: load_internvl(folder, seed=23), TENSORS),
+    "qwen3-vl-moe": Family(
+        lambda folder: load_qwen3(folder, "qwen3-vl-moe", seed=22, deepstack=(1, 2, 3)),
+        TENSORS,
+        {
+            "decode_retention": 0.5,
+            "quota": "video",
+            "frame_smoothing": 0.5,
+            "final_keep": 0.3,
+            "prune_layers": [3, 5, 7],
+        },
+    ),
+    "llava-onevision, pipeline": Family(lambda folder: load_sample(folder, seed=19), LAYERS, {"stages": 1}),
+    "qwen3-vl, pipeline": Family(
+        lambda folder: load_qwen3(folder, "qwen3-vl", seed=22, deepstack=(1, 2, 3)), LAYERS, {"stages": 1}
+    ),
 }
+VIDEOS = {"a": scene_video(1, 18), "b": scene_video(2, 27)}
 
 
-def _load(family: str, folder: Path) -> Sample:
-    kind: Qwen3Kind = "qwen3-vl" if family.startswith("qwen3-vl,") else "qwen3-vl-moe"
-    return load_qwen3(folder, kind, seed=22, deepstack=(1, 2, 3))
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sample]:
+    return {name: family.load(tmp_path_factory.mktemp("model")) for name, family in FAMILIES.items()}
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
-@pytest.mark.parametrize("family", SETTINGS)
-def test_two_ranks_equal_the_oracle(tmp_path: Path, family: str) -> None:
-    import numpy as np
-
-    sample = _load(family, tmp_path / "model")
-    videos = {"a": scene_video(1, 18), "b": scene_video(2, 27)}
-    # Ranks share the work of one video's tower out by blocks of its frames then.
-    options: dict[str, Any] = {"mm_encoder_tp_mode": "data"} if family.endswith("by data") else {}
-    options["pipeline_parallel_size" if family.endswith("pipeline") else "tensor_parallel_size"] = 2
-    sent = {name: sample.as_sent(video) for name, video in videos.items()}
-    known = {name: video[1] for name, video in sent.items() if isinstance(video, tuple)}
-    np.savez(tmp_path / "videos.npz", **videos)  # type: ignore[arg-type]
-    (tmp_path / "main.py").write_text(SCRIPT)
-    ids = sample.prompt_ids(QUESTION, videos=1)
+@pytest.fixture(scope="module")
+def answers(samples: dict[str, Sample], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the two ranks said, by family, a row for each video."""
     cores = sorted(os.sched_getaffinity(0))[:2]
-    env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    arguments = [
-        str(sample.path),
-        json.dumps(ids),
-        str(tmp_path / "videos.npz"),
-        json.dumps(options),
-        json.dumps(known),
-    ]
-    env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores))
+    if len(cores) < 2:
+        pytest.skip("two ranks need two cores")
+    folder = tmp_path_factory.mktemp("ranks")
+    np.savez(folder / "videos.npz", **VIDEOS)  # type: ignore[arg-type]
+    jobs = {}
+    for name, sample in samples.items():
+        sent = {video: sample.as_sent(frames) for video, frames in VIDEOS.items()}
+        jobs[name] = {
+            "model": str(sample.path),
+            "ids": sample.prompt_ids(QUESTION, videos=1),
+            "videos": str(folder / "videos.npz"),
+            "known": {video: one[1] for video, one in sent.items() if isinstance(one, tuple)},
+            "options": FAMILIES[name].options,
+            "settings": FAMILIES[name].settings,
+        }
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    (folder / "main.py").write_text(SCRIPT)
+    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cores))}
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "main.py"), *arguments, json.dumps(SETTINGS[family])],
+        [sys.executable, str(folder / "main.py"), str(folder / "jobs.json")],
         env=env, capture_output=True, text=True, timeout=580,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    for video, (prompt, tokens, logprobs) in zip(videos.values(), json.loads(line[6:]), strict=True):
+    return dict(json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("RESULT"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_equal_the_oracle(answers: dict[str, Any], samples: dict[str, Sample], family: str) -> None:
+    sample, settings = samples[family], FAMILIES[family].settings
+    ids = sample.prompt_ids(QUESTION, videos=1)
+    for frames, (prompt, tokens, logprobs) in zip(VIDEOS.values(), answers[family], strict=True):
         expected = run_oracle(
-            sample.model, ids, [sample.pixels(video)], None, sample.question_ids(QUESTION),
-            OracleSettings(strides=sample.strides, **SETTINGS[family]), 24,
+            sample.model, ids, [sample.pixels(frames)], None, sample.question_ids(QUESTION),
+            OracleSettings(strides=sample.strides, **settings), 24,
         )  # fmt: skip
         observed = OracleResult(prompt, tokens, [{int(t): v for t, v in row.items()} for row in logprobs])
         assert_same(expected, observed, 1e-3)

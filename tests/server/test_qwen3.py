@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
@@ -33,17 +33,26 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def expected(
-    sample: Qwen3Sample, off: bool = False, videos: int = 1, image: Any = None, **sampling: Any
+    sample: Qwen3Sample,
+    off: bool = False,
+    videos: int = 1,
+    image: Any = None,
+    stages: Literal[1, 3] = 3,
+    force: list[int] | None = None,
+    **sampling: Any,
 ) -> OracleResult:
     film = decode_video(VIDEO, VideoSettings(sampling="qwen3_vl", **sampling))
     metadata = {"fps": film.fps, "total_num_frames": film.total_frames, "frames_indices": film.indices}
     # Where all frames are there, transformers samples from them, as behind vLLM's own loader.
     sent = (film.frames, {**metadata, "duration": film.duration, "do_sample_frames": len(film.indices) == FRAMES})
-    settings = OracleSettings(strides=sample.strides, off=off)
+    settings = OracleSettings(strides=sample.strides, off=off, stages=stages)
+    steps = 12 if force is None else len(force)
     ids = sample.prompt_ids(QUESTION, videos=videos, images=0 if image is None else 1)
     pictures = None if image is None else sample.image_inputs([image])
     pixels = [sample.pixels(sent)] * videos
-    return run_oracle(sample.model, ids, pixels, pictures, sample.question_ids(QUESTION), settings, 12)
+    return run_oracle(
+        sample.model, ids, pixels, pictures, sample.question_ids(QUESTION), settings, steps, force_tokens=force
+    )
 
 
 @pytest.mark.parametrize(
