@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from metok_vllm.contract.forced import TOP
-
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
@@ -21,6 +19,8 @@ def prepare_shadow(model_config: ModelConfig, rate: float) -> None:
     """
     if not rate:
         return
+    from metok_vllm.contract.forced import TOP  # vLLM with it, which `metok_vllm.enable` does without
+
     if model_config.logprobs_mode != "raw_logprobs":
         raise ValueError("METok's shadow_rate compares the model's own log-probabilities: remove --logprobs-mode.")
     if 0 <= model_config.max_logprobs < TOP:

@@ -7,6 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.guards.addresses import guarded
+from tests.support.interpreter import quick
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter() -> Iterator[None]:
+    with quick():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

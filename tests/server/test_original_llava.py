@@ -16,7 +16,7 @@ from tests.support.server.asking import OPTIONS, QUESTION, ask, chat, result, us
 from tests.support.server.clips import FPS, data_url, mp4, png_url, seen
 from tests.support.server.live import Server, serving
 
-SERVED: tuple[Kind, ...] = ("longva-dpo", "llava-video")
+SERVED: tuple[Kind, ...] = ("llava-video",)
 Running = tuple[Server, OriginalSample]
 VIDEO = mp4(scene_video(51, 22))
 

@@ -32,7 +32,7 @@ def test_run_batch_takes_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "HOME": "/proc/none",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(beside), os.environ.get("PYTHONPATH")])),
     }
-    sample = load_original(tmp_path / "model", "llava-onevision", seed=43)
+    sample = load_original(tmp_path / "model", "longva-dpo", seed=43)
     video = mp4(scene_video(10, 14))
     line = {
         "custom_id": "one",

@@ -287,6 +287,8 @@ def outcomes() -> dict[str, float]:
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traffic, "LOOK_S", 0.01)
+    # vLLM's logger hands nothing on to pytest's once it is configured.
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 
 
 @asynccontextmanager

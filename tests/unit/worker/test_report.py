@@ -69,6 +69,7 @@ def make_request(name: str, report: bool = False, seed: int = 0) -> Any:
     result = PruningResult(visual, visual // 2, visual // 4, 0)
     spans = (VideoSpan(5, visual, plan),)
     return SimpleNamespace(
+        is_shadow=False,
         req_id=name,
         prompt_len=visual + 20,
         visual_tokens=visual,

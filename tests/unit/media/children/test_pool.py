@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import resource
 import signal
@@ -273,6 +274,7 @@ def test_whose_error_it_is_that_a_child_ended_before_it_began(
 
     pool = make()
     monkeypatch.setattr(pool, "_in_a_child", ended)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # else pytest does not see it
     with pytest.raises(Busy):
         pool.decode(VIDEOS["mp4"], VideoSettings())
     assert len([record for record in caplog.records if record.levelname == "ERROR"]) == lines
