@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import openai
@@ -31,6 +32,28 @@ def test_experts(tmp_path: Path) -> None:
     assert "ERROR" not in (tmp_path / "log").read_text(errors="replace")
 
 
+PLUGIN = """
+def register():
+    from vllm.model_executor.models import qwen3_vl
+    qwen3_vl.triton_pos_embed_interpolate = qwen3_vl.pos_embed_interpolate_native
+"""
+"""Another plugin of the server's. In bfloat16 Triton's interpreter makes no numbers of patches' positions,
+METok on or off; vLLM's function for platforms without Triton does.
+"""
+
+
+@pytest.fixture
+def patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = tmp_path / "site" / "patches-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: patches\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[vllm.general_plugins]\npatches = patches_plugin:register\n")
+    (about.parent / "patches_plugin.py").write_text(PLUGIN)
+    paths = [str(about.parent), os.environ.get("PYTHONPATH")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+
+
+@pytest.mark.usefixtures("patches")
 def test_stage_1_of_a_hybrid_model(tmp_path: Path) -> None:
     """In bfloat16, which vLLM's CPU kernel takes alone."""
     sample = load_qwen3_5(tmp_path / "model", "qwen3.5", seed=55, layers=4)

@@ -274,6 +274,7 @@ def test_whose_error_it_is_that_a_child_ended_before_it_began(
 
     pool = make()
     monkeypatch.setattr(pool, "_in_a_child", ended)
+    forks.logger()  # which is configured at its first use
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # else pytest does not see it
     with pytest.raises(Busy):
         pool.decode(VIDEOS["mp4"], VideoSettings())
