@@ -278,7 +278,7 @@ def test_the_engine_still_has_what_is_timed(tmp_path: Path) -> None:
     """
     model = write_model("tiny", tmp_path)
     # Dynamo traces the model as ever; its graph is then run as it is, which saves half a minute of Inductor.
-    mode = {"compilation_config": {"backend": "eager"}}
+    mode = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
     options = cli.arguments(["--small", "--frames", "8", "--max-tokens", "3", "--engine-option", json.dumps(mode)])
     options.text_tokens, options.videos, options.repeats = 30, 1, 1
     (paper,) = variants(model, 8, ["metok-paper"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -20,12 +19,14 @@ from vllm.exceptions import QueueOverflowError, VLLMValidationError
 from metok_vllm.contract.forced import KL_LIMIT, MOST_IDS, NEAR_TIE, TOP, ids_to_compare
 from metok_vllm.contract.refusals import FRONT_END
 from metok_vllm.contract.request_ids import is_shadow
+from metok_vllm.serve.shadow import record as record_module
 from metok_vllm.serve.shadow import traffic
 from metok_vllm.serve.shadow.engines import EnginesGone, LiveEngines
 from metok_vllm.serve.shadow.exchange import CURRENT, LONGEST_BODY, LONGEST_QUESTION, keep_answer, question_of
 from metok_vllm.serve.shadow.record import OUTCOMES, WORST, Record
 from metok_vllm.serve.shadow.replay import Comparison, Disturbed, Replay, Unrepeatable, compared
 from metok_vllm.serve.shadow.traffic import TRIES, WAITING, Shadow
+from tests.support.logged import Logged
 
 SAME = Comparison(tokens=4, agreeing=4, kl=0.0, largest_kl=0.0)
 BODY = json.dumps({"messages": [{"role": "user", "content": "What?"}]}).encode()
@@ -287,8 +288,14 @@ def outcomes() -> dict[str, float]:
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traffic, "LOOK_S", 0.01)
-    # vLLM's logger hands nothing on to pytest's once it is configured.
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Logged:
+    logger = Logged()
+    for module in (record_module, traffic):
+        monkeypatch.setattr(module, "logger", logger)
+    return logger
 
 
 @asynccontextmanager
@@ -451,7 +458,7 @@ def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran(work) == {"busy": 1}
 
 
-def test_what_goes_wrong_with_one_is_nothing_to_the_next(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_goes_wrong_with_one_is_nothing_to_the_next(logged: Logged) -> None:
     async def work() -> None:
         errors: list[Exception | None] = [
             Unrepeatable("no"), RuntimeError("the answer got lost"), Disturbed("no room"), None,
@@ -473,14 +480,13 @@ def test_what_goes_wrong_with_one_is_nothing_to_the_next(caplog: pytest.LogCaptu
             await run_app(shadow, [BODY])
             await until(lambda: shadow.record.shown()["requests"]["failed"] == 2)
 
-    with caplog.at_level(logging.WARNING):
-        assert ran(work) == {"unrepeatable": 1, "failed": 2, "compared": 1}
-    assert [record.getMessage() for record in caplog.records if "failed" in record.getMessage()] == [
-        "METok: comparing a request with the model without METok failed: the answer got lost"
+    assert ran(work) == {"unrepeatable": 1, "failed": 2, "compared": 1}
+    assert [line for line in logged.lines if line[0] != "DEBUG"] == [
+        ("WARNING", "METok: comparing a request with the model without METok failed: the answer got lost")
     ]
 
 
-def test_the_engines_end_ends_it_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_engines_end_ends_it_without_a_word(logged: Logged) -> None:
     async def work() -> None:
         comparing, engines = Comparing(), Engines()
         shadow = make(comparing, engines)
@@ -492,9 +498,8 @@ def test_the_engines_end_ends_it_without_a_word(caplog: pytest.LogCaptureFixture
         assert comparing.running == 0 or comparing.cancelled == 1
         await run_app(shadow, [BODY])
 
-    with caplog.at_level(logging.INFO):
-        assert ran(work) == {}
-    assert not caplog.records
+    assert ran(work) == {}
+    assert not logged.lines
 
 
 def test_a_comparison_is_begun_a_few_times_and_takes_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -601,12 +606,11 @@ def test_the_end_of_the_server_ends_a_comparison() -> None:
 # --- what is told ---
 
 
-def test_the_worst_are_named_and_no_others(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_worst_are_named_and_no_others(logged: Logged) -> None:
     record = Record()
-    with caplog.at_level(logging.WARNING):
-        record.add("as-before", Comparison(10, 10, KL_LIMIT / 10, KL_LIMIT), None)
-        for i in range(WORST + 2):
-            record.add(f"r{i}", Comparison(10, 10 - i % 10, 0.1 * i, 1.0), "Who?" if i else None)
+    record.add("as-before", Comparison(10, 10, KL_LIMIT / 10, KL_LIMIT), None)
+    for i in range(WORST + 2):
+        record.add(f"r{i}", Comparison(10, 10 - i % 10, 0.1 * i, 1.0), "Who?" if i else None)
     shown = record.shown()
     assert len(shown["worst"]) == WORST
     assert shown["worst"][0]["request_id"] == "r9"
@@ -614,8 +618,8 @@ def test_the_worst_are_named_and_no_others(caplog: pytest.LogCaptureFixture) -> 
     shares = [one["agreement"] for one in shown["worst"]]
     assert shares == sorted(shares)
     assert "as-before" not in str(shown)
-    assert not any("as-before" in line.getMessage() for line in caplog.records)
-    assert "METok: r9 is among" in caplog.text
+    assert not any("as-before" in said for _, said in logged.lines)
+    assert any(level == "WARNING" and said.startswith("METok: r9 is among") for level, said in logged.lines)
     assert shown["tokens"] == 10 * (WORST + 3)
 
 

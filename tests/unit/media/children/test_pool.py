@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import os
 import resource
 import signal
@@ -29,6 +28,7 @@ from metok_vllm.media.decoder import decode_video
 from metok_vllm.media.settings import VideoError, VideoSettings
 from tests.support.children import children, is_called
 from tests.support.clips import clip, encode, rotated, stuck, tone
+from tests.support.logged import Logged
 from tests.support.until import until
 
 HOUR = VideoSettings(timeout_s=3600)
@@ -262,7 +262,6 @@ def test_a_task_that_is_cancelled_ends_its_child_or_leaves_the_queue(make: Calla
 def test_whose_error_it_is_that_a_child_ended_before_it_began(
     make: Callable[..., DecodePool],
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
     gone: bool,
     lines: int,
 ) -> None:
@@ -274,11 +273,11 @@ def test_whose_error_it_is_that_a_child_ended_before_it_began(
 
     pool = make()
     monkeypatch.setattr(pool, "_in_a_child", ended)
-    forks.logger()  # which is configured at its first use
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # else pytest does not see it
+    logged = Logged()
+    monkeypatch.setattr("metok_vllm.media.children.pool.logger", lambda: logged)
     with pytest.raises(Busy):
         pool.decode(VIDEOS["mp4"], VideoSettings())
-    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == lines
+    assert [level for level, _ in logged.lines] == ["ERROR"] * lines
 
 
 def test_many_at_once_on_an_event_loop_that_stays_free(make: Callable[..., DecodePool]) -> None:
