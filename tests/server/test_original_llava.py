@@ -1,4 +1,4 @@
-"""Folders in the format of LLaVA's authors behind `vllm serve`, METok on and off."""
+"""LLaVA-Video in its authors' format behind `vllm serve`, METok on and off: it reads when its frames are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from metok_vllm.demo.original_checkpoint import Kind
 from tests.support.oracle import OracleResult, OracleSettings, assert_same
 from tests.support.oracle import run as run_oracle
 from tests.support.oracle.originals import OriginalSample, load_original, time_instruction
@@ -16,14 +15,13 @@ from tests.support.server.asking import OPTIONS, QUESTION, ask, chat, result, us
 from tests.support.server.clips import FPS, data_url, mp4, png_url, seen
 from tests.support.server.live import Server, serving
 
-SERVED: tuple[Kind, ...] = ("llava-video",)
 Running = tuple[Server, OriginalSample]
 VIDEO = mp4(scene_video(51, 22))
 
 
-@pytest.fixture(scope="module", params=SERVED)
-def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    sample = load_original(tmp_path_factory.mktemp("model"), request.param, seed=41)
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    sample = load_original(tmp_path_factory.mktemp("model"), "llava-video", seed=41)
     log = tmp_path_factory.mktemp("log") / "server.log"
     with serving(
         sample.path, log, "--plugin", "metok", "--trust-request-mm-kwargs", "--served-model-name", "tiny", *OPTIONS
@@ -33,9 +31,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def expected(sample: OriginalSample, off: bool, steps: int = 24) -> OracleResult:
     frames = seen(VIDEO)
-    question = QUESTION
-    if sample.tells_times:
-        question = f"{time_instruction([i / FPS for i in range(len(frames))], len(frames) / FPS)}\n{QUESTION}"
+    question = f"{time_instruction([i / FPS for i in range(len(frames))], len(frames) / FPS)}\n{QUESTION}"
     ids = sample.prompt_ids(question, videos=1)
     settings = OracleSettings(off=off)
     asked = sample.question_ids(QUESTION)
@@ -65,15 +61,12 @@ def test_the_log_has_no_errors(running: Running) -> None:
 
 
 def test_a_video_by_its_uuid_alone(running: Running) -> None:
-    """Its frames' times are in its data, which a model that reads them needs again. The others do not."""
+    """Its frames' times are in its data, which a model that reads them needs again."""
     server, sample = running
     turn = user(QUESTION, data_url(VIDEO))
     turn["content"][0]["uuid"] = "a-clip"
     first = result(chat(server, [turn]))
     turn["content"][0]["video_url"] = None
-    if not sample.tells_times:
-        assert_same(expected(sample, off=False), result(chat(server, [turn])), 1e-3)
-        return
     assert_same(expected(sample, off=False), first, 1e-3)
     with pytest.raises(openai.BadRequestError, match="which a uuid alone does not say; send the data with it"):
         chat(server, [turn])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import openai
@@ -16,7 +15,7 @@ from tests.support.oracle.qwen3_5_samples import load_qwen3_5
 from tests.support.oracle.qwen3_samples import load_qwen3
 from tests.support.server.asking import OPTIONS, QUESTION, chat, result, user
 from tests.support.server.clips import data_url
-from tests.support.server.live import serving
+from tests.support.server.live import beside, serving
 
 NAMED = ("--plugin", "metok", "--served-model-name", "tiny", "--trust-request-mm-kwargs")
 TURN = user(QUESTION, data_url(VIDEO))
@@ -29,7 +28,7 @@ def test_experts(tmp_path: Path) -> None:
             answer = result(chat(server, [TURN], metok, max_tokens=12))
             assert_same(expected(sample, off=metok == "off", fps=2), answer, 1e-3)
         assert_same(expected(sample, videos=0, fps=2), result(chat(server, [user(QUESTION)], max_tokens=12)), 1e-3)
-    assert "ERROR" not in (tmp_path / "log").read_text(errors="replace")
+        assert "ERROR" not in (tmp_path / "log").read_text(errors="replace")
 
 
 PLUGIN = """
@@ -44,13 +43,8 @@ METok on or off; vLLM's function for platforms without Triton does.
 
 @pytest.fixture
 def patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    about = tmp_path / "site" / "patches-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: patches\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[vllm.general_plugins]\npatches = patches_plugin:register\n")
-    (about.parent / "patches_plugin.py").write_text(PLUGIN)
-    paths = [str(about.parent), os.environ.get("PYTHONPATH")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    for name, value in beside(tmp_path / "site", PLUGIN).items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.usefixtures("patches")
@@ -68,4 +62,4 @@ def test_stage_1_of_a_hybrid_model(tmp_path: Path) -> None:
                 assert abs(ours[token] - float(theirs[token])) < NEAR
         with pytest.raises(openai.BadRequestError, match="this server was started with stages 1"):
             chat(server, [TURN], {"stages": 3})
-    assert "ERROR" not in (tmp_path / "log").read_text(errors="replace")
+        assert "ERROR" not in (tmp_path / "log").read_text(errors="replace")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -17,21 +16,14 @@ from tests.support.oracle.originals import load_original
 from tests.support.oracle.samples import scene_video
 from tests.support.server.asking import OPTIONS, QUESTION, user
 from tests.support.server.clips import data_url, mp4, seen
-from tests.support.server.live import environment, vllm
+from tests.support.server.live import beside, environment, vllm
 
 
 def test_run_batch_takes_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a user without a home folder, as in many containers, and with another plugin beside."""
-    beside, loaded = tmp_path / "site", tmp_path / "loaded"
-    about = beside / "beside-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: beside\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[vllm.general_plugins]\nbeside = beside_plugin:register\n")
-    (beside / "beside_plugin.py").write_text(f"def register():\n    open({str(loaded)!r}, 'a').close()\n")
-    odd = {
-        "HOME": "/proc/none",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(beside), os.environ.get("PYTHONPATH")])),
-    }
+    loaded = tmp_path / "loaded"
+    plugin = f"def register():\n    open({str(loaded)!r}, 'a').close()\n"
+    odd = {"HOME": "/proc/none", **beside(tmp_path / "site", plugin)}
     sample = load_original(tmp_path / "model", "longva-dpo", seed=43)
     video = mp4(scene_video(10, 14))
     line = {

@@ -67,23 +67,22 @@ class Record:
         _metrics()[0].labels(outcome).inc()
 
     def add(self, request_id: str, comparison: Comparison, question: str | None) -> None:
-        """A request was compared.
+        """What came out of one that was compared.
 
         Args:
             request_id: as the client saw it, fit to be shown.
             comparison: what came out.
             question: its text, where the operator lets it be shown.
         """
-        self.count("compared")
         _, agreement, kl = _metrics()
         agreement.observe(comparison.agreement)
         kl.observe(comparison.kl)
         self._tokens += comparison.tokens
         self._agreeing += comparison.agreeing
+        if comparison.agreeing == comparison.tokens and comparison.largest_kl <= KL_LIMIT:
+            return  # only what differs is worth a name
         new = (request_id, comparison, question)
-        # Only what differs is worth a name.
-        if comparison.agreeing < comparison.tokens or comparison.largest_kl > KL_LIMIT:
-            self._worst = sorted([*self._worst, new], key=lambda one: (one[1].agreement, -one[1].kl))[:WORST]
+        self._worst = sorted([*self._worst, new], key=lambda one: (one[1].agreement, -one[1].kl))[:WORST]
         if new in self._worst:
             logger.warning(
                 "METok: %s is among the answers farthest from the model's own: %d of %d tokens would be the same "

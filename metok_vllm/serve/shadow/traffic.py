@@ -130,19 +130,18 @@ class Shadow:
             return
         # At once: the scheduler keeps the latest answers alone.
         answer = asyncio.ensure_future(self._engines.answer(exchange.name))
+        # Where the engines are gone nobody waits for it any more, and asyncio would log a trace of that.
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._drawn.put_nowait(_Drawn(exchange, answer, monotonic() + PATIENCE_S))
 
     async def run(self) -> None:
         """Compare what was drawn, until cancelled or the engines are gone."""
         with suppress(EnginesGone, EngineDeadError):  # vLLM says so, and ends the server
             while True:
-                drawn = await self._drawn.get()
-                outcome = await self._one(drawn)
-                if outcome is not None:
-                    self.record.count(outcome)
+                self.record.count(await self._one(await self._drawn.get()))
 
-    async def _one(self, drawn: _Drawn) -> Outcome | None:
-        """What came of a request; None where it was compared, which `Record.add` counts."""
+    async def _one(self, drawn: _Drawn) -> Outcome:
+        """Compare one request; what came of it."""
         try:
             found = await drawn.answer
             if found is None:
@@ -154,7 +153,7 @@ class Shadow:
                 comparison = await self._undisturbed(drawn.exchange, tokens)
                 if comparison is not None:
                     self.record.add(request_id, comparison, self._shown(drawn.exchange))
-                    return None
+                    return "compared"
             return "busy"
         except Unrepeatable as error:
             logger.debug("METok: a request cannot be compared: %s", error)
@@ -166,8 +165,9 @@ class Shadow:
             return "failed"
 
     def _shown(self, exchange: Exchange) -> str | None:
-        body = exchange.body
-        return None if self._question is None or body is None else self._question(body)
+        if self._question is None or (body := exchange.body) is None:
+            return None
+        return self._question(body)
 
     async def _is_quiet(self, deadline: float) -> bool:
         """Wait until nobody else is served; whether that came before the deadline."""

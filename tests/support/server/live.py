@@ -28,6 +28,21 @@ def environment() -> dict[str, str]:
     return {**env, "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0", "VLLM_MEDIA_FETCH_MAX_RETRIES": "1"}
 
 
+def beside(folder: Path, source: str) -> dict[str, str]:
+    """Another general plugin of vLLM's, for the processes that get these variables.
+
+    Args:
+        folder: for its files.
+        source: of its module, which has a function `register`.
+    """
+    about = folder / "beside-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: beside\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[vllm.general_plugins]\nbeside = beside_plugin:register\n")
+    (folder / "beside_plugin.py").write_text(source)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
+
+
 def vllm() -> str:
     """The `vllm` command beside this interpreter."""
     return str(Path(sys.executable).parent / "vllm")
