@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.text import Text
 
 from metok_vllm.calibrate.bench import Bench, Model, Row, stage1_alone
+from metok_vllm.calibrate.check import first_that_passes
 from metok_vllm.calibrate.engines import Engines
 from metok_vllm.calibrate.errors import CalibrateError
 from metok_vllm.calibrate.measure import interval
@@ -27,11 +28,6 @@ from metok_vllm.frontend.fingerprint import fingerprint, model_folder
 
 SPARE = 1.5
 """So many times the wanted questions are asked of the stock model: some do not need their video."""
-
-CANDIDATES = 3
-"""Settings that are checked on the held-out questions, the cheapest first, until one passes; each with all of
-its tokens' KV too.
-"""
 
 BEFORE_THE_SEARCH = 4  # requests a question: the stock answer, without the video, and two presets
 
@@ -140,7 +136,7 @@ def run_calibrate(options: Options, console: Console | None = None) -> int:
         tried.least_last = horizon.chosen
         search(tried, horizon.chosen, bench.known.layers, bench.known.first_layer, bench.known.strides)
         session.stage("Checking")
-        setting, found = _check(session, tried, options.target)
+        setting, found = first_that_passes(tried, bench.on_held_out, options.target)
         count, frames = _as_few_frames(bench, found)
         rows = [
             *session.rows[:1],
@@ -187,26 +183,6 @@ def _horizon(session: _Session, tried: Search) -> Horizon:
         return tried.seen[setting]
 
     return find_horizon(look, facts.layers, facts.first_layer, len(session.bench.search), tried.target)
-
-
-def _check(session: _Session, tried: Search, target: float) -> tuple[Setting, Seen]:
-    """The cheapest setting that passes on the held-out questions too; else the one that comes nearest."""
-    order = tried.ranked() or sorted(tried.seen, key=lambda s: (-tried.seen[s].agreement, tried.seen[s].worst))[:1]
-    checked: dict[Setting, Seen] = {}
-    failed: set[Setting] = set()
-    for setting in order:
-        whole = replace(setting, decode_retention=1.0)
-        if whole in failed:
-            continue
-        both = [setting, *([whole] if whole in order and whole != setting else [])]  # one engine's work
-        checked.update(zip(both, session.bench.on_held_out(both), strict=True))
-        for one in both:
-            if checked[one].passes(target):
-                return one, checked[one]
-        failed.add(whole)
-        if len(failed) == CANDIDATES:
-            break
-    return max(checked.items(), key=lambda pair: (pair[1].agreement, -pair[1].worst))
 
 
 def _as_few_frames(bench: Bench, found: Seen) -> tuple[int, Seen]:

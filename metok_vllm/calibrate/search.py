@@ -51,8 +51,9 @@ class Seen:
         return statistics.fmean(self.agrees) if self.agrees else 0.0
 
     def passes(self, target: float) -> bool:
-        """Whether the answers stay what they are: so many of them, and none of them far off."""
-        return self.agreement >= target and self.worst <= KL_LIMIT
+        """Whether so many of the answers stay what they are, each without more harm than `KL_LIMIT`."""
+        fine = [agrees and harm <= KL_LIMIT for agrees, harm in zip(self.agrees, self.harm, strict=True)]
+        return bool(fine) and statistics.fmean(fine) >= target
 
 
 Evaluate = Callable[[Sequence[Setting]], list[Seen]]

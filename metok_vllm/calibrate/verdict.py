@@ -34,8 +34,8 @@ def judge(found: Seen, frames: Seen, frame_count: int, target: float) -> Verdict
         return Verdict(
             False,
             False,
-            f"No setting keeps the answers: the best keeps {kept}, where {100 * target:g} % are wanted and no answer may "
-            f"suffer more than {KL_LIMIT:g} nats a token (one suffers {found.worst:.2f}){also}. Leave METok off for this "
+            f"No setting keeps the answers: the best keeps {kept}, where {100 * target:g} % are wanted, each with a "
+            f"harm of at most {KL_LIMIT:g} nats a token (the largest is {found.worst:.2f}){also}. Leave METok off for this "
             "model, or state a lower --target.",
         )
     if better or as_good:

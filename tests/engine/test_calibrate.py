@@ -1,13 +1,14 @@
 """`metok calibrate` from end to end, on the trained model and a few questions.
 
-Its engines run in this process, one after the other, so that each start costs seconds;
-`test_a_process_of_its_own` starts one as users do.
+Its engines run in this process, one after the other, so that each start costs seconds; one test starts one as
+users do.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ import pytest
 
 from metok_vllm.calibrate import run, worker
 from metok_vllm.calibrate.engines import Engines
-from metok_vllm.calibrate.jobs import Job
+from metok_vllm.calibrate.jobs import Job, Result, Told
 from metok_vllm.calibrate.questions import choose
 from metok_vllm.cli import main
 from metok_vllm.contract.profile import read_profile
 from metok_vllm.demo.model_choice import TRAINED
+from metok_vllm.demo.qwen_checkpoint import build_qwen_checkpoint
 from metok_vllm.frontend.fingerprint import fingerprint
 from training.make_set import write_set
 
@@ -111,35 +113,95 @@ def test_it_finds_a_setting_checks_it_and_goes_on_where_it_was(
     assert len(first.variants) == 4
 
 
-def test_a_process_of_its_own(sheet: Path, tmp_path: Path) -> None:
-    (asked,) = choose(None, sheet, 1, held_out=False).search
-    told: list[int] = []
-    job = Job(
-        model=str(TRAINED),
+WHOLE = {"events": 1, "key_events": 1, "keep_ratio": 1, "strides": [2, 2, 2], "decode_retention": 1}
+VARIANTS = (
+    worker.Variant(name="again"),
+    worker.Variant(name="whole", metok=WHOLE),
+    worker.Variant(name="cut", metok=WHOLE | {"strides": [8, 8, 8]}),
+    worker.Variant(name="without", with_video=False),
+)
+
+
+def job(sheet: Path, model: Path = TRAINED, variants: Sequence[worker.Variant] = VARIANTS, **engine: Any) -> Job:
+    """One question about one video."""
+    stated = {"dtype": "float32", "max_model_len": 2048, **ENGINE, "media_io_kwargs": {"video": {"num_frames": 8}}}
+    return Job(
+        model=str(model),
         model_mark="",
         plugin="",
-        engine={"dtype": "float32", "max_model_len": 2048, **ENGINE, "media_io_kwargs": {"video": {"num_frames": 8}}},
-        server={"profile": "none", "prune_layers": [10, 11, 12]},
+        engine=stated | engine,
+        server={"profile": "none"} | ({"prune_layers": [10, 11, 12]} if model == TRAINED else {}),
         answer_tokens=8,
-        asked=[asked],
-        variants=[
-            worker.Variant(name="again"),
-            worker.Variant(name="whole", metok=WHOLE),
-            worker.Variant(name="cut", metok=WHOLE | {"strides": [8, 8, 8]}),
-            worker.Variant(name="without", with_video=False),
-        ],
+        asked=list(choose(None, sheet, 1, held_out=False).search),
+        variants=list(variants),
     )
-    result = Engines(tmp_path, told.append).run(job)
-    assert sum(told) == job.requests == 5
-    assert os.environ.get("VLLM_MEDIA_CONNECTOR") != "metok"
-    seen: dict[str, Any] = {name: only[0] for name, only in result.told.items()}
+
+
+def seen_by(result: Result) -> dict[str, Told]:
+    return {name: only[0] for name, only in result.told.items()}
+
+
+@pytest.fixture
+def done_here(monkeypatch: pytest.MonkeyPatch) -> Callable[[Job], Result]:
+    """Does a job in this process."""
+
+    def do(job: Job) -> Result:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        result = worker.run(job, lambda done: None)
+        cleanup_dist_env_and_memory()
+        return result
+
+    monkeypatch.setenv("VLLM_MEDIA_CONNECTOR", "metok")
+    return do
+
+
+def test_two_ranks_chunks_and_batches_see_the_same(
+    sheet: Path, tmp_path: Path, done_here: Callable[[Job], Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a profile found with them is the same: the search is a function of what it is told.
+
+    The ranks run in a process of their own, as users start them.
+    """
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    told: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.delenv("VLLM_MEDIA_CONNECTOR")
+        ranks = {}
+        if len(cores) == 2:
+            ranks = {"tensor_parallel_size": 2}
+            patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores)))
+        over = job(sheet, **ranks)
+        result = Engines(tmp_path, told.append).run(over)
+        assert sum(told) == over.requests == 5
+        assert "VLLM_MEDIA_CONNECTOR" not in os.environ
+    seen = seen_by(result)
     for name in ("again", "whole"):
         assert seen[name].agrees, "the stock model, and METok where it drops nothing"
         assert seen[name].kl < 1e-4
+    whole, cut = seen["whole"].counts, seen["cut"].counts
+    assert whole is not None
+    assert cut is not None
     assert seen["without"].kl > seen["whole"].kl
-    assert seen["whole"].counts.encoded == seen["whole"].counts.stock > seen["cut"].counts.encoded
+    assert whole.encoded == whole.stock > cut.encoded
     assert seen["whole"].prompt_tokens == seen["again"].prompt_tokens
     assert (result.facts.layers, result.facts.strides, result.facts.first_layer) == (12, (2, 4, 8), 1)
+    for other in (done_here(job(sheet)), done_here(job(sheet, max_num_batched_tokens=96, max_num_seqs=1))):
+        assert [one.tokens for one in other.stock] == [one.tokens for one in result.stock]
+        for name, one in seen_by(other).items():
+            alike = {"kl": pytest.approx(one.kl, abs=1e-4), "harm": pytest.approx(one.harm, abs=1e-4)}
+            assert seen[name].model_dump() == one.model_dump() | alike, name
 
 
-WHOLE = {"events": 1, "key_events": 1, "keep_ratio": 1, "strides": [2, 2, 2], "decode_retention": 1}
+def test_another_family(sheet: Path, tmp_path: Path, done_here: Callable[[Job], Result]) -> None:
+    """Qwen2.5-VL: frames in pairs, its own strides, tokens a frame by the file's size."""
+    model = build_qwen_checkpoint(tmp_path / "model", "qwen2.5-vl", seed=3)
+    variants = (VARIANTS[0], worker.Variant(name="whole", metok=WHOLE | {"strides": [1, 1, 1]}), VARIANTS[3])
+    result = done_here(job(sheet, model, variants))
+    seen = seen_by(result)
+    assert (result.facts.strides, result.facts.frame_group) == ((1, 2, 4), 2)
+    whole = seen["whole"].counts
+    assert whole is not None
+    assert whole.encoded == whole.stock == whole.after_l2
+    assert seen["again"].kl < 1e-4
+    assert seen["whole"].prompt_tokens == seen["again"].prompt_tokens > seen["without"].prompt_tokens

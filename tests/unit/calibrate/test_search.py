@@ -213,7 +213,11 @@ def test_a_setting_passes_by_agreement_and_by_its_worst_answer() -> None:
     assert good.passes(0.99)
     assert not replace(good, agrees=(False, *good.agrees[1:])).passes(0.99)
     assert replace(good, agrees=(False, *good.agrees[1:])).passes(0.9)
-    assert not replace(good, harm=(0.3, *good.harm[1:])).passes(0.9)
+    far = replace(good, harm=(0.3, *good.harm[1:]))
+    assert not far.passes(0.99)
+    assert far.passes(0.9)
+    assert not replace(far, agrees=(True, False, *good.agrees[2:])).passes(0.9), "two answers, not one of each"
+    assert not replace(good, agrees=(), harm=()).passes(0.0), "nothing was asked"
 
 
 def test_nothing_is_tried_twice_and_the_allowance_holds() -> None:
