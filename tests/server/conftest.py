@@ -28,7 +28,7 @@ def server(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         sample.path, log, "--plugin", "metok", "--additional-config", settings, "--trust-request-mm-kwargs",
         "--max-num-batched-tokens", "256", "--served-model-name", "tiny",
         "--allowed-media-domains", "videos.example.com", "127.0.0.2", "--enable-prompt-tokens-details",
-        "--mm-processor-cache-gb", "0.02", "--num-gpu-blocks-override", "4096", *OPTIONS,
+        "--mm-processor-cache-gb", "0.02", "--num-gpu-blocks-override", "4096", *OPTIONS, as_typed=True,
     ) as running:  # fmt: skip
         yield running
 

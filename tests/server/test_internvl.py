@@ -16,7 +16,7 @@ from tests.support.oracle import OracleResult, OracleSettings, assert_same
 from tests.support.oracle import run as run_oracle
 from tests.support.oracle.internvl_chat import ChatSample, load_internvl_chat
 from tests.support.oracle.samples import picture, scene_video
-from tests.support.server.asking import OPTIONS, QUESTION, chat, result, user
+from tests.support.server.asking import OPTIONS, QUESTION, chat, decided, result, user
 from tests.support.server.clips import data_url, mp4, png_url
 from tests.support.server.live import Server, serving
 
@@ -40,7 +40,7 @@ def expected(sample: ChatSample, off: bool = False, videos: int = 1, image: Any 
     ids = sample.as_read(sample.prompt_ids(QUESTION, videos=videos, images=0 if image is None else 1))
     pictures = None if image is None else sample.image_inputs([image])
     settings, question = OracleSettings(strides=sample.strides, off=off), sample.question_ids(QUESTION)
-    return run_oracle(sample.model, ids, [sample.pixels(frames)] * videos, pictures, question, settings, 12)
+    return decided(run_oracle(sample.model, ids, [sample.pixels(frames)] * videos, pictures, question, settings, 12))
 
 
 def test_a_file_is_answered_as_the_oracle_does(running: Running) -> None:

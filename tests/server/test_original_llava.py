@@ -11,7 +11,7 @@ from tests.support.oracle import OracleResult, OracleSettings, assert_same
 from tests.support.oracle import run as run_oracle
 from tests.support.oracle.originals import OriginalSample, load_original, time_instruction
 from tests.support.oracle.samples import picture, scene_video
-from tests.support.server.asking import OPTIONS, QUESTION, ask, chat, result, user
+from tests.support.server.asking import OPTIONS, QUESTION, ask, chat, decided, result, user
 from tests.support.server.clips import FPS, data_url, mp4, png_url, seen
 from tests.support.server.live import Server, serving
 
@@ -35,7 +35,7 @@ def expected(sample: OriginalSample, off: bool, steps: int = 24) -> OracleResult
     ids = sample.prompt_ids(question, videos=1)
     settings = OracleSettings(off=off)
     asked = sample.question_ids(QUESTION)
-    return run_oracle(sample.model, ids, [sample.pixels(frames)], None, asked, settings, steps)
+    return decided(run_oracle(sample.model, ids, [sample.pixels(frames)], None, asked, settings, steps))
 
 
 def test_a_video_file_is_answered_as_the_oracle_answers(running: Running) -> None:

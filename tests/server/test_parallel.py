@@ -21,6 +21,7 @@ import pytest
 
 from tests.support.oracle import assert_same
 from tests.support.oracle.samples import Sample, scene_video
+from tests.support.server import warm
 from tests.support.server.asking import OPTIONS, ask, oracle, result
 from tests.support.server.clips import mp4
 from tests.support.server.double import cores
@@ -68,13 +69,9 @@ def test_two_engines_answer_as_one(two: Server, sample: Sample) -> None:
 
 
 @contextmanager
-def second_node(model: Path, log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+def second_node(model: Path, log: Path, *options: str) -> Iterator[warm.Program]:
     """`vllm serve --headless`, which waits for the first node, and ends after it."""
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [vllm(), "serve", str(model), "--headless", *options], stdout=out, stderr=subprocess.STDOUT,
-            env=environment(), start_new_session=True,
-        )  # fmt: skip
+    process = warm.start(Path(vllm()), "serve", str(model), "--headless", *options, env=environment(), log=log)
     try:
         yield process
     finally:

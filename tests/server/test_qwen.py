@@ -16,7 +16,7 @@ from tests.support.oracle import OracleResult, OracleSettings, assert_same
 from tests.support.oracle import run as run_oracle
 from tests.support.oracle.qwen_samples import QwenSample, load_qwen
 from tests.support.oracle.samples import scene_video
-from tests.support.server.asking import OPTIONS, QUESTION, chat, result, user
+from tests.support.server.asking import OPTIONS, QUESTION, chat, decided, result, user
 from tests.support.server.clips import FPS, data_url, mp4
 from tests.support.server.live import Server, serving
 
@@ -42,7 +42,7 @@ def expected(sample: QwenSample, off: bool = False, **sampling: Any) -> OracleRe
     pixels = sample.pixels(film.frames if sample.kind == "qwen2-vl" else (film.frames, known))
     settings = OracleSettings(strides=sample.strides, off=off)
     ids = sample.prompt_ids(QUESTION)
-    return run_oracle(sample.model, ids, [pixels], None, sample.question_ids(QUESTION), settings, 12)
+    return decided(run_oracle(sample.model, ids, [pixels], None, sample.question_ids(QUESTION), settings, 12))
 
 
 @pytest.mark.parametrize(

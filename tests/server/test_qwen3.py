@@ -14,7 +14,7 @@ from tests.support.oracle import OracleResult, OracleSettings, assert_same
 from tests.support.oracle import run as run_oracle
 from tests.support.oracle.qwen3_samples import Qwen3Sample, load_qwen3
 from tests.support.oracle.samples import picture, scene_video
-from tests.support.server.asking import OPTIONS, QUESTION, chat, result, user
+from tests.support.server.asking import OPTIONS, QUESTION, chat, decided, result, user
 from tests.support.server.clips import data_url, mp4, png_url
 from tests.support.server.live import Server, serving
 
@@ -50,9 +50,8 @@ def expected(
     ids = sample.prompt_ids(QUESTION, videos=videos, images=0 if image is None else 1)
     pictures = None if image is None else sample.image_inputs([image])
     pixels = [sample.pixels(sent)] * videos
-    return run_oracle(
-        sample.model, ids, pixels, pictures, sample.question_ids(QUESTION), settings, steps, force_tokens=force
-    )
+    asked = sample.question_ids(QUESTION)
+    return decided(run_oracle(sample.model, ids, pixels, pictures, asked, settings, steps, force_tokens=force))
 
 
 @pytest.mark.parametrize(

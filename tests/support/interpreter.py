@@ -2,6 +2,9 @@
 
 For every kernel it looks through all of `triton.language` for what it has to replace, and by what. That takes
 as long as many a kernel, and what it finds is always the same.
+
+Every sum and product it computes once more in 64 bits, to see whether it overflows: a third of its time. The
+tests of kernels have that done.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ class Replacements:
 
 
 @contextmanager
-def quick() -> Iterator[None]:
-    """Inside the ``with`` block it remembers what it has found."""
+def quick(overflow: bool = False) -> Iterator[None]:
+    """Inside the ``with`` block it remembers what it has found, and looks for overflow only if asked to."""
     from triton.runtime import interpreter
 
     inside: Any = interpreter
@@ -46,4 +49,5 @@ def quick() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inside, "_patch_builtin", replace)
+        patch.setattr(inside.interpreter_builder, "options", inside.InterpreterOptions(sanitize_overflow=overflow))
         yield

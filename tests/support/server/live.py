@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.support.server import warm
+
 START_SECONDS = 600
 
 
@@ -54,7 +56,7 @@ class Server:
 
     url: str
     log: Path
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | warm.Program
     key: str | None = None
     """Its API key."""
 
@@ -79,16 +81,22 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(model: Path, log: Path, *options: str) -> Iterator[Server]:
+def serving(model: Path, log: Path, *options: str, as_typed: bool = False) -> Iterator[Server]:
     """Start `vllm serve MODEL OPTIONS`, wait until it is ready,
     and stop it with all its processes at the end.
+
+    `as_typed`: the command itself, which imports vLLM in each of its processes and spawns them.
     """
     port = free_port()
+    process: subprocess.Popen[bytes] | warm.Program
     command = [vllm(), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
-        )
+    if as_typed:
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+            )
+    else:
+        process = warm.start(Path(command[0]), *command[1:], env=environment(), log=log)
     key = options[options.index("--api-key") + 1] if "--api-key" in options else None
     server = Server(f"http://127.0.0.1:{port}", log, process, key)
     try:
