@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
+from pathlib import Path
+from subprocess import CompletedProcess
+from tempfile import TemporaryDirectory
 
 import torch
 
+from tests.support.server import warm
 
-def run_stock(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+
+def run_stock(program: str, *arguments: str) -> CompletedProcess[str]:
     """Run the Python source `program` with `arguments` and without METok; its output is captured."""
     variables = {
         "VLLM_PLUGINS": "",
@@ -21,5 +25,8 @@ def run_stock(program: str, *arguments: str) -> subprocess.CompletedProcess[str]
     }
     if not torch.cuda.is_available():
         variables["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, check=False)
+    with TemporaryDirectory() as name:
+        script, out, errors = (Path(name, part) for part in ("program.py", "out", "errors"))
+        script.write_text(program)
+        running = warm.start(script, *arguments, env=os.environ | variables, log=out, errors=errors)
+        return CompletedProcess(arguments, running.wait(), out.read_text(), errors.read_text())

@@ -75,7 +75,7 @@ def oracle_on_prompt(
 
 
 def decided(expected: OracleResult) -> OracleResult:
-    """The same, if float32 can tell its decisions apart; else a comparison would be a coin toss, not a test."""
+    """The same, if float32 can tell its decisions apart: else a comparison is a coin toss, not a test."""
     assert min(expected.cosine_margin, expected.score_margin) > 1e-5, "choose another seed for the video"
     return expected
 

@@ -10,6 +10,7 @@ Not for what is about the start itself: that a command works as a user types it,
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import signal
@@ -96,7 +97,6 @@ def _ask(question: dict[str, Any]) -> Any:
 
 def _serve() -> None:
     """Answer the questions of `_ask` until there are no more. A program's process comes back to run it."""
-    import gc
     import importlib
 
     for name in IMPORTS:
@@ -110,6 +110,7 @@ def _serve() -> None:
     quick().__enter__()  # until the end of this process, and in all that it becomes
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or nanobind reports a leak
     for line in sys.stdin:
         question = json.loads(line)
         if "poll" in question:

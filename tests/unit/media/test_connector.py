@@ -9,8 +9,6 @@ import base64
 import io
 import json
 import os
-import subprocess
-import sys
 import urllib.parse
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from metok_vllm.media.connector import (
 from metok_vllm.media.loader import VideoRequestError, register_loader
 from metok_vllm.media.settings import VideoError, VideoSettings
 from tests.support.clips import clip, numbered
+from tests.support.server import warm
 
 register_loader()
 register_connector()
@@ -234,6 +233,7 @@ def test_only_a_server_with_metok_takes_it(
     (tmp_path / "config.json").write_text(json.dumps(config))
     env = {key: value for key, value in os.environ.items() if key != CONNECTOR_VARIABLE}
     env |= {} if given is None else {CONNECTOR_VARIABLE: given}
-    script = ASKED.replace("json_argv", repr(["vllm", "serve", str(tmp_path), *options]))
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-1] == expected
+    script, log = tmp_path / "asked.py", tmp_path / "log"
+    script.write_text(ASKED.replace("json_argv", repr(["vllm", "serve", str(tmp_path), *options])))
+    assert warm.start(script, env=env, log=log).wait(60) == 0
+    assert log.read_text().split()[-1] == expected
