@@ -251,6 +251,9 @@ def _started(sample: Sample, server: OracleSettings, **llm_kwargs: Any) -> Itera
         "disable_log_stats": True,
         **llm_kwargs,
     }
+    # vLLM collects garbage over and over while it starts: half a second each time over all that is imported. Its
+    # end lifts this.
+    gc.freeze()
     llm = LLM(str(sample.path), **options)
     running = Engine(llm, sample, server)
     try:
@@ -258,7 +261,6 @@ def _started(sample: Sample, server: OracleSettings, **llm_kwargs: Any) -> Itera
     finally:
         llm.llm_engine.engine_core.shutdown()
         del running.llm, llm
-        gc.collect()
         cleanup_dist_env_and_memory()
 
 
