@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -275,15 +274,3 @@ def test_nothing_waits_for_the_device(running: Engine) -> None:
         running.run(asked)
     assert 1 <= found.pop(THE_READ) <= len(asked)
     assert set(found) <= ON_THE_HOST | OF_THIS_FAMILY, found
-
-
-def test_half_precision_counts_alike(tmp_path: Path) -> None:
-    sample = load_internvl(tmp_path, seed=7)
-    asked = [
-        Case((film(13),), metok={"decode_retention": 1}, max_tokens=4),
-        Case((film(11),), metok="off", max_tokens=4),
-    ]
-    with engine(sample, dtype="bfloat16", max_model_len=1088, **LIMITS) as half:
-        for case, answer in zip(asked, half.run(asked), strict=True):
-            assert answer.prompt_ids == half.oracle(case).prompt_ids
-        half.check_drained()

@@ -251,8 +251,8 @@ def _started(sample: Sample, server: OracleSettings, **llm_kwargs: Any) -> Itera
         "disable_log_stats": True,
         **llm_kwargs,
     }
-    # vLLM collects garbage over and over while it starts: half a second each time over all that is imported. Its
-    # end lifts this.
+    # vLLM collects garbage over and over while it starts, half a second each time over all that is imported.
+    # Its end lifts this.
     gc.freeze()
     llm = LLM(str(sample.path), **options)
     running = Engine(llm, sample, server)
