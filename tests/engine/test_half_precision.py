@@ -59,6 +59,6 @@ def test_bfloat16_of_a_family(tmp_path: Path, family: str) -> None:
         Case((scene_video(4, 11, side=side),), metok={"decode_retention": 0.5}, max_tokens=4),
         Case((scene_video(2, 5, side=side),), metok="off", max_tokens=4),
     ]
-    limits = {"max_num_batched_tokens": 272, "max_num_seqs": 8, "max_model_len": 1088}
+    limits: dict[str, Any] = {"max_num_batched_tokens": 272, "max_num_seqs": 8, "max_model_len": 1088}
     with engine(load(tmp_path), dtype="bfloat16", **limits, **options) as running:
         check_near(running, asked, pruned=3, near=NEAR["bfloat16"])
