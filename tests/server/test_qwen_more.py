@@ -8,6 +8,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from metok_vllm.demo.qwen3_5_checkpoint import Qwen3_5Kind
 from tests.engine.test_qwen3_5 import NEAR
 from tests.server.test_qwen3 import VIDEO, expected
 from tests.support.oracle import assert_same
@@ -48,9 +49,10 @@ def patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("patches")
-def test_stage_1_of_a_hybrid_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["qwen3.5", "qwen3.5-moe"])
+def test_stage_1_of_a_hybrid_model(tmp_path: Path, kind: Qwen3_5Kind) -> None:
     """In bfloat16, which vLLM's CPU kernel takes alone."""
-    sample = load_qwen3_5(tmp_path / "model", "qwen3.5", seed=55, layers=4)
+    sample = load_qwen3_5(tmp_path / "model", kind, seed=55, layers=4)
     stage_1 = ("--additional-config", json.dumps({"metok": {"stages": 1}}))
     options = [word if word != "float32" else "bfloat16" for word in OPTIONS]
     with serving(sample.path, tmp_path / "log", *NAMED, *stage_1, *options) as server:
@@ -59,7 +61,7 @@ def test_stage_1_of_a_hybrid_model(tmp_path: Path) -> None:
             reference = expected(sample, off=metok == "off", stages=1, force=answer.tokens, fps=2)
             assert answer.prompt_ids == reference.prompt_ids
             for token, ours, theirs in zip(answer.tokens, answer.logprobs, reference.logprobs, strict=True):
-                assert abs(ours[token] - float(theirs[token])) < NEAR
+                assert ours[token] == pytest.approx(float(theirs[token]), abs=NEAR)
         with pytest.raises(openai.BadRequestError, match="this server was started with stages 1"):
             chat(server, [TURN], {"stages": 3})
         assert "ERROR" not in (tmp_path / "log").read_text(errors="replace")
