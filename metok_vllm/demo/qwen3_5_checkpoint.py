@@ -44,6 +44,7 @@ def build_qwen3_5_checkpoint(
     heads: int = 4,
     kv_heads: int = 2,
     intermediate: int = 256,
+    state_heads: tuple[int, int] = STATE_HEADS,
 ) -> Path:
     """Write a random tiny checkpoint into folder `path`; the same arguments always write the same tensors.
 
@@ -56,7 +57,7 @@ def build_qwen3_5_checkpoint(
     text = text_config(tokenizer, layers, hidden, heads, kv_heads, intermediate, "float32")
     has_experts = kind == "qwen3.5-moe"
     model: Any = (Qwen3_5MoeForConditionalGeneration if has_experts else Qwen3_5ForConditionalGeneration)(
-        _config(has_experts, text, tokenizer)
+        _config(has_experts, text, tokenizer, state_heads)
     )
     model.float().eval()
     generator = torch.Generator().manual_seed(seed)
@@ -75,7 +76,9 @@ def build_qwen3_5_checkpoint(
     return folder
 
 
-def _config(has_experts: bool, text: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> Any:
+def _config(
+    has_experts: bool, text: dict[str, Any], tokenizer: PreTrainedTokenizerFast, state_heads: tuple[int, int]
+) -> Any:
     ids: Any = tokenizer.convert_tokens_to_ids(list(SPECIALS))
     of = dict(zip(SPECIALS, ids, strict=True))
     for name in ("architectures", "use_sliding_window", "rope_theta"):
@@ -91,8 +94,8 @@ def _config(has_experts: bool, text: dict[str, Any], tokenizer: PreTrainedTokeni
             "mrope_interleaved": True,
         },
         "full_attention_interval": 4,
-        "linear_num_key_heads": STATE_HEADS[0],
-        "linear_num_value_heads": STATE_HEADS[1],
+        "linear_num_key_heads": state_heads[0],
+        "linear_num_value_heads": state_heads[1],
         "linear_key_head_dim": STATE_DIM,
         "linear_value_head_dim": STATE_DIM,
         "mamba_ssm_dtype": "float32",

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import pytest
 
 from metok_vllm.scheduler.kv_manager import DeepKVManager
 from tests.engine.test_host_reads import ON_THE_HOST, THE_READ
-from tests.support.families import ATOL, PREFACE, cached_tokens, check, check_in_chunks, check_preempted
+from tests.support.families import ATOL, PREFACE, cached_tokens, check, check_cut, check_in_chunks, check_preempted
 from tests.support.guards.host_reads import waits_of_metok
 from tests.support.harness import Case, Engine, engine, observed
 from tests.support.oracle import OracleResult, assert_same, stage1
@@ -26,8 +25,7 @@ from tests.support.oracle.internvl_chat import load_internvl_chat
 from tests.support.oracle.internvl_samples import InternVLSample, load_internvl
 from tests.support.oracle.samples import picture, scene_video
 
-STEP = 272
-LIMITS = {"max_num_batched_tokens": STEP, "max_num_seqs": 12}
+LIMITS = {"max_num_batched_tokens": 272, "max_num_seqs": 12}
 # How each is loaded, its longest prompt, blocks of all groups (too few for many requests), and what stock
 # vLLM asks for.
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -100,25 +98,12 @@ def test_one_alone(running: Engine) -> None:
 def test_a_prompt_may_be_cut_anywhere(running: Engine) -> None:
     """A chunk ends inside a frame, inside a label, and on both sides of a frame."""
     shown = film(20)
-
-    def asked(words: int) -> Case:
-        return Case((shown,), before=" the" * words, max_tokens=3)
-
-    lengths = [len(running.prompt_ids(asked(words))) for words in range(120)]
-    first = running.oracle(asked(0))
-    words_for = {kind_of_border(first, STEP - more + lengths[0]): words for words, more in enumerate(lengths)}
-    for kind in ("in a frame", "in a label", "before a frame", "behind a frame"):
-        case, borders = asked(words_for[kind]), list[int]()
-
-        def watch(engine_: Engine, borders: list[int] = borders) -> None:
-            borders.extend(request.num_computed_tokens for request in engine_.scheduler.requests.values())
-
-        (answer,) = running.run([case], watch)
-        expected = running.oracle(case)
-        assert borders[0] == STEP, "the first chunk is a whole step"
-        assert kind_of_border(expected, STEP) == kind
-        assert_same(expected, answer, ATOL)
-    running.check_drained()
+    check_cut(
+        running,
+        lambda words: Case((shown,), before=" the" * words, max_tokens=3),
+        kind_of_border,
+        ("in a frame", "in a label", "before a frame", "behind a frame"),
+    )
 
 
 def kind_of_border(expected: OracleResult, border: int) -> str:
@@ -275,15 +260,3 @@ def test_nothing_waits_for_the_device(running: Engine) -> None:
         running.run(asked)
     assert 1 <= found.pop(THE_READ) <= len(asked)
     assert set(found) <= ON_THE_HOST | OF_THIS_FAMILY, found
-
-
-def test_half_precision_counts_alike(tmp_path: Path) -> None:
-    sample = load_internvl(tmp_path, seed=7)
-    asked = [
-        Case((film(13),), metok={"decode_retention": 1}, max_tokens=4),
-        Case((film(11),), metok="off", max_tokens=4),
-    ]
-    with engine(sample, dtype="bfloat16", max_model_len=1088, **LIMITS) as half:
-        for case, answer in zip(asked, half.run(asked), strict=True):
-            assert answer.prompt_ids == half.oracle(case).prompt_ids
-        half.check_drained()

@@ -15,10 +15,10 @@ import pytest
 
 from metok_vllm.demo.qwen_checkpoint import QwenKind
 from tests.engine.test_host_reads import ON_THE_HOST, THE_READ
-from tests.support.families import ATOL, PREFACE, cached_tokens, check, check_in_chunks, check_preempted
+from tests.support.families import ATOL, PREFACE, cached_tokens, check, check_cut, check_in_chunks, check_preempted
 from tests.support.guards.host_reads import waits_of_metok
 from tests.support.harness import Case, Engine, engine
-from tests.support.oracle import assert_same
+from tests.support.oracle import OracleResult, assert_same
 from tests.support.oracle import qwen as qwen_oracle
 from tests.support.oracle.qwen_samples import QwenSample, load_qwen
 from tests.support.oracle.samples import picture, scene_video
@@ -112,6 +112,39 @@ def test_each_alone(running: Engine) -> None:
     for case in (asked[0], asked[2], asked[11], asked[15]):
         (answer,) = running.run([case])
         check(running, [case], [answer])
+
+
+@pytest.mark.parametrize("metok", [None, {"decode_retention": 1}])
+def test_a_prompt_may_be_cut_anywhere(running: Engine, metok: Any) -> None:
+    """A chunk ends inside a pair of frames, and between two."""
+    shown = film(20, 3, 5)
+    check_cut(
+        running,
+        lambda words: Case((shown,), before="so " * words, metok=metok, max_tokens=4),
+        lambda expected, border: kind_of_border(running.sample, shown, expected, border),
+        ("in a frame", "between pairs"),
+    )
+
+
+def kind_of_border(sample: Any, shown: Any, expected: OracleResult, border: int) -> str:
+    """What stands on both sides of a prompt's token `border`, by the sizes of the video's pairs of frames."""
+    assert expected.videos is not None
+    (video,) = expected.videos
+    start, stop = video.span or (0, 0)
+    if not start < border < stop:
+        return "elsewhere"
+    pixels, merge = sample.pixels(shown), sample.model.config.vision_config.spatial_merge_size
+    pairs, rows, columns = (pixels.grid[0] // pixels.grid.new_tensor([1, merge, merge])).tolist()
+    text = getattr(pixels, "text", None) or [([], [])] * pairs
+    places: list[tuple[int, bool]] = []
+    for pair, ((before, behind), stride) in enumerate(zip(text, video.strides or (), strict=True)):
+        tokens = -(-rows // stride) * -(-columns // stride)
+        places += [(pair, True)] * len(before) + [(pair, False)] * tokens + [(pair, True)] * len(behind)
+    assert len(places) == stop - start
+    (pair, is_text), following = places[border - start - 1], places[border - start]
+    if pair != following[0]:
+        return "between pairs"
+    return ("in a timestamp" if is_text else "in a frame") if is_text == following[1] else "elsewhere"
 
 
 def test_preempted_requests_continue_with_the_same_survivors(running: Engine) -> None:

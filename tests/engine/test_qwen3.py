@@ -20,7 +20,7 @@ from metok_vllm.contract.extents import TABLE_FACTOR
 from metok_vllm.demo.qwen3_checkpoint import TOKEN
 from metok_vllm.scheduler.kv_manager import DeepKVManager
 from tests.engine.test_host_reads import ON_THE_HOST, THE_READ
-from tests.support.families import ATOL, PREFACE, cached_tokens, check, check_in_chunks, check_preempted
+from tests.support.families import ATOL, PREFACE, cached_tokens, check, check_cut, check_in_chunks, check_preempted
 from tests.support.guards.host_reads import waits_of_metok
 from tests.support.harness import Case, Engine, engine
 from tests.support.oracle import assert_same, labelled, stage1
@@ -110,26 +110,13 @@ def test_each_alone(running: Engine) -> None:
 
 def test_a_prompt_may_be_cut_anywhere(running: Engine) -> None:
     """A chunk ends inside a frame, inside a timestamp, and between two pairs."""
-    film_, step = film(20, 3, 5), 272
-
-    def asked(words: int) -> Case:
-        return Case((film_,), before="so " * words, max_tokens=4)
-
-    lengths = [len(running.prompt_ids(asked(words))) for words in range(200)]
-    first = running.oracle(asked(0))
-    words_for = {kind_of_border(first, step - more + lengths[0]): words for words, more in enumerate(lengths)}
-    for kind in ("in a frame", "in a timestamp", "between pairs"):
-        case, borders = asked(words_for[kind]), list[int]()
-
-        def watch(engine_: Engine, borders: list[int] = borders) -> None:
-            borders.extend(request.num_computed_tokens for request in engine_.scheduler.requests.values())
-
-        (answer,) = running.run([case], watch)
-        expected = running.oracle(case)
-        assert borders[0] == step, "the first chunk is a whole step"
-        assert kind_of_border(expected, step) == kind
-        assert_same(expected, answer, ATOL)
-    running.check_drained()
+    shown = film(20, 3, 5)
+    check_cut(
+        running,
+        lambda words: Case((shown,), before="so " * words, max_tokens=4),
+        kind_of_border,
+        ("in a frame", "in a timestamp", "between pairs"),
+    )
 
 
 def kind_of_border(expected: Any, border: int) -> str:

@@ -17,9 +17,10 @@ from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 from metok_vllm.contract.extents import TABLE_FACTOR
 from metok_vllm.demo.qwen3_5_checkpoint import Qwen3_5Kind
+from tests.engine.test_qwen import kind_of_border
 from tests.engine.test_qwen3 import film, timed
 from tests.support.coarse import check_near
-from tests.support.families import check
+from tests.support.families import check, check_cut
 from tests.support.gated_delta import in_float32
 from tests.support.harness import Case, Engine, engine
 from tests.support.oracle.qwen3_5_samples import load_qwen3_5
@@ -78,6 +79,17 @@ def test_a_mixed_batch_equals_the_oracle(running: Engine) -> None:
     check(running, cases(), answers)
     assert preempted, "nobody was preempted"
     assert cut, "no prompt went over several steps"
+
+
+def test_a_prompt_may_be_cut_anywhere(running: Engine) -> None:
+    """A chunk ends inside a frame, inside a timestamp, and between two pairs; the states are handed on."""
+    shown = film(20, 3, 3)
+    check_cut(
+        running,
+        lambda words: Case((shown,), before="so " * words, max_tokens=4),
+        lambda expected, border: kind_of_border(running.sample, shown, expected, border),
+        ("in a frame", "in a timestamp", "between pairs"),
+    )
 
 
 def test_states_and_blocks_are_stocks(running: Engine) -> None:

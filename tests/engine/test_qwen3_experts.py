@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.engine.test_qwen3 import LAYERS, LIMITS, cases, film, timed
-from tests.support.families import PREFACE, cached_tokens, check, check_in_chunks, check_preempted
+from tests.engine.test_qwen3 import LAYERS, LIMITS, cases, film, kind_of_border, timed
+from tests.support.families import PREFACE, cached_tokens, check, check_cut, check_in_chunks, check_preempted
 from tests.support.harness import Case, Engine, engine
 from tests.support.oracle.qwen3_samples import Qwen3Sample, load_qwen3
 from tests.support.towers import with_dual_tower
@@ -41,6 +41,15 @@ def test_each_alone(running: Engine) -> None:
     for case in (cases(6)[2], cases(6)[10]):
         (answer,) = running.run([case])
         check(running, [case], [answer])
+
+
+def test_a_prompt_may_be_cut_inside_a_timestamp(running: Engine) -> None:
+    shown = film(20, 3, 5)
+
+    def asked(words: int) -> Case:
+        return Case((shown,), before="so " * words, metok={"decode_retention": 0}, max_tokens=4)
+
+    check_cut(running, asked, kind_of_border, ("in a frame", "in a timestamp", "between pairs"))
 
 
 def test_a_dual_tower_looks_at_the_first_of_each_pair(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

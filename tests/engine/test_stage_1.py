@@ -22,7 +22,13 @@ ONE = {"stages": 1}
 LONG = "Who is it that comes in last, and what do they carry, and where do they put it down when all are gone? " * 3
 
 
-KINDS = {"qwen": (3, 832, 62), "llava-alone": (1, 512, 24), "qwen3-alone": (1, 832, 34)}
+KINDS = {
+    "qwen2.5-vl": (3, 832, 62),
+    "qwen2-vl-alone": (1, 832, 34),
+    "llava-alone": (1, 512, 24),
+    "qwen3-vl-alone": (1, 832, 34),
+    "qwen3-vl-moe": (3, 832, 62),
+}
 """The stages of the servers, their longest prompt, and blocks of all groups: too few for all requests."""
 
 
@@ -30,10 +36,14 @@ KINDS = {"qwen": (3, 832, 62), "llava-alone": (1, 512, 24), "qwen3-alone": (1, 8
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     folder, (stages, longest, blocks) = tmp_path_factory.mktemp("model"), KINDS[request.param]
     sample: Sample
-    if request.param == "qwen":
+    if request.param == "qwen2.5-vl":
         sample = load_qwen(folder, "qwen2.5-vl", seed=41)
-    elif request.param == "qwen3-alone":
+    elif request.param == "qwen2-vl-alone":
+        sample = load_qwen(folder, "qwen2-vl", seed=41)
+    elif request.param == "qwen3-vl-alone":
         sample = load_qwen3(folder, "qwen3-vl", seed=3, deepstack=(1, 2, 3))
+    elif request.param == "qwen3-vl-moe":
+        sample = load_qwen3(folder, "qwen3-vl-moe", seed=3)
     else:
         sample = load_sample(folder, seed=11)
     limits = {"max_num_batched_tokens": 272, "max_model_len": longest, "num_gpu_blocks_override": blocks}

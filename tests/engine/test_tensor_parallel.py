@@ -19,19 +19,28 @@ import pytest
 
 from tests.support.oracle import OracleResult, OracleSettings, assert_same
 from tests.support.oracle import run as run_oracle
+from tests.support.oracle.internvl_chat import load_internvl_chat
 from tests.support.oracle.internvl_samples import load_internvl
+from tests.support.oracle.qwen3_5_samples import load_qwen3_5
 from tests.support.oracle.qwen3_samples import load_qwen3
 from tests.support.oracle.qwen_samples import load_qwen
 from tests.support.oracle.samples import QUESTION, Sample, load_sample, scene_video
+from tests.support.server.live import beside
 
 # The ranks are processes of their own, and vLLM's multiprocessing starts them from the main module. One
-# process for all families, one after the other: its own start costs more than an engine's.
+# process for all families, one after the other, and ranks that another one has imported vLLM for: to import
+# it costs more than an engine's work here.
 SCRIPT = """
-import json, sys
+import gc, json, multiprocessing, sys
 import metok_vllm, numpy as np
 from vllm import LLM, SamplingParams
+from vllm.v1.executor import multiproc_executor
+
+multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("forkserver")
+multiprocessing.set_forkserver_preload(["tests.support.rank"])
 
 def answers(job):
+    gc.freeze()
     llm = LLM(job["model"], dtype="float32", enforce_eager=True, max_model_len=2048, block_size=32,
               max_num_batched_tokens=128, **job["options"], **metok_vllm.enable(**job["settings"]))
     videos, known = np.load(job["videos"]), job["known"]
@@ -65,23 +74,31 @@ class Family:
     settings: dict[str, Any] = field(default_factory=lambda: {"decode_retention": 0.5})
 
 
+# What vLLM launches at every step for prefix caching takes Triton's interpreter half a second.
+HYBRID = {"enable_prefix_caching": False}
+DEEPSTACK = {"decode_retention": 0.5, "prune_layers": [3, 5, 7]}  # L1 as early as three levels allow
 FAMILIES = {
+    "qwen2-vl": Family(lambda folder: load_qwen(folder, "qwen2-vl", seed=21), TENSORS),
     "qwen2.5-vl, tower by data": Family(lambda folder: load_qwen(folder, "qwen2.5-vl", seed=21), BY_DATA),
     "internvl": Family(lambda folder: load_internvl(folder, seed=23), TENSORS),
+    "internvl-chat": Family(lambda folder: load_internvl_chat(folder, seed=23), {**TENSORS, "trust_remote_code": True}),
+    "qwen3-vl": Family(lambda folder: load_qwen3(folder, "qwen3-vl", seed=24, deepstack=(1, 2, 3)), TENSORS, DEEPSTACK),
     "qwen3-vl-moe": Family(
         lambda folder: load_qwen3(folder, "qwen3-vl-moe", seed=22, deepstack=(1, 2, 3)),
         TENSORS,
-        {
-            "decode_retention": 0.5,
-            "quota": "video",
-            "frame_smoothing": 0.5,
-            "final_keep": 0.3,
-            "prune_layers": [3, 5, 7],
-        },
+        {**DEEPSTACK, "quota": "video", "frame_smoothing": 0.5, "final_keep": 0.3},
+    ),
+    "qwen3.5": Family(
+        lambda folder: load_qwen3_5(folder, "qwen3.5", seed=25, layers=4, state_heads=(2, 4)),
+        {**TENSORS, **HYBRID},
+        {"stages": 1},
     ),
     "llava-onevision, pipeline": Family(lambda folder: load_sample(folder, seed=19), LAYERS, {"stages": 1}),
     "qwen3-vl, pipeline": Family(
         lambda folder: load_qwen3(folder, "qwen3-vl", seed=22, deepstack=(1, 2, 3)), LAYERS, {"stages": 1}
+    ),
+    "qwen3.5, pipeline": Family(
+        lambda folder: load_qwen3_5(folder, "qwen3.5", seed=26), {**LAYERS, **HYBRID}, {"stages": 1}
     ),
 }
 VIDEOS = {"a": scene_video(1, 18), "b": scene_video(2, 27)}
@@ -113,7 +130,16 @@ def answers(samples: dict[str, Sample], tmp_path_factory: pytest.TempPathFactory
         }
     (folder / "jobs.json").write_text(json.dumps(jobs))
     (folder / "main.py").write_text(SCRIPT)
-    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cores))}
+    root = str(Path(__file__).parents[2])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", root, prepend=os.pathsep)
+        plugin = beside(folder / "site", "from tests.support.rank import register\n")
+    env = {
+        **os.environ,
+        **plugin,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cores)),
+    }
     done = subprocess.run(
         [sys.executable, str(folder / "main.py"), str(folder / "jobs.json")],
         env=env, capture_output=True, text=True, timeout=580,
@@ -125,7 +151,7 @@ def answers(samples: dict[str, Sample], tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_equal_the_oracle(answers: dict[str, Any], samples: dict[str, Sample], family: str) -> None:
     sample, settings = samples[family], FAMILIES[family].settings
-    ids = sample.prompt_ids(QUESTION, videos=1)
+    ids = sample.as_read(sample.prompt_ids(QUESTION, videos=1))
     for frames, (prompt, tokens, logprobs) in zip(VIDEOS.values(), answers[family], strict=True):
         expected = run_oracle(
             sample.model, ids, [sample.pixels(frames)], None, sample.question_ids(QUESTION),

@@ -1,10 +1,10 @@
-"""InternVL3 behind `vllm serve`, from a folder as its authors publish it: the config is read by the code
-beside it, and the template knows nothing of pictures and videos.
+"""InternVL3 behind `vllm serve`, in Hugging Face format and from a folder as its authors publish it: there
+the config is read by the code beside it, and the template knows nothing of pictures and videos.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
@@ -14,26 +14,35 @@ from metok_vllm.media.decoder import decode_video
 from metok_vllm.media.settings import VideoSettings
 from tests.support.oracle import OracleResult, OracleSettings, assert_same
 from tests.support.oracle import run as run_oracle
-from tests.support.oracle.internvl_chat import ChatSample, load_internvl_chat
+from tests.support.oracle.internvl_chat import load_internvl_chat
+from tests.support.oracle.internvl_samples import InternVLSample, load_internvl
 from tests.support.oracle.samples import picture, scene_video
 from tests.support.server.asking import OPTIONS, QUESTION, chat, decided, result, user
 from tests.support.server.clips import data_url, mp4, png_url
 from tests.support.server.live import Server, serving
 
-Running = tuple[Server, ChatSample]
+Running = tuple[Server, InternVLSample]
 VIDEO = mp4(scene_video(51, 45, side=128)[:, :, :96], 7)
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    sample = load_internvl_chat(tmp_path_factory.mktemp("model"), seed=49)
+# How each format is loaded, and the flag of stock vLLM for it.
+FORMATS: dict[str, tuple[Callable[..., InternVLSample], tuple[str, ...]]] = {
+    "internvl": (load_internvl, ()),
+    "internvl-chat": (load_internvl_chat, ("--trust-remote-code",)),
+}
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    load, flags = FORMATS[request.param]
+    sample = load(tmp_path_factory.mktemp("model"), seed=49)
     log = tmp_path_factory.mktemp("log") / "server.log"
-    named = ("--served-model-name", "tiny", "--trust-request-mm-kwargs", "--trust-remote-code")
+    named = ("--served-model-name", "tiny", "--trust-request-mm-kwargs", *flags)
     with serving(sample.path, log, "--plugin", "metok", *named, *OPTIONS) as server:
         yield server, sample
 
 
-def expected(sample: ChatSample, off: bool = False, videos: int = 1, image: Any = None) -> OracleResult:
+def expected(sample: InternVLSample, off: bool = False, videos: int = 1, image: Any = None) -> OracleResult:
     """Of the frames that METok's loader takes by default: 32, from the first to the last."""
     frames = decode_video(VIDEO, VideoSettings(num_frames=32)).frames
     assert len(frames) == 32

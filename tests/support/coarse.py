@@ -1,10 +1,14 @@
-"""Answers of an engine that rounds: exact counts, nothing left behind, log-probabilities near the oracle."""
+"""Answers of an engine that rounds: exact counts of tokens and blocks, nothing left behind, log-probabilities
+near the oracle.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from metok_vllm.scheduler.kv_manager import DeepKVManager
 from tests.support.harness import Case, Engine
+from tests.support.oracle import OracleResult
 
 
 def check_near(running: Engine, asked: Sequence[Case], pruned: int, near: float) -> None:
@@ -17,6 +21,7 @@ def check_near(running: Engine, asked: Sequence[Case], pruned: int, near: float)
         near: how far the log-probability of a chosen token may be off.
     """
     held: dict[str, tuple[int, ...]] = {}
+    before = set(running.internal)
 
     def watch(running: Engine) -> None:
         for name, request in running.runner.model_state.pruned.by_id.items():
@@ -37,6 +42,30 @@ def check_near(running: Engine, asked: Sequence[Case], pruned: int, near: float)
         ]
         counts.append((*totals, len(reference.retained)))
     assert [found for _, found in sorted(held.items())] == counts
+    asked_now = [name for name in running.internal if name not in before]
+    for name, reference in zip(asked_now[:pruned], expected, strict=False):
+        _check_blocks(running, running.internal[name], reference)
     for answer, reference in zip(answers, expected, strict=True):
+        assert answer.prompt_ids == reference.prompt_ids  # as many visual tokens are encoded
         for token, ours, theirs in zip(answer.tokens, answer.logprobs, reference.logprobs, strict=True):
-            assert abs(ours[token] - float(theirs[token])) < near
+            off = abs(ours[token] - float(theirs[token]))
+            assert off < near, f"off by {off:.3f}"
+
+
+def _check_blocks(running: Engine, name: str, reference: OracleResult) -> None:
+    """In the end a request holds blocks for what the oracle keeps of its prompt and for its answer.
+
+    Where visual tokens are retained, the scheduler has reserved for the most that can be.
+    """
+    assert reference.kv_positions is not None
+    assert reference.prune_layers is not None
+    prompt, answer = len(reference.prompt_ids), len(reference.tokens)
+    most = [max(column) for column in zip(*running.groups_seen[name], strict=True)]
+    for manager, blocks in zip(running.managers, most, strict=True):
+        kept, size = prompt, manager.block_size
+        if isinstance(manager, DeepKVManager):
+            kept = len(reference.kv_positions[reference.prune_layers[0] if manager.retains else -1])
+        reserved = prompt if kept < prompt and reference.retained and manager.retains else kept
+        # The last token is never computed, and the one before it in the step behind which all is given back.
+        least, largest = -(-(kept + answer - 2) // size), -(-(reserved + answer - 1) // size)
+        assert least <= blocks <= largest, f"{blocks} blocks of {size} for {kept} of {prompt} tokens"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tests.support.harness import Case, Engine, observed
@@ -44,6 +44,38 @@ def check_preempted(running: Engine, asked: list[Case]) -> None:
     pruned = [running.internal[name] for name, case in zip(ours, asked, strict=True) if case.metok != "off"]
     assert sum(preemptions[name] for name in pruned) > 0, "no pruned request was preempted"
     check(running, asked, answers)
+
+
+def check_cut(
+    running: Engine,
+    asked: Callable[[int], Case],
+    kind_of_border: Callable[[OracleResult, int], str],
+    kinds: Iterable[str],
+) -> None:
+    """The first chunk of a prompt ends at a border of each kind.
+
+    Args:
+        running: the engine.
+        asked: a case with so many more words in front of its video.
+        kind_of_border: what stands on both sides of a prompt's token, by the oracle's answer.
+        kinds: of borders.
+    """
+    step = running.scheduler.max_num_scheduled_tokens
+    lengths = [len(running.prompt_ids(asked(words))) for words in range(200)]
+    first = running.oracle(asked(0))
+    words_for = {kind_of_border(first, step - more + lengths[0]): words for words, more in enumerate(lengths)}
+    for kind in kinds:
+        case, borders = asked(words_for[kind]), list[int]()
+
+        def watch(engine: Engine, borders: list[int] = borders) -> None:
+            borders.extend(request.num_computed_tokens for request in engine.scheduler.requests.values())
+
+        (answer,) = running.run([case], watch)
+        expected = running.oracle(case)
+        assert borders[0] == step, "the first chunk is a whole step"
+        assert kind_of_border(expected, step) == kind
+        assert_same(expected, answer, ATOL)
+    running.check_drained()
 
 
 def cached_tokens(running: Engine, case: Case) -> int:

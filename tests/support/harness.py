@@ -219,20 +219,7 @@ def observed(output: Any) -> OracleResult:
 @contextmanager
 def engine(sample: Sample, server: dict[str, Any] | None = None, **llm_kwargs: Any) -> Iterator[Engine]:
     """Start the engine on a checkpoint with METok on; shut it down at the end."""
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     server = server or {}
-    options = {
-        "dtype": "float32",
-        "enforce_eager": True,
-        "max_model_len": 4096,
-        "block_size": 32,
-        "disable_log_stats": True,
-        **metok_vllm.enable(**server),
-        **llm_kwargs,
-    }
-    llm = LLM(str(sample.path), **options)
     of_the_engine = ("aligner_model", "max_deferred_bytes", "preset", "profile", "status_shows_questions")
     oracle_keys = {k: v for k, v in server.items() if k not in of_the_engine}
     if "profile" in server:
@@ -240,13 +227,40 @@ def engine(sample: Sample, server: dict[str, Any] | None = None, **llm_kwargs: A
     if server.get("preset") == "balanced":
         oracle_keys = {"decode_retention": 1.0, "quota": "video"} | oracle_keys
     oracle_keys.setdefault("strides", sample.strides)
-    running = Engine(llm, sample, OracleSettings(**oracle_keys))
+    with _started(sample, OracleSettings(**oracle_keys), **metok_vllm.enable(**server), **llm_kwargs) as running:
+        yield running
+
+
+@contextmanager
+def stock_engine(sample: Sample, **llm_kwargs: Any) -> Iterator[Engine]:
+    """The same without METok: nobody has asked for the plugin."""
+    with _started(sample, OracleSettings(off=True), **llm_kwargs) as running:
+        yield running
+
+
+@contextmanager
+def _started(sample: Sample, server: OracleSettings, **llm_kwargs: Any) -> Iterator[Engine]:
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    options = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 4096,
+        "block_size": 32,
+        "disable_log_stats": True,
+        **llm_kwargs,
+    }
+    # vLLM collects garbage over and over while it starts, half a second each time over all that is imported.
+    # Its end lifts this.
+    gc.freeze()
+    llm = LLM(str(sample.path), **options)
+    running = Engine(llm, sample, server)
     try:
         yield running
     finally:
         llm.llm_engine.engine_core.shutdown()
         del running.llm, llm
-        gc.collect()
         cleanup_dist_env_and_memory()
 
 
