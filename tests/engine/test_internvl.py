@@ -123,7 +123,6 @@ def kind_of_border(expected: OracleResult, border: int) -> str:
     }[sides]
 
 
-@pytest.mark.parametrize("running", ["internvl"], indirect=True)  # the scheduler counts the formats alike
 def test_preempted_requests_continue_with_the_same_survivors(running: Engine) -> None:
     settings = [{"decode_retention": 1}, {"decode_retention": 0.5}, "off", {"decode_retention": 1}, None]
     check_preempted(running, [Case((film(20 - i, i),), metok=metok, max_tokens=40) for i, metok in enumerate(settings)])

@@ -5,6 +5,7 @@ As in `test_qwen3_5.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 
 from tests.engine.test_qwen3 import film
-from tests.engine.test_qwen3_5 import cases, started
+from tests.engine.test_qwen3_5 import cases, check_cut_anywhere, started
+from tests.support.coarse import check_near
 from tests.support.families import check
 from tests.support.gated_delta import in_float32
 from tests.support.harness import Case, Engine, observed
@@ -28,10 +30,22 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         assert calls, "the layers under test did not run"
 
 
+def test_counts_in_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tokens alone: where two experts are nearly as good rounding takes another one."""
+    asked = [cases(2)[i] for i in (0, 3, 5)]
+    with started("qwen3.5-moe", tmp_path_factory.mktemp("model"), dtype="bfloat16") as running:
+        check_near(running, asked, pruned=0, near=math.inf)
+
+
 def test_with_experts(running: Engine) -> None:
     asked = [cases(12)[i] for i in (0, 3, 5)]
     check(running, asked, running.run(asked))
     assert running.runner.model_config.is_moe
+
+
+def test_a_prompt_may_be_cut_anywhere(running: Engine) -> None:
+    running.scheduler.reset_prefix_cache()
+    check_cut_anywhere(running)
 
 
 def hit(running: Engine, case: Case) -> tuple[int, int]:

@@ -93,6 +93,11 @@ FAMILIES = {
         {**TENSORS, **HYBRID},
         {"stages": 1},
     ),
+    "qwen3.5-moe": Family(
+        lambda folder: load_qwen3_5(folder, "qwen3.5-moe", seed=27, layers=4, state_heads=(2, 4)),
+        {**TENSORS, **HYBRID},
+        {"stages": 1},
+    ),
     "llava-onevision, pipeline": Family(lambda folder: load_sample(folder, seed=19), LAYERS, {"stages": 1}),
     "qwen3-vl, pipeline": Family(
         lambda folder: load_qwen3(folder, "qwen3-vl", seed=22, deepstack=(1, 2, 3)), LAYERS, {"stages": 1}
