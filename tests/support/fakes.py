@@ -26,15 +26,15 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from metok_vllm.contract.fields import FRAME_TEXT_FIELD, PLAN_FIELD, QUESTION_FIELD
 from metok_vllm.contract.frame_text import FrameText, to_field
-from metok_vllm.contract.kv_spec import DeepAttentionSpec
+from metok_vllm.contract.kv_spec import TEXT, TEXT_AND_RETAINED, DeepAttentionSpec
 from metok_vllm.contract.video_plan import VideoPlan
 from metok_vllm.scheduler.scheduler import MetokScheduler
 
 BLOCK = 4
 SHAPE: dict[str, Any] = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
 FULL = FullAttentionSpec(**SHAPE)
-RETAINING = DeepAttentionSpec(**SHAPE, retains=True)
-TEXT_ONLY = DeepAttentionSpec(**SHAPE, retains=False)
+RETAINING = DeepAttentionSpec(**SHAPE, kind=TEXT_AND_RETAINED)
+TEXT_ONLY = DeepAttentionSpec(**SHAPE, kind=TEXT)
 
 
 def plan(

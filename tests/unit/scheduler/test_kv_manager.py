@@ -18,7 +18,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, Sing
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from metok_vllm.contract.kv_spec import DeepAttentionSpec
+from metok_vllm.contract.kv_spec import TEXT, TEXT_AND_RETAINED, DeepAttentionSpec
 from metok_vllm.contract.spans import pruned_spans
 from metok_vllm.scheduler.kv_manager import DeepKVManager, register_kv_cache_spec
 from metok_vllm.scheduler.slot_counts import SlotCounts
@@ -80,7 +80,7 @@ class Groups:
         counts, tokens = self.counts.get(request.request_id), request.num_computed_tokens
         slots = [tokens, tokens, tokens]
         if counts is not None:
-            slots = [tokens, counts.slots(tokens, True), counts.slots(tokens, False)]
+            slots = [tokens, counts.slots(tokens, TEXT_AND_RETAINED), counts.slots(tokens, TEXT)]
         return [-(-count // size) for count, size in zip(slots, self.sizes, strict=True)]
 
     def check_integrity(self, alive: Sequence[Request]) -> None:

@@ -108,7 +108,7 @@ class Run:
             for manager in self.managers:
                 slots = tokens
                 if request.request_id in self.counts and isinstance(manager, DeepKVManager):
-                    slots = self.counts[request.request_id].slots(tokens, manager.retains)
+                    slots = self.counts[request.request_id].slots(tokens, manager.kind)
                 assert len(manager.req_to_blocks[request.request_id]) == -(-slots // BLOCK)
         deferred = self.scheduler.deferral.held
         assert sum(deferred.values()) <= self.scheduler.deferral.limit
