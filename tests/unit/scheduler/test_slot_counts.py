@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 
 from metok_vllm.compression.retention import retained_count
 from metok_vllm.contract.fields import FRAME_TEXT_FIELD
-from metok_vllm.contract.kv_spec import TEXT, TEXT_AND_RETAINED, GroupKind
-from metok_vllm.contract.spans import UnusableItem, VideoSpan, final_bound, pruned_spans, retained_bound
+from metok_vllm.contract.kv_spec import AFTER_L1, AFTER_L2, RELEASED, SHIFTED_KINDS, TEXT, TEXT_AND_RETAINED, GroupKind
+from metok_vllm.contract.spans import (
+    UnusableItem,
+    VideoSpan,
+    final_bound,
+    pruned_spans,
+    retained_bound,
+    survivors_bound,
+)
 from metok_vllm.scheduler.slot_counts import SlotCounts
 from tests.support.fakes import Prompt, feature, item, plan
 
@@ -72,6 +79,38 @@ def test_slots_are_counted_token_by_token(prompt: Prompt, seed: int) -> None:
         assert found >= text
         assert found == text or length in cut
         assert counts.slots(length, TEXT_AND_RETAINED) == found + (retained if complete else 0)
+
+
+@given(prompts(), st.integers(0, 99))
+def test_a_released_group_is_stocks_until_the_prompt_is_complete(prompt: Prompt, seed: int) -> None:
+    """And from the first generated token on holds text alone; never fewer slots than tokens that own one."""
+    counts, owns = counts_of(prompt), owners(prompt, 6, seed)
+    assert counts.text_tokens == sum(owns[: prompt.length])
+    for length in range(prompt.length + 7):
+        expected = length if length <= prompt.length else sum(owns[:length])
+        assert counts.slots(length, RELEASED) == expected
+    # What is left when the blocks of visual tokens are given back is what the next token comes behind.
+    assert counts.slots(prompt.length + 1, RELEASED) == counts.text_tokens + 1
+
+
+@given(prompts(), st.integers(0, 200))
+def test_the_most_slots_on_the_way(prompt: Prompt, length: int) -> None:
+    """What a request that is resumed with tokens of its own must find room for."""
+    counts = counts_of(prompt)
+    for kind in SHIFTED_KINDS:
+        assert counts.most_slots(length, kind) == max(counts.slots(n, kind) for n in range(length + 1))
+
+
+@given(prompts())
+def test_a_window_keeps_all_that_may_survive(prompt: Prompt) -> None:
+    counts = counts_of(prompt)
+    first, second = (survivors_bound(counts.spans, layer) for layer in (1, 2))
+    assert second == sum(video.most_after_l2 for video in prompt.videos) <= first
+    for length in range(prompt.length + 4):
+        text = counts.slots(length, TEXT) - (final_bound(counts.spans) if length >= prompt.length else 0)
+        complete = length >= prompt.length
+        assert counts.slots(length, AFTER_L1) == text + (first if complete else 0)
+        assert counts.slots(length, AFTER_L2) == text + (second if complete else 0)
 
 
 @given(prompts(), st.sampled_from([TEXT, TEXT_AND_RETAINED]))
