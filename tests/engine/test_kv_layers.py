@@ -12,7 +12,9 @@ import pytest
 
 from metok_vllm.contract.kv_spec import AFTER_L1, AFTER_L2, EVERY_TOKEN, RELEASED, TEXT, group_kind
 from metok_vllm.contract.spans import survivors_bound
+from metok_vllm.worker import ops
 from tests.engine.test_host_reads import ON_THE_HOST, THE_READ
+from tests.engine.test_kernels_in_the_engine import count_launches
 from tests.engine.test_labelled_frames import cases as labelled_cases
 from tests.engine.test_qwen import cases as qwen_cases
 from tests.support.families import ATOL, PREFACE, cached_tokens, check, check_in_chunks, check_preempted
@@ -29,7 +31,7 @@ WINDOWS: dict[str, tuple[list[int], dict[str, Any]]] = {
     "within, from above 0 to below L3": ([1, 6], {"max_num_batched_tokens": 96}),
     "from L1, so that no shallow layer keeps any": ([3, 7], {"max_num_batched_tokens": 50}),
     "over L3, prompts in one chunk": ([2, 8], {"max_num_batched_tokens": 2048}),
-    "below L1 alone": ([1, 2], {"max_num_batched_tokens": 129, "enable_prefix_caching": False}),
+    "below L1 alone, several groups a kind": ([1, 2], {"max_num_batched_tokens": 129, "enable_prefix_caching": False}),
 }
 
 
@@ -55,8 +57,13 @@ def cases(max_tokens: int = 16) -> list[Case]:
 @pytest.fixture(scope="module", params=WINDOWS)
 def running(request: pytest.FixtureRequest, sample: Sample) -> Iterator[Engine]:
     window, options = WINDOWS[request.param]
-    with engine(sample, {"prune_layers": LAYERS, "kv_layers": window}, max_num_seqs=8, **options) as started:
-        yield started
+    several = "several groups" in request.param
+    with pytest.MonkeyPatch.context() as patch:
+        if several:
+            patch.setenv("VLLM_KV_CACHE_LAYOUT", "LBHNC")
+        with engine(sample, {"prune_layers": LAYERS, "kv_layers": window}, max_num_seqs=8, **options) as started:
+            assert (len(kinds(started)) > len(set(kinds(started)))) == several
+            yield started
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +174,8 @@ def test_blocks_by_group_before_and_after_completion(running: Engine) -> None:
     released = [
         b - a for b, a, kind in zip(before, seen[complete + 1][1], kinds(running), strict=True) if kind == RELEASED
     ]
-    assert len(released) == 1
-    assert released[0] > 0
+    assert released
+    assert min(released) > 0
     assert free[complete + 1] > free[complete]
     assert_same(running.oracle(case), observed(outputs[name]), ATOL)
     running.check_drained()
@@ -288,7 +295,6 @@ def test_text_before_a_video_is_shared(sample: Sample, window: list[int]) -> Non
         text = Case((), before=PREFACE, max_tokens=8)
         assert cached_tokens(running, case) == 0
         assert cached_tokens(running, text) >= running.prefix_unit
-        assert cached_tokens(running, case) == 0
         # Held by both at once, and let go by the video request first, then by the other.
         long = Case((), before=PREFACE, max_tokens=30)
         asked = [case, long, Case((scene_video(4, 20),), "Where?", before=PREFACE, max_tokens=12), text]
@@ -304,7 +310,19 @@ def test_text_before_a_video_is_shared(sample: Sample, window: list[int]) -> Non
         check(running, [case, text], [observed(outputs[name]), observed(outputs[second])])
 
 
-# --- other families ---
+# --- the kernels, other families ---
+
+
+def test_forced_kernels_equal_the_oracle(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: slots and lengths of four kinds in one launch, in pruned steps too."""
+    monkeypatch.setenv(ops.VARIABLE, "triton")
+    launches = count_launches(monkeypatch)
+    settings = {"prune_layers": LAYERS, "kv_layers": [1, 6]}
+    asked = [cases(6)[1], Case((scene_video(3, 8),), max_tokens=6), Case((), "No video here.", max_tokens=8)]
+    with engine(sample, settings, max_num_batched_tokens=96, max_num_seqs=8) as running:
+        launches.clear()
+        check(running, asked, running.run(asked))
+    assert launches["deep_slots"] > 10
 
 
 def test_text_inside_a_video_moves_too(tmp_path_factory: pytest.TempPathFactory) -> None:
