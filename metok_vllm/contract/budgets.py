@@ -41,7 +41,7 @@ def bytes_per_token(model_config: ModelConfig) -> int:
 def released_layers(model_config: ModelConfig) -> int:
     """Layers below L1 whose visual tokens lose their slots when a prompt is complete."""
     choices = server_choices(model_config.hf_config)
-    if choices.prune_layers is None:
+    if choices.prune_layers is None or choices.window is None:
         return 0
     kinds = [layer_kind(index, choices.prune_layers, choices.window) for index in range(choices.prune_layers[0])]
     return kinds.count(RELEASED)

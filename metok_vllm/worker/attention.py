@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,7 +54,7 @@ class LayerRole:
     running: RunningStep
     window: KVLayers | None = None
 
-    @property
+    @cached_property
     def kind(self) -> GroupKind:
         """Which tokens own a KV slot."""
         return layer_kind(self.index, self.prune_layers, self.window)

@@ -49,7 +49,7 @@ class PrunedStep:
         self._rows: list[torch.Tensor] = []  # as `Rows`
         self._captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._writes = KVWrites(batch)
-        self._moves = TextMoves(batch)
+        self._moves: TextMoves | None = None  # made by the first released layer
         self._retains = False  # whether some of the next layers' visual tokens will be retained by L2
         self._starts = batch.others  # int32 [prompts + 1], where each prompt's rows start behind the others'
 
@@ -262,6 +262,7 @@ class PrunedStep:
 
     def move_text(self, layer: MetokAttention, key: torch.Tensor, value: torch.Tensor) -> None:
         """Called for every released layer, when its attention has run; `key` and `value` [rows, Hkv * d]."""
+        self._moves = self._moves or TextMoves(self.batch)
         self._moves.move(layer, key, value)
 
     def attend(
