@@ -89,7 +89,8 @@ def taken(schema: dict[str, Any]) -> str:
     first = kinds[0]
     if first.get("type") == "array":
         named = [f"`{kind['const']}`" for kind in kinds if "const" in kind]
-        return " or ".join(["three numbers", *named])
+        numbers = {2: "two numbers", 3: "three numbers"}[first["maxItems"]]
+        return " or ".join([numbers, *named])
     if first.get("type") == "boolean":
         return "`true`, `false`"
     if first.get("type") == "string":

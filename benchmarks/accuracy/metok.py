@@ -119,6 +119,8 @@ class Stages23:
             raise ValueError(
                 "the local runner has no score_rows, frame_smoothing and final_keep: ask a server by --url"
             )
+        if self.settings.kv_layers is not None:
+            raise ValueError("the local runner has no kv_layers: ask a server by --url")
 
     def drops_before(self, layers: int) -> dict[int, bool]:
         first, second, third = chosen_layers(layers, self.settings.prune_layers)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .retention import retained_count
-from .selection import PruneLayers, keep_count
+from .selection import KVLayers, PruneLayers, keep_count
 from .tiers import TokensPerFrame, expected_event_sizes
 
 Attention = Literal["none", "causal", "full"]
@@ -95,10 +95,12 @@ def account(
     visual: VisualTokens,
     attention: Attention = "causal",
     kv_element_bytes: int = 2,
+    window: KVLayers | None = None,
 ) -> RequestAccount:
     """Cost of a request of `text` text tokens (image tokens count as text) and the given visual tokens.
 
-    KV is what the request holds when decoding starts. The visual part of a cost is the cost less
+    KV is what the request holds when decoding starts: with the window `kv_layers` what is alive in each
+    of its layers, whatever `visual` says of retained tokens. The visual part of a cost is the cost less
     that of the same request without any visual token.
     """
     first, second, third = layers
@@ -109,6 +111,9 @@ def account(
         (third - second, visual.after_l2, visual.retained),
         (shape.layers - third, visual.after_l3, visual.after_l3),
     ]
+    if window is not None:
+        computed = [count for run, count, _ in runs for _ in range(run)]
+        runs = [(1, count, count if window[0] <= i < window[1] else 0) for i, count in enumerate(computed)]
     stock = [(shape.layers, visual.stock, visual.stock)]
 
     def flops(runs: list[tuple[int, int, int]]) -> Cost:

@@ -16,6 +16,9 @@ from .tiers import TierQuota, TokensPerFrame, video_tokens
 PruneLayers = tuple[int, int, int]
 """`L1 < L2 < L3`: pruning happens just before each of these layers runs; layers count from 0."""
 
+KVLayers = tuple[int, int]
+"""`[a, b)`: the layers in which decoding keeps what is alive of the visual tokens; layers count from 0."""
+
 PruningLayer = Literal[1, 2, 3]
 """One of the three pruning layers: 1 for L1, 2 for L2, 3 for L3."""
 

@@ -1,7 +1,8 @@
 """How many tokens and bytes deferred prompts may take.
 
 A pruned prompt that spans several steps is deferred: until its last chunk it keeps the hidden state and the
-residual of every token at L1, and the keys and queries that L1 scores by. The front end refuses by these
+residual of every token at L1, and the keys and queries that L1 scores by; with `kv_layers` also the keys and
+values of its text in the layers below L1 that keep the KV of text alone. The front end refuses by these
 numbers, the scheduler reserves by them, the worker allocates by them.
 """
 
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from metok_vllm.contract.kv_layout import layer_kind
+from metok_vllm.contract.kv_spec import RELEASED
 from metok_vllm.contract.server_choices import server_choices
 
 if TYPE_CHECKING:
@@ -23,15 +26,25 @@ DEFAULT_PROMPTS = 2
 def bytes_per_token(model_config: ModelConfig) -> int:
     """Bytes of one deferred token.
 
-    All tensor-parallel ranks' heads are counted: an upper bound for one rank. Its rotary positions, 8 bytes
-    an axis, are not.
+    Every token is counted as text, and all tensor-parallel ranks' heads are: an upper bound for one rank. Its
+    rotary positions, 8 bytes an axis, are not counted.
     """
     text = model_config.hf_text_config
     head_dim = model_config.get_head_size()
-    width = 2 * text.hidden_size + (text.num_attention_heads + text.num_key_value_heads) * head_dim
+    released = 2 * released_layers(model_config)  # keys and values
+    width = 2 * text.hidden_size + (text.num_attention_heads + (1 + released) * text.num_key_value_heads) * head_dim
     dtype = model_config.dtype
     assert isinstance(dtype, torch.dtype)
     return int(width) * dtype.itemsize
+
+
+def released_layers(model_config: ModelConfig) -> int:
+    """Layers below L1 whose visual tokens lose their slots when a prompt is complete."""
+    choices = server_choices(model_config.hf_config)
+    if choices.prune_layers is None or choices.window is None:
+        return 0
+    kinds = [layer_kind(index, choices.prune_layers, choices.window) for index in range(choices.prune_layers[0])]
+    return kinds.count(RELEASED)
 
 
 def deferral_limit(model_config: ModelConfig) -> int:

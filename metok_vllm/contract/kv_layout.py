@@ -1,4 +1,5 @@
-"""How many tokens a KV block holds, by kind of layer, so that three kinds need three KV cache groups.
+"""Which kind of KV a layer has, and how many tokens a KV block holds, by kind, so that each kind needs one KV
+cache group.
 
 vLLM gives every group blocks of the same bytes, and decoding pays for each group: blocks to allocate, a
 block table, slots, attention metadata. With one block size for all layers it makes groups of as many layers
@@ -17,8 +18,19 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
-from metok_vllm.compression.selection import PruneLayers, prune_layers
-from metok_vllm.contract.kv_spec import EVERY_TOKEN, GROUP_KINDS, TEXT, TEXT_AND_RETAINED, GroupKind
+from metok_vllm.compression.selection import KVLayers, PruneLayers, prune_layers
+from metok_vllm.contract.kv_spec import (
+    AFTER_L1,
+    AFTER_L2,
+    EVERY_TOKEN,
+    GROUP_KINDS,
+    PLAIN_KINDS,
+    RELEASED,
+    TEXT,
+    TEXT_AND_RETAINED,
+    WINDOW_KINDS,
+    GroupKind,
+)
 
 if TYPE_CHECKING:
     from vllm.config import CacheConfig
@@ -30,10 +42,29 @@ vLLM finds prefixes in the cache by that multiple of tokens.
 """
 
 
-def layers_by_kind(num_layers: int, layers: PruneLayers) -> dict[GroupKind, int]:
-    """How many layers of each kind a model has that is pruned before `layers`."""
-    first, _, third = layers
-    return {EVERY_TOKEN: first, TEXT_AND_RETAINED: third - first, TEXT: num_layers - third}
+def layer_kind(index: int, layers: PruneLayers, window: KVLayers | None) -> GroupKind:
+    """Which tokens own a KV slot in layer `index` of a model that is pruned before `layers`.
+
+    Args:
+        index: of the layer, from 0.
+        layers: L1, L2, L3.
+        window: the setting `kv_layers`: where decoding keeps what is alive of the visual tokens.
+    """
+    first, second, third = layers
+    if window is None:
+        return EVERY_TOKEN if index < first else TEXT_AND_RETAINED if index < third else TEXT
+    inside = window[0] <= index < window[1]
+    if index < first:
+        return EVERY_TOKEN if inside else RELEASED
+    if not inside or index >= third:
+        return TEXT
+    return AFTER_L1 if index < second else AFTER_L2
+
+
+def layers_by_kind(num_layers: int, layers: PruneLayers, window: KVLayers | None = None) -> dict[GroupKind, int]:
+    """How many layers of each kind a model has that is pruned before `layers`; `window` is `kv_layers`."""
+    kinds = [layer_kind(index, layers, window) for index in range(num_layers)]
+    return {kind: kinds.count(kind) for kind in (PLAIN_KINDS if window is None else WINDOW_KINDS)}
 
 
 @dataclass(frozen=True)
@@ -62,15 +93,15 @@ def padding(shapes: Sequence[BlockShape]) -> Fraction:
 def block_multiples(counts: dict[GroupKind, int]) -> dict[GroupKind, int]:
     """Block size of each kind, in blocks of `--block-size` tokens, for one group a kind.
 
-    The choice with the least padding, a text token's and a pruned one's (which owns slots in the layers below
-    L1 only) added up; among equals the one with the smallest least common multiple.
+    The choice with the least padding, a text token's and a pruned one's (which owns slots in the first kind
+    of layers only: below L1) added up; among equals the one with the smallest least common multiple.
 
     Args:
         counts: layers of each kind; a kind without layers has no group and gets 1.
     """
-    kinds = [kind for kind in GROUP_KINDS if counts[kind]]
+    kinds = [kind for kind in GROUP_KINDS if counts.get(kind)]
     sides = _best_sides(tuple(counts[kind] for kind in kinds))
-    return {**dict.fromkeys(GROUP_KINDS, 1), **dict(zip(kinds, sides, strict=True))}
+    return {**dict.fromkeys(counts, 1), **dict(zip(kinds, sides, strict=True))}
 
 
 @lru_cache
@@ -90,7 +121,9 @@ def divides_evenly(counts: Sequence[int]) -> bool:
     return math.lcm(*(whole // count for count in counts)) <= LARGEST_MULTIPLE
 
 
-def block_size(cache_config: CacheConfig, num_layers: int, layers: PruneLayers, kind: GroupKind) -> int:
+def block_size(
+    cache_config: CacheConfig, num_layers: int, layers: PruneLayers, kind: GroupKind, window: KVLayers | None = None
+) -> int:
     """Tokens a block in a kind of layer.
 
     Where an operator has chosen another layout than METok's (`VLLM_KV_CACHE_LAYOUT`), all kinds have vLLM's
@@ -100,7 +133,24 @@ def block_size(cache_config: CacheConfig, num_layers: int, layers: PruneLayers, 
     size = int(cache_config.block_size)
     if cache_config.kv_cache_layout is None or not cache_config.get_resolved_kv_cache_layout().is_block_outermost:
         return size
-    return size * block_multiples(layers_by_kind(num_layers, layers))[kind]
+    return size * block_multiples(layers_by_kind(num_layers, layers, window))[kind]
+
+
+def check_window(num_layers: int, layers: PruneLayers, window: KVLayers | None) -> None:
+    """Check the setting `kv_layers` for a model of `num_layers` layers that is pruned before `layers`.
+
+    Raises:
+        ValueError: the window reaches beyond the model, or no visual token is left in it.
+    """
+    if window is None:
+        return
+    if window[1] > num_layers:
+        raise ValueError(f"kv_layers must end at the model's {num_layers} layers or before, not {list(window)}")
+    if window[0] >= layers[2]:
+        raise ValueError(
+            f"kv_layers must start below the last of prune_layers, {layers[2]}, from where on no visual token is "
+            f"left, not {list(window)}"
+        )
 
 
 def chosen_layers(num_layers: int, wanted: PruneLayers | Literal["cheap"] | None) -> PruneLayers:

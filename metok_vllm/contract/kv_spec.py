@@ -1,4 +1,5 @@
-"""The KV cache format of the deep layers, and the three kinds of KV cache group of a METok model.
+"""The KV cache format of layers in which pruned tokens own no slot while decoding, and the kinds of KV cache
+group of a METok model.
 
 `DeepAttentionSpec` derives from `AttentionSpec`, not from `FullAttentionSpec`: vLLM would merge the deep
 layers into the full-attention group otherwise (`is_kv_cache_spec_uniform`, in vllm/v1/core/kv_cache_utils.py,
@@ -16,19 +17,41 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, iter_layer_sp
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-GroupKind = Literal["every token", "text and retained", "text"]
-"""Which tokens own a slot in a group: layers below L1, layers L1 .. L3-1, layers from L3 up.
-
-Images count as text.
+GroupKind = Literal[
+    "every token",
+    "text and retained",
+    "text",
+    "every token, then text",
+    "text and survivors of L1",
+    "text and survivors of L2",
+]
+"""Which tokens own a slot in a group. Images count as text. Which layer is of which kind:
+`contract/kv_layout.py: layer_kind`.
 """
 
 EVERY_TOKEN: GroupKind = "every token"
 TEXT_AND_RETAINED: GroupKind = "text and retained"
 TEXT: GroupKind = "text"
+RELEASED: GroupKind = "every token, then text"
+"""Below L1 and outside the window `kv_layers`: visual tokens lose their slots when the prompt is complete."""
+AFTER_L1: GroupKind = "text and survivors of L1"
+AFTER_L2: GroupKind = "text and survivors of L2"
 
-GROUP_KINDS: tuple[GroupKind, ...] = (EVERY_TOKEN, TEXT_AND_RETAINED, TEXT)
-DEEP_KINDS: tuple[GroupKind, ...] = (TEXT, TEXT_AND_RETAINED)
-"""The kinds of the deep layers' groups.
+PLAIN_KINDS: tuple[GroupKind, ...] = (EVERY_TOKEN, TEXT_AND_RETAINED, TEXT)
+"""The kinds of a server without `kv_layers`."""
+
+WINDOW_KINDS: tuple[GroupKind, ...] = (EVERY_TOKEN, RELEASED, AFTER_L1, AFTER_L2, TEXT)
+"""The kinds of a server with it."""
+
+GROUP_KINDS: tuple[GroupKind, ...] = (EVERY_TOKEN, RELEASED, AFTER_L1, AFTER_L2, TEXT_AND_RETAINED, TEXT)
+SHALLOW_KINDS: tuple[GroupKind, ...] = (EVERY_TOKEN, RELEASED)
+"""The kinds of the layers below L1, which run on every token of a pruned step."""
+
+DEEP_KINDS: tuple[GroupKind, ...] = (TEXT, TEXT_AND_RETAINED, AFTER_L1, AFTER_L2)
+"""The kinds of the layers from L1 up."""
+
+SHIFTED_KINDS: tuple[GroupKind, ...] = (*DEEP_KINDS, RELEASED)
+"""The kinds in which a visual token may own no slot, and what comes behind the prompt is shifted.
 
 A kind's index here is its row in the tensors of `worker/slots.py`.
 """
@@ -36,27 +59,24 @@ A kind's index here is its row in the tensors of `worker/slots.py`.
 
 @dataclass(frozen=True, kw_only=True)
 class DeepAttentionSpec(AttentionSpec):
-    """KV of a deep layer: pruned visual tokens own no slot.
+    """KV of a layer in which visual tokens may own no slot while decoding: of the deep ones, and with
+    `kv_layers` of shallow ones outside the window.
 
-    `retains`: the layer keeps retained visual tokens while decoding (`L1 .. L3-1`). Its group then holds more
-    slots than the layers from L3 up, and cannot share their block table.
+    `kind`: one of `SHIFTED_KINDS`. Groups of different kinds hold different numbers of slots, and cannot
+    share a block table.
     """
 
-    retains: bool = False
+    kind: GroupKind = TEXT
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """A text-only prompt of the longest length owns a slot for every token."""
         return cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.page_size_bytes
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
-        return all(
-            isinstance(spec, DeepAttentionSpec) and spec.retains == self.retains for spec in kv_cache_specs.values()
-        )
+        return all(isinstance(spec, DeepAttentionSpec) and spec.kind == self.kind for spec in kv_cache_specs.values())
 
 
 def group_kind(spec: KVCacheSpec) -> GroupKind:
     """Which tokens own a slot in a KV cache group of this format, wrapped by vLLM or its layers' own."""
     layer_spec = next(iter(iter_layer_specs(spec)))
-    if not isinstance(layer_spec, DeepAttentionSpec):
-        return EVERY_TOKEN
-    return TEXT_AND_RETAINED if layer_spec.retains else TEXT
+    return layer_spec.kind if isinstance(layer_spec, DeepAttentionSpec) else EVERY_TOKEN

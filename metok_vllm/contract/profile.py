@@ -25,8 +25,8 @@ IGNORED = "none"
 """The setting `profile` that ignores such a file."""
 
 SETTABLE = (
-    *("events", "key_events", "key_frames", "strides", "prune_layers", "keep_ratio", "decode_retention", "quota"),
-    *("score_rows", "frame_smoothing", "final_keep", "token_budget", "aligner"),
+    *("events", "key_events", "key_frames", "strides", "prune_layers", "kv_layers", "keep_ratio"),
+    *("decode_retention", "quota", "score_rows", "frame_smoothing", "final_keep", "token_budget", "aligner"),
 )
 """The settings that a profile may state: the method's, and none of the server's memory, files or pages."""
 

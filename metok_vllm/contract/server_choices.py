@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from metok_vllm.compression.selection import PruneLayers
+from metok_vllm.compression.selection import KVLayers, PruneLayers
 from metok_vllm.contract.settings import MetokSettings
 
 ATTRIBUTE = "metok_server"
@@ -26,6 +26,11 @@ class ServerChoices:
     step_tokens: int  # longest prompt that one step always takes, see `budgets.step_tokens`
     encoder_tokens: int  # longest item that the encoder cache takes, unless the profiled ones are longer
     profile: dict[str, Any] | None = None  # what is shown of the profile that rules: `contract/profile.py`
+
+    @property
+    def window(self) -> KVLayers | None:
+        """The setting `kv_layers`, which the start has checked against the model."""
+        return self.settings.kv_layers
 
 
 def attach_choices(hf_config: Any, choices: ServerChoices) -> None:

@@ -26,21 +26,24 @@ from pydantic import (
 from metok_vllm.compression.ratios import to_micro
 
 SERVER_ONLY = (
-    *("profile", "prune_layers", "aligner_model", "max_deferred_bytes", "status_shows_questions", "chat_template"),
-    *("videos_at_once", "videos_waiting", "video_memory_mib", "shadow_rate"),
+    *("profile", "prune_layers", "kv_layers", "aligner_model", "max_deferred_bytes", "status_shows_questions"),
+    *("chat_template", "videos_at_once", "videos_waiting", "video_memory_mib", "shadow_rate"),
 )
 """Keys that no request can change: they shape what is allocated at start, what all requests share,
 or what the operator's status page shows.
 """
 
 OF_THE_LATER_STAGES = (
-    *("prune_layers", "keep_ratio", "decode_retention", "quota", "score_rows", "frame_smoothing", "final_keep"),
-    *("preset", "profile", "max_deferred_bytes", "status_shows_questions"),
+    *("prune_layers", "kv_layers", "keep_ratio", "decode_retention", "quota", "score_rows", "frame_smoothing"),
+    *("final_keep", "preset", "profile", "max_deferred_bytes", "status_shows_questions"),
 )
 """Keys that say nothing of stage 1: with `stages` 1 nobody may state them."""
 
 BALANCED: dict[str, Any] = {"decode_retention": 1.0, "quota": "video"}
 """What the preset `balanced` is, where nothing else is stated."""
+
+BESIDE_NO_WINDOW = ("decode_retention", "final_keep")
+"""What says by another rule than `kv_layers` where decoding keeps the KV of visual tokens."""
 
 Share = Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)]
 Aligner = Literal["auto", "dual-tower", "embedding", "none"]
@@ -86,6 +89,12 @@ class MetokSettings(BaseModel):
         "3, 10, 19 of 28, scaled to the model's depth. `cheap`: the nearest to these whose KV blocks need no padding, "
         "4, 10, 20 of 28. L3 must lie behind the layers in which the model reads the "
         "video, see [accuracy](accuracy.md).",
+    )
+    kv_layers: tuple[StrictInt, StrictInt] | None = Field(
+        default=None,
+        description="The first layer, and the one behind the last, in which decoding keeps the KV of what is alive of the "
+        "visual tokens: below L1 all of them, from L3 up none. All other layers keep the KV of text alone. Not set: the "
+        "layers below L1, and what `decode_retention` and `final_keep` add, which have no place beside it.",
     )
     keep_ratio: Annotated[StrictFloat | StrictInt, Field(gt=0, le=1)] = Field(
         default=0.76, description="Share of a key event's tokens that passes each of L1 and L2; at most six decimals."
@@ -165,7 +174,7 @@ class MetokSettings(BaseModel):
     @classmethod
     def _apply_preset(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and data.get("preset") == "balanced":
-            return {**BALANCED, **data}
+            return {**BALANCED, **given_way(data), **data}
         return data
 
     @model_validator(mode="after")
@@ -178,7 +187,24 @@ class MetokSettings(BaseModel):
                 raise ValueError(f"prune_layers must rise and start at 1 or later, not {list(self.prune_layers)}")
         for name in ("keep_ratio", "decode_retention", "frame_smoothing", "final_keep"):
             _micro(name, getattr(self, name))
+        self._check_window()
         return self
+
+    def _check_window(self) -> None:
+        if self.kv_layers is None:
+            return
+        first, end = self.kv_layers
+        if not 0 <= first < end:
+            raise ValueError(
+                "kv_layers takes a first layer, from 0, and a higher one that is not in it any more, "
+                f"not {list(self.kv_layers)}"
+            )
+        for name in BESIDE_NO_WINDOW:
+            if getattr(self, name) > 0:
+                raise ValueError(
+                    f"'{name}' has no place beside kv_layers, which says in which layers decoding keeps visual "
+                    "tokens: leave it out"
+                )
 
     @property
     def keep_ratio_micro(self) -> int:
@@ -225,6 +251,11 @@ class RequestSettings(MetokSettings):
         return query
 
 
+def given_way(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """What a preset's or a profile's own `BESIDE_NO_WINDOW` become where a user states `kv_layers`."""
+    return {} if stated.get("kv_layers") is None else dict.fromkeys(BESIDE_NO_WINDOW, 0.0)
+
+
 def _micro(name: str, value: float) -> int:
     try:
         return to_micro(value)
@@ -246,8 +277,9 @@ def explain(error: ValidationError, where: str) -> str:
         return f"METok ({where}): {first['ctx']['error']}."
     given = reprlib.repr(first["input"])
     if first["type"] in ("missing", "too_long", "tuple_type"):
+        numbers = "two whole numbers" if key == "kv_layers" else "three whole numbers"
         named = ' or "cheap"' if key == "prune_layers" else ""
-        return f"METok ({where}): '{key}' got {given}: it takes a list of three whole numbers{named}."
+        return f"METok ({where}): '{key}' got {given}: it takes a list of {numbers}{named}."
     return f"METok ({where}): '{key}' got {given}: {first['msg'][0].lower()}{first['msg'][1:]}."
 
 

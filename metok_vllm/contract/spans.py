@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -56,6 +56,11 @@ def final_bound(spans: Sequence[VideoSpan]) -> int:
     `retained_bound`.
     """
     return retained_count(sum(span.plan.most_after_l2 for span in spans), spans[0].plan.final_micro)
+
+
+def survivors_bound(spans: Sequence[VideoSpan], pruning_layer: Literal[1, 2]) -> int:
+    """Most visual tokens of a request that survive L1, or L2; `spans` as for `retained_bound`."""
+    return sum(span.plan.most_after_l1 if pruning_layer == 1 else span.plan.most_after_l2 for span in spans)
 
 
 class UnusableItem(ValueError):

@@ -143,8 +143,10 @@ def amounts_table(view: ReportView, on: Answer, off: Answer) -> Table:
         (f"visual tokens from layer {layers[0]}", Amounts(stock, view.visual_tokens[2][1])),
         (f"visual tokens from layer {layers[1]}", Amounts(stock, view.visual_tokens[3][1])),
         (f"visual tokens from layer {layers[2]}", Amounts(stock, view.visual_tokens[4][1])),
-        (f"visual KV kept for decoding, layers {layers[0]}-{layers[2] - 1} (tokens)", Amounts(stock, view.retained)),
     ]
+    if view.retained is not None:
+        kept = f"visual KV kept for decoding, layers {layers[0]}-{layers[2] - 1} (tokens)"
+        rows.append((kept, Amounts(stock, view.retained)))
     for name, amounts in rows:
         table.add_row(name, str(amounts.stock), str(amounts.metok), _percent(amounts))
     table.add_section()

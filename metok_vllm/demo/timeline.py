@@ -157,7 +157,9 @@ def _token_bars(axes: Any, view: ReportView, video: SampledVideo) -> None:
 
 def _visual_tokens(axes: Any, view: ReportView) -> None:
     """Visual tokens along the request's way, as horizontal bars."""
-    rows = [*view.visual_tokens, ("kept for decoding", view.retained)]
+    rows = list(view.visual_tokens)
+    if view.retained is not None:
+        rows.append(("kept for decoding", view.retained))
     names = ["METok off", "after stage 1", *(name for name, _ in rows[2:])]
     most = max(count for _, count in rows)
     for place, (_, count) in enumerate(rows):

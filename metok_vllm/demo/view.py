@@ -64,7 +64,11 @@ class ReportView:
     prune_layers: tuple[int, ...]
     text_tokens: int
     visual_tokens: tuple[tuple[str, int], ...]  # along the request's way: name of the place, how many
-    retained: int  # visual tokens that keep KV in the layers from the first pruning one to the last while decoding
+    retained: int | None
+    """Visual tokens that keep KV in the layers from the first pruning one to the last while decoding.
+
+    None with `kv_layers`: as many as the layer has.
+    """
     kv_bytes: Amounts
     prefill_flops: Amounts
 
@@ -125,7 +129,7 @@ def read_report(report: dict[str, Any], times: list[float], duration: float) -> 
             prune_layers=(first, second, third),
             text_tokens=report["text_tokens"],
             visual_tokens=visual_tokens,
-            retained=visual["retained"],
+            retained=None if "kv_layers" in report else visual["retained"],
             kv_bytes=Amounts(**report["kv_bytes"]),
             prefill_flops=Amounts(**report["prefill_flops"]),
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from metok_vllm.contract.profile import IGNORED, NAME, Profile, read_profile
-from metok_vllm.contract.settings import BALANCED
+from metok_vllm.contract.settings import BALANCED, BESIDE_NO_WINDOW
 from metok_vllm.frontend.fingerprint import fingerprint, model_folder
 from metok_vllm.log import metok_logger
 
@@ -70,8 +70,13 @@ def merged(stated: Mapping[str, Any], chosen: ChosenProfile) -> dict[str, Any]:
 
 
 def _ruled(stated: Mapping[str, Any]) -> set[str]:
-    """The keys that the user decides; a preset decides what it is about."""
-    return {*stated, *(BALANCED if "preset" in stated else ())}
+    """The keys that the user decides; a preset decides what it is about, and the layers that keep KV for
+    decoding go by one rule.
+    """
+    ruled = {*stated, *(BALANCED if "preset" in stated else ())}
+    if stated.get("kv_layers") is not None:
+        return {*ruled, *BESIDE_NO_WINDOW}
+    return {*ruled, *(("kv_layers",) if any(stated.get(name) for name in BESIDE_NO_WINDOW) else ())}
 
 
 def _refuse_another(path: Path, profile: Profile, model: str, revision: str | None) -> None:

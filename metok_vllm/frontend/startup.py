@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 from metok_vllm.compression.selection import PruneLayers
 from metok_vllm.contract.attention_backends import refused_backend
 from metok_vllm.contract.budgets import step_tokens
-from metok_vllm.contract.kv_layout import chosen_layers
+from metok_vllm.contract.kv_layout import check_window, chosen_layers
 from metok_vllm.contract.profile import told
 from metok_vllm.contract.server_choices import ServerChoices, attach_choices
 from metok_vllm.contract.settings import MetokSettings, parse_settings
@@ -93,12 +93,15 @@ def _configure(vllm_config: VllmConfig) -> None:
         logger.info("METok: stage 1 alone, aligner %s%s", choices.aligner, tower)
         return
     choose_kv_cache_layout(vllm_config.cache_config)
+    window = choices.window
     logger.info(
-        "METok: prunes before layers %s of %d, keep_ratio %s, decode_retention %s, aligner %s%s",
+        "METok: prunes before layers %s of %d, keep_ratio %s, %s, aligner %s%s",
         "/".join(map(str, choices.prune_layers)),
         model_config.hf_text_config.num_hidden_layers,
         choices.settings.keep_ratio,
-        choices.settings.decode_retention,
+        f"kv_layers {window[0]} to {window[1] - 1}"
+        if window
+        else f"decode_retention {choices.settings.decode_retention}",
         choices.aligner,
         tower,
     )
@@ -164,6 +167,7 @@ def choose(vllm_config: VllmConfig, settings: MetokSettings, profile: ChosenProf
     if settings.stages == 3:
         try:
             layers = chosen_layers(model_config.hf_text_config.num_hidden_layers, settings.prune_layers)
+            check_window(model_config.hf_text_config.num_hidden_layers, layers, settings.kv_layers)
         except ValueError as error:
             raise ValueError(f"METok (additional_config): {error}.") from None
         _refuse_layers(model_config, layers)

@@ -127,7 +127,7 @@ class MetokModel:
         else:
             running = RunningStep()
             for index in range(len(decoder.layers)):
-                role = LayerRole(index, len(decoder.layers), choices.prune_layers, running)
+                role = LayerRole(index, len(decoder.layers), choices.prune_layers, running, choices.window)
                 MetokAttention.adopt(decoder.attention(index), role)
             eager = EagerLayers(
                 decoder,

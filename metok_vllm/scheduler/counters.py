@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
-from metok_vllm.contract.kv_spec import GROUP_KINDS, group_kind
+from metok_vllm.contract.kv_spec import PLAIN_KINDS, group_kind
 from metok_vllm.contract.refusals import REFUSED_BY_SCHEDULER
 from metok_vllm.contract.request_ids import is_shadow
 from metok_vllm.scheduler.chunking import DeferralBudget
@@ -69,9 +69,10 @@ class SchedulerCounters:
             requests: all that clients have queued or running.
             paused: whether the operator has paused the engine, or put it to sleep.
         """
-        blocks: dict[str, int] = dict.fromkeys(GROUP_KINDS, 0)
+        blocks: dict[str, int] = dict.fromkeys(PLAIN_KINDS, 0)
         for manager in managers:
-            blocks[group_kind(manager.kv_cache_spec)] += sum(len(ids) for ids in manager.req_to_blocks.values())
+            kind = group_kind(manager.kv_cache_spec)
+            blocks[kind] = blocks.get(kind, 0) + sum(len(ids) for ids in manager.req_to_blocks.values())
         return {
             "refused": dict(self.refused),
             "prompt_tokens": dict(self.prompt_tokens),

@@ -1,4 +1,4 @@
-"""KV blocks of the deep layers: a block table that skips pruned visual tokens."""
+"""KV blocks of the layers in which visual tokens may own no slot: a block table that skips them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from metok_vllm.contract.kv_spec import TEXT_AND_RETAINED, DeepAttentionSpec, group_kind
+from metok_vllm.contract.kv_spec import RELEASED, DeepAttentionSpec, group_kind
 from metok_vllm.scheduler.slot_counts import SlotCounts
 
 if TYPE_CHECKING:
@@ -30,11 +31,11 @@ class DeepKVManager(SingleTypeKVCacheManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.slot_counts: dict[str, SlotCounts] = {}
-        self.retains = group_kind(self.kv_cache_spec) == TEXT_AND_RETAINED
+        self.kind = group_kind(self.kv_cache_spec)
 
     def _slots(self, request_id: str, num_tokens: int) -> int:
         counts = self.slot_counts.get(request_id)
-        return num_tokens if counts is None else counts.slots(num_tokens, self.retains)
+        return num_tokens if counts is None else counts.slots(num_tokens, self.kind)
 
     def get_num_blocks_to_allocate(
         self,
@@ -47,9 +48,14 @@ class DeepKVManager(SingleTypeKVCacheManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
+        counts, slots = self.slot_counts.get(request_id), self._slots(request_id, num_tokens)
+        if apply_admission_cap and counts is not None and total_computed_tokens < counts.prompt_len:
+            # Asked whether all of a request will fit, which is resumed with tokens of its own: before these
+            # come its prompt needs more in a released group.
+            slots = counts.most_slots(num_tokens, self.kind)
         return super().get_num_blocks_to_allocate(
             request_id,
-            self._slots(request_id, num_tokens),
+            slots,
             new_computed_blocks,
             total_computed_tokens,
             num_local_computed_tokens,
@@ -60,6 +66,24 @@ class DeepKVManager(SingleTypeKVCacheManager):
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         return super().allocate_new_blocks(request_id, self._slots(request_id, num_tokens), num_tokens_main_model)
+
+    @property
+    def releases(self) -> bool:
+        """Whether complete prompts give blocks back."""
+        return self.kind == RELEASED
+
+    def release(self, request_id: str) -> None:
+        """Give back the blocks of a complete prompt's visual tokens: its text has been moved together.
+
+        Called between the step that completes the prompt and the next one that the request is in; changes
+        nothing when called again. What stays is what an allocation for its text would hold. Published blocks
+        lie before the first video, so they are all among it.
+        """
+        blocks = self.req_to_blocks[request_id]
+        kept = cdiv(self.slot_counts[request_id].text_tokens, self.block_size)
+        released = blocks[kept:]
+        del blocks[kept:]
+        self.block_pool.free_blocks(reversed(released))
 
     def cache_blocks(
         self,
@@ -77,7 +101,7 @@ class DeepKVManager(SingleTypeKVCacheManager):
         counts = self.slot_counts.get(request.request_id)
         if counts is not None:
             # Deep layers run once, with the prompt's last chunk. Until that step is scheduled nothing was
-            # written there.
+            # written there. In released groups it was, and nothing hits before the deep ones have it too.
             if max(num_tokens, request.num_computed_tokens) < counts.prompt_len:
                 return
             num_tokens = min(num_tokens, counts.spans[0].start)

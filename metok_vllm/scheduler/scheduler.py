@@ -45,9 +45,11 @@ class MetokScheduler(QueueOrderScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.slot_counts: dict[str, SlotCounts] = {}  # the pruned requests, queued and running
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            if isinstance(manager, DeepKVManager):
-                manager.slot_counts = self.slot_counts
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        shifted = [manager for manager in managers if isinstance(manager, DeepKVManager)]
+        for manager in shifted:
+            manager.slot_counts = self.slot_counts
+        self._releasing = [manager for manager in shifted if manager.releases]
         model_config = self.vllm_config.model_config
         self._vocabulary = int(model_config.get_vocab_size())
         self.deferral = DeferralBudget(bytes_per_token(model_config), deferral_limit(model_config))
@@ -104,6 +106,8 @@ class MetokScheduler(QueueOrderScheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self.deferral.offered.clear()
         self.ending.ending.clear()
+        if self._releasing:
+            self._release_complete()
         output = super().schedule(throttle_prefills)
         self._counters.admitted(output.scheduled_new_reqs, self.requests, self.slot_counts)
         self.deferral.settle(
@@ -114,6 +118,18 @@ class MetokScheduler(QueueOrderScheduler):
             }
         )
         return output
+
+    def _release_complete(self) -> None:
+        """Take from the prompts that the step before has completed the blocks of their visual tokens, in the
+        layers below L1 that decoding does not need them in.
+
+        That step may not have run yet. The device runs steps in their order, so whoever gets the blocks now
+        writes them after that step has read them, and has moved the text out of them.
+        """
+        for request_id, counts in self.slot_counts.items():
+            if self.requests[request_id].num_computed_tokens == counts.prompt_len:
+                for manager in self._releasing:
+                    manager.release(request_id)
 
     def _try_schedule_encoder_inputs(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +13,9 @@ from torch import nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from metok_vllm.compression.selection import PruneLayers
-from metok_vllm.contract.kv_layout import block_size
-from metok_vllm.contract.kv_spec import EVERY_TOKEN, TEXT, TEXT_AND_RETAINED, DeepAttentionSpec, GroupKind
+from metok_vllm.compression.selection import KVLayers, PruneLayers
+from metok_vllm.contract.kv_layout import block_size, layer_kind
+from metok_vllm.contract.kv_spec import EVERY_TOKEN, RELEASED, SHALLOW_KINDS, DeepAttentionSpec, GroupKind
 from metok_vllm.worker.dense_attention import DenseAttention
 
 if TYPE_CHECKING:
@@ -45,24 +46,22 @@ class RunningStep:
 
 @dataclass(frozen=True)
 class LayerRole:
-    """Where a layer stands relative to the pruning layers."""
+    """Where a layer stands relative to the pruning layers and the window `kv_layers`."""
 
     index: int
     num_layers: int
     prune_layers: PruneLayers
     running: RunningStep
+    window: KVLayers | None = None
 
-    @property
+    @cached_property
     def kind(self) -> GroupKind:
         """Which tokens own a KV slot."""
-        first, _, third = self.prune_layers
-        if self.index < first:
-            return EVERY_TOKEN
-        return TEXT_AND_RETAINED if self.index < third else TEXT
+        return layer_kind(self.index, self.prune_layers, self.window)
 
 
 class MetokAttention(Attention):
-    """vLLM's `Attention`, with a KV format without pruned tokens from L1 up.
+    """vLLM's `Attention`, with a KV format without pruned tokens from L1 up, and outside `kv_layers`.
 
     Without a pruned step it is the stock layer, so the compiled model and CUDA graphs see no difference.
     """
@@ -95,7 +94,7 @@ class MetokAttention(Attention):
         if type(spec) is not FullAttentionSpec:
             raise ValueError(f"METok cannot prune a layer with the cache format {type(spec).__name__}.")
         role = self.metok
-        size = block_size(vllm_config.cache_config, role.num_layers, role.prune_layers, role.kind)
+        size = block_size(vllm_config.cache_config, role.num_layers, role.prune_layers, role.kind, role.window)
         if role.kind == EVERY_TOKEN:
             return replace(spec, block_size=size)
         return DeepAttentionSpec(
@@ -105,7 +104,7 @@ class MetokAttention(Attention):
             head_size_v=spec.head_size_v,
             dtype=spec.dtype,
             kv_quant_mode=spec.kv_quant_mode,
-            retains=role.kind == TEXT_AND_RETAINED,
+            kind=role.kind,
         )
 
     def forward(
@@ -120,6 +119,9 @@ class MetokAttention(Attention):
         if step is None:
             return super().forward(query, key, value, output_shape, output_dtype)
         step.capture(self.metok.index, query, key)
-        if self.metok.kind == EVERY_TOKEN:
-            return super().forward(query, key, value, output_shape, output_dtype)
-        return step.attend(self, query, key, value)
+        if self.metok.kind not in SHALLOW_KINDS:
+            return step.attend(self, query, key, value)
+        attended = super().forward(query, key, value, output_shape, output_dtype)
+        if self.metok.kind == RELEASED:
+            step.move_text(self, key, value)  # now that it is read, the visual tokens' KV may go
+        return attended

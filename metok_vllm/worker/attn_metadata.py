@@ -16,8 +16,8 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from metok_vllm.contract.kv_spec import DEEP_KINDS, GroupKind, group_kind
-from metok_vllm.contract.spans import final_bound, retained_bound
+from metok_vllm.contract.kv_spec import AFTER_L1, AFTER_L2, SHIFTED_KINDS, GroupKind, group_kind
+from metok_vllm.contract.spans import final_bound, retained_bound, survivors_bound
 from metok_vllm.worker.batch import PromptChunk, PrunedBatch
 from metok_vllm.worker.requests import PrunedRequests
 from metok_vllm.worker.slots import DeepSlots
@@ -115,26 +115,37 @@ def pruned_batch(
         of_others[chunk.rows] = False
     others = async_tensor_h2d(np.flatnonzero(of_others), deep_slots.device)
     others_slots: dict[str, torch.Tensor] = {}
-    if others.shape[0]:
+    if others.shape[0] or deep_slots.releases:  # released groups are read for the whole batch
         deep_slots.write(input_batch, slot_mappings)
+    if others.shape[0]:
         slots = slot_mappings.index_select(1, others)
-        others_slots = {name: slots[group.index] for group in deep_slots.groups for name in group.layer_names}
-    text, kept = _prompt_slots(chunks, input_batch, deep_slots)
-    return PrunedBatch(chunks, input_batch.num_tokens, others, others_slots, deep_slots.group_rows, text, kept)
+        others_slots = {
+            name: slots[group.index] for group in deep_slots.groups if group.is_deep for name in group.layer_names
+        }
+    keeps_survivors = any(group.kind in (AFTER_L1, AFTER_L2) for group in deep_slots.groups)
+    text, kept = _prompt_slots(chunks, input_batch, deep_slots, keeps_survivors)
+    return PrunedBatch(
+        chunks, input_batch.num_tokens, others, others_slots, deep_slots.group_rows, text, kept, keeps_survivors
+    )
 
 
 def _prompt_slots(
-    chunks: Sequence[PromptChunk], input_batch: InputBatch, deep_slots: DeepSlots
+    chunks: Sequence[PromptChunk], input_batch: InputBatch, deep_slots: DeepSlots, keeps_survivors: bool
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """`text_slots` and `kept_slots` of a `PrunedBatch`.
 
     What is kept lies behind the text in either kind of group: retained tokens in one, those that pass L3 in
     the other. Of the larger number slots are laid out in all groups; no layer is asked for more than its own.
+    With the window `kv_layers` layers inside it lie beside layers outside, in whose groups the slots are
+    nobody's.
     """
     complete = [chunk for chunk in chunks if chunk.completes]
     texts = [chunk.request.text_tokens for chunk in complete]
     spans = [chunk.request.spans for chunk in complete]
-    bounds = [max(retained_bound(of_prompt), final_bound(of_prompt)) for of_prompt in spans]
+    bounds = [
+        survivors_bound(of_prompt, 1) if keeps_survivors else max(retained_bound(of_prompt), final_bound(of_prompt))
+        for of_prompt in spans
+    ]
 
     def runs(values: Sequence[tuple[int, int]]) -> list[NDArray[np.int32]]:
         return [np.arange(start, end, dtype=np.int32) for start, end in values]
@@ -146,6 +157,9 @@ def _prompt_slots(
     indices = np.concatenate([np.empty(0, np.int32), *runs(text_ends), *runs(kept_ends)])
     slots = deep_slots.at(input_batch, np.repeat(rows, sizes), indices)
     text, kept = torch.split(slots, [sum(texts), sum(bounds)], dim=1)
+    for of_group, group in zip(kept, deep_slots.groups, strict=True):
+        if keeps_survivors and group.kind not in (AFTER_L1, AFTER_L2):
+            of_group.fill_(-1)
     return text, torch.split(kept, bounds, dim=1)
 
 
@@ -169,7 +183,10 @@ def others_metadata(
     positions = input_batch.positions.index_select(0, batch.others)
     tables: list[torch.Tensor] = list(block_tables)
     slot_mappings: list[torch.Tensor] = [batch.others] * len(block_tables)
+    kinds = dict.fromkeys(group.kind for group in deep_slots.groups if group.is_deep)
     for group in deep_slots.groups:
+        if not group.is_deep:
+            continue
         tables[group.index] = block_tables[group.index].index_select(0, index)
         slot_mappings[group.index] = batch.others_slots[group.layer_names[0]]
 
@@ -181,7 +198,7 @@ def others_metadata(
             query_start_loc_gpu=starts_on_device,
             query_start_loc_cpu=torch.from_numpy(starts),
             max_query_len=int(counts.max()),
-            seq_lens=deep_slots.seq_lens[DEEP_KINDS.index(kind)].index_select(0, index),
+            seq_lens=deep_slots.seq_lens[SHIFTED_KINDS.index(kind)].index_select(0, index),
             max_seq_len=int(bounds.max()),
             block_tables=tables,
             slot_mappings=slot_mappings,  # type: ignore[arg-type]  # indexed by group, as a tensor would be
@@ -192,4 +209,4 @@ def others_metadata(
             req_idx=input_batch.idx_mapping_np[keep],
         )
 
-    return once_a_kind(attn_groups, kv_cache_config, DEEP_KINDS, tables, slot_mappings, build)
+    return once_a_kind(attn_groups, kv_cache_config, tuple(kinds), tables, slot_mappings, build)

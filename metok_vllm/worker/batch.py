@@ -83,9 +83,10 @@ class PrunedBatch:
     num_tokens: int
     others: torch.Tensor  # int64 [No], row of every token of the other requests
     others_slots: Mapping[str, torch.Tensor]  # name of a deep layer -> int64 [No]
-    group_rows: Mapping[str, int]  # name of a deep layer -> its group's row in the slots below
+    group_rows: Mapping[str, int]  # name of a layer of `SHIFTED_KINDS` -> its group's row in the slots below
     text_slots: torch.Tensor  # int64 [groups, text of all prompts that are complete with this step]
     kept_slots: Sequence[torch.Tensor]  # of each of those prompts, int64 [groups, most visual tokens that it keeps]
+    keeps_survivors: bool = False  # whether the window `kv_layers` has layers from L1 up, which keep all that is alive
 
     @property
     def num_others(self) -> int:

@@ -16,7 +16,8 @@ class KVWrites:
     """Writes of one pruned step.
 
     A prompt's text has its slots from the start. Which visual tokens are retained is known at L2 only. What
-    layers L1 .. L2-1 compute of the visual tokens waits until then. Which ones pass L3 is known there.
+    layers L1 .. L2-1 compute of the visual tokens waits until then. Which ones pass L3 is known there. With
+    `kv_layers` nothing waits: a layer keeps all that is alive in it, or text alone.
 
     The slots of all rows are laid out once after each pruning layer, for all groups, with -1 for a row that
     owns none: vLLM's cache update skips it. So a layer's write is one launch.
@@ -29,7 +30,8 @@ class KVWrites:
 
     def rows_are(self, survivors: Sequence[Survivors]) -> None:
         """The next layers run on `survivors`: until L2 has chosen with slots for text alone, then with those
-        of the retained tokens, behind L3 with those of the tokens that passed it.
+        of the retained tokens, behind L3 with those of the tokens that passed it. With the window `kv_layers`
+        up to L3 with slots for all of them.
         """
         sizes = [of_prompt.size for of_prompt in survivors]
         self._slots = self._nobodys(sizes)
@@ -51,7 +53,7 @@ class KVWrites:
             value: [rows of the prompts, Hkv, d].
             waits: whether some of its visual tokens will be retained, and L2 has not chosen them yet.
         """
-        _update_cache(layer, key, value, self._slots_of(layer, self._slots))
+        update_cache(layer, key, value, self._slots_of(layer, self._slots))
         if waits:
             # A copy: the step's queries share the memory of its keys and values.
             self._waiting.append((layer, torch.stack((key, value))))
@@ -64,7 +66,7 @@ class KVWrites:
         retaining = [(i, p.retained_rows_at_l1) for i, p in enumerate(survivors) if p.retained_rows_at_l1 is not None]
         self._place_retained(slots, sizes, retaining)
         for layer, (key, value) in self._waiting:
-            _update_cache(layer, key, value, self._slots_of(layer, slots))
+            update_cache(layer, key, value, self._slots_of(layer, slots))
         self._waiting.clear()
 
     def _nobodys(self, sizes: Sequence[int]) -> torch.Tensor:
@@ -93,5 +95,6 @@ def _joined(rows: Sequence[torch.Tensor], sizes: Sequence[int]) -> torch.Tensor:
     return torch.cat([of_prompt + sum(sizes[:i]) for i, of_prompt in enumerate(rows)])
 
 
-def _update_cache(layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+def update_cache(layer: Any, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+    """Write `key` and `value` [n, Hkv, d] at `slots` int64 [n] of a layer's cache, as its backend does."""
     layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)

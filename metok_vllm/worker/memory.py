@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.utils.mem_utils import format_gib
 
-from metok_vllm.contract.budgets import bytes_per_token, deferral_limit, ending_limit
-from metok_vllm.contract.server_choices import pruning_layers
+from metok_vllm.contract.budgets import bytes_per_token, deferral_limit, ending_limit, released_layers
+from metok_vllm.contract.server_choices import pruning_layers, server_choices
 from metok_vllm.log import metok_logger
 
 if TYPE_CHECKING:
@@ -43,11 +43,12 @@ class Widths:
     query: int
     kv: int  # of one layer, keys and values
     heads: int  # 4 for each query head: a float32 a head
+    released: int = 0  # layers below L1 that keep the KV of text alone: keys and values of all text wait
 
     @property
     def deferred(self) -> int:
-        """Hidden state, residual, query and key at L1."""
-        return 2 * self.hidden + self.query + self.kv // 2
+        """Hidden state, residual, query and key at L1; keys and values of the released layers."""
+        return 2 * self.hidden + self.query + self.kv // 2 + self.released * self.kv
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> Widths:
@@ -61,6 +62,7 @@ class Widths:
             heads * head_dim * dtype.itemsize,
             2 * kv_heads * head_dim * dtype.itemsize,
             4 * heads,
+            released_layers(model),
         )
 
 
@@ -89,7 +91,9 @@ class PruningMemory:
         batched = int(vllm_config.scheduler_config.max_num_batched_tokens)
         # Rule 4 of `scheduler/chunking.py`.
         ending = min(deferred, max(ending_limit(vllm_config), int(model.max_model_len)))
-        width, waiting = Widths.of(vllm_config), second - first
+        # With `kv_layers` nothing waits for L2: layers keep all that survive L1, or text alone.
+        waiting = 0 if server_choices(model.hf_config).window else second - first
+        width = Widths.of(vllm_config)
         # While a prompt ends, the others have less room to be deferred; each moment is worst at one of the
         # two ends.
         none, most = (_moments(width, waiting, deferred, tokens, batched) for tokens in (0, ending))

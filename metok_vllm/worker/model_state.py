@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from metok_vllm.contract.kv_layout import BlockShape, padding
-from metok_vllm.contract.kv_spec import DEEP_KINDS, EVERY_TOKEN, GROUP_KINDS, GroupKind, group_kind
+from metok_vllm.contract.kv_spec import EVERY_TOKEN, SHALLOW_KINDS, SHIFTED_KINDS, GroupKind, group_kind
 from metok_vllm.log import metok_logger
 from metok_vllm.worker.attn_metadata import Groups, once_a_kind, others_metadata, prompt_chunks, pruned_batch
 from metok_vllm.worker.encoded_state import EncodedModelState
@@ -62,6 +62,7 @@ class MetokModelState(EncodedModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.deep_slots = DeepSlots(self.max_num_reqs, device)
         self._step: PrunedStep | None = None
+        self._kinds: tuple[GroupKind, ...] = ()  # of the KV cache's groups
         self._reserve = MemoryReserve(vllm_config, device)
 
     # --- start ---
@@ -72,6 +73,7 @@ class MetokModelState(EncodedModelState):
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         self.deep_slots.bind(kv_cache_config, block_tables)
+        self._kinds = tuple(dict.fromkeys(group_kind(g.kv_cache_spec) for g in kv_cache_config.kv_cache_groups))
         self._reserve.release()
         if self.warm_up is None:
             say_groups(kv_cache_config)
@@ -112,7 +114,7 @@ class MetokModelState(EncodedModelState):
             batch = input_batch
             if kind != EVERY_TOKEN:
                 batch = deep_batch
-                batch.seq_lens = self.deep_slots.seq_lens[DEEP_KINDS.index(kind)][: input_batch.seq_lens.shape[0]]
+                batch.seq_lens = self.deep_slots.seq_lens[SHIFTED_KINDS.index(kind)][: input_batch.seq_lens.shape[0]]
             return super(MetokModelState, self).prepare_attn(
                 batch,
                 cudagraph_mode,
@@ -131,8 +133,9 @@ class MetokModelState(EncodedModelState):
         chunks = prompt_chunks(input_batch, self.pruned)
         self._step = None
         if chunks:
-            metadata = metadata_of([EVERY_TOKEN])
+            # First: it writes the lengths and slots of released groups.
             batch = pruned_batch(chunks, input_batch, slot_mappings, self.deep_slots)
+            metadata = metadata_of([kind for kind in self._kinds if kind in SHALLOW_KINDS])
             if batch.num_others:
                 metadata |= others_metadata(
                     batch, input_batch, block_tables, attn_groups, kv_cache_config, self.deep_slots
@@ -145,7 +148,7 @@ class MetokModelState(EncodedModelState):
             self.deep_slots.write(input_batch, slot_mappings)
         else:
             self.deep_slots.unshifted(input_batch.seq_lens)
-        return metadata_of(GROUP_KINDS)
+        return metadata_of(self._kinds)
 
     # --- the forward pass ---
 
@@ -168,7 +171,6 @@ class MetokModelState(EncodedModelState):
             if not chunk.completes or request.result is None or self.pruned.get(request.req_id) is not request:
                 continue
             index = self._index[request.req_id]
-            result = request.result
-            self.deep_slots.complete(index, request.visual_tokens, result.retained, result.after_l3)
+            self.deep_slots.complete(index, request.text_tokens, request.result)
             self.reports.add(request)
             request.tags = [None] * len(request.tags)

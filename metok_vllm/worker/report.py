@@ -171,7 +171,7 @@ class Reports:
     def __init__(self, vllm_config: VllmConfig, times: PartTimes | None = None) -> None:
         model_config = vllm_config.model_config
         choices = server_choices(model_config.hf_config)
-        self.layers = choices.prune_layers
+        self.layers, self.window = choices.prune_layers, choices.window
         # Where nothing is pruned, models are served too whose sizes the accounting does not know.
         self.shape = None if self.layers is None else model_shape(model_config)
         dtype = model_config.dtype
@@ -215,8 +215,10 @@ class Reports:
     @staticmethod
     def _log(summary: dict[str, Any], videos: int) -> None:
         tokens, kv = summary["visual_tokens"], summary["kv_bytes"]
+        window = summary.get("kv_layers")
+        kept = f"kept in layers {window[0]} to {window[1] - 1}" if window else f"{tokens['retained']} retained"
         logger.info(
-            "METok %s: %d video(s), visual tokens %d -> %d encoded -> %d after L1 -> %d after L2, %d retained; "
+            "METok %s: %d video(s), visual tokens %d -> %d encoded -> %d after L1 -> %d after L2, %s; "
             "KV cache %d of %d bytes (%.1f%% saved)",
             summary["request_id"],
             videos,
@@ -224,7 +226,7 @@ class Reports:
             tokens["encoded"],
             tokens["after_l1"],
             tokens["after_l2"],
-            tokens["retained"],
+            kept,
             kv["metok"],
             kv["stock"],
             100 * (1 - kv["metok"] / kv["stock"]),
@@ -255,13 +257,14 @@ class Reports:
         layers = self.layers
         assert layers is not None, "a server of stage 1 alone prunes no request"
         assert self.shape is not None
-        costs = account(self.shape, layers, text, visual, kv_element_bytes=self.kv_element_bytes)
+        costs = account(self.shape, layers, text, visual, kv_element_bytes=self.kv_element_bytes, window=self.window)
         return {
             "request_id": name,
             "time": time.time(),
             "prompt_tokens": request.prompt_len,
             "text_tokens": text,
             "prune_layers": list(layers),
+            **({} if self.window is None else {"kv_layers": list(self.window)}),
             "score_rows": request.score_rows,
             "visual_tokens": {
                 "stock": visual.stock,

@@ -182,6 +182,8 @@ class PrunedRequest:
     tags: list[VideoTags | None] = field(default_factory=list)
     axes: Sequence[VideoAxes] = ()  # of each video, where rotary positions have several axes
     chunks: list[ChunkState] = field(default_factory=list)
+    moving: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Of each released layer, by name, until the prompt is complete: see `worker/text_moves.py`."""
     result: PruningResult | None = None  # set when the prompt has been pruned
     question: tuple[int, ...] = ()  # token ids of the question by which it is pruned; empty where none is used
     is_shadow: bool = False  # METok has made it itself, to compare an answer
@@ -219,7 +221,8 @@ class PrunedRequest:
 
     @property
     def deferred_bytes(self) -> int:
-        return sum(chunk.nbytes for chunk in self.chunks)
+        moving = sum(kept.numel() * kept.element_size() for kept in self.moving.values())
+        return sum(chunk.nbytes for chunk in self.chunks) + moving
 
     def scoring_within(self, start: int, length: int) -> torch.Tensor:
         """The scoring tokens' positions from `start` on, below `start + length`."""

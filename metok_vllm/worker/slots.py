@@ -1,4 +1,5 @@
-"""Where a pruned request's tokens lie in the KV cache of the deep layers, once its prompt is complete.
+"""Where a pruned request's tokens lie in the KV cache of layers that keep few visual tokens or none, once its
+prompt is complete.
 
 A prompt with one pruned video, and its answer (t text, V visual, g generated)::
 
@@ -9,10 +10,19 @@ A prompt with one pruned video, and its answer (t text, V visual, g generated)::
     layers L1 .. L3-1                 [ t t t t t | V V | g g ]       text, retained visual tokens, generated
     layers from L3 up                 [ t t t t t | V | g g ]         text, what passed L3, generated
 
+With the window `kv_layers` there are other kinds of layer (`contract/kv_layout.py: layer_kind`)::
+
+    below L1, inside the window       [ t t V V V V V t t t g g ]     slot index = position
+    below L1, outside it: in prefill  [ t t V V V V V t t t ]         the same, as these layers read the cache
+                          later       [ t t t t t | g g ]             text, moved; the rest is given back
+    L1 .. L2-1, inside                [ t t t t t | V V V | g g ]     text, survivors of L1, generated
+    L2 .. L3-1, inside                [ t t t t t | V V | g g ]       text, survivors of L2, generated
+    from L1 up, outside               [ t t t t t | g g ]             text, generated
+
 The order of KV within a request does not matter to attention, since rotary positions are applied before. So
 text never depends on what L2 retains or L3 lets pass, and for whatever is computed after the prompt ``slot
 index = position - shift``, with one shift a request and kind of group: the visual tokens that own no slot
-there.
+there. Until the prompt is complete it is 0, so that a released group has vLLM's own layout.
 
 All state lives on the device in tensors that never move, since captured CUDA graphs read `seq_lens` at their
 addresses. Nothing here makes the host wait.
@@ -27,12 +37,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from metok_vllm.contract.kv_spec import DEEP_KINDS, EVERY_TOKEN, TEXT, TEXT_AND_RETAINED, GroupKind, group_kind
+from metok_vllm.contract.kv_spec import (
+    AFTER_L1,
+    AFTER_L2,
+    DEEP_KINDS,
+    EVERY_TOKEN,
+    RELEASED,
+    SHIFTED_KINDS,
+    TEXT,
+    TEXT_AND_RETAINED,
+    GroupKind,
+    group_kind,
+)
 from metok_vllm.worker import ops
+from metok_vllm.worker.requests import PruningResult
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.block_table import BlockTables
@@ -40,7 +63,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DeepGroup:
-    """One KV cache group of deep layers."""
+    """One KV cache group in which visual tokens may own no slot."""
 
     index: int  # among all KV cache groups
     kind: GroupKind
@@ -50,11 +73,16 @@ class DeepGroup:
     @property
     def row(self) -> int:
         """Of its kind, in the tensors of `DeepSlots`."""
-        return DEEP_KINDS.index(self.kind)
+        return SHIFTED_KINDS.index(self.kind)
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether its layers are those from L1 up; else a released group's."""
+        return self.kind in DEEP_KINDS
 
 
 def deep_groups(kv_cache_config: KVCacheConfig) -> tuple[DeepGroup, ...]:
-    """The groups of the layers from L1 up."""
+    """The groups of all kinds but "every token"."""
     return tuple(
         DeepGroup(i, kind, group.kv_cache_spec.block_size, tuple(group.layer_names))
         for i, group in enumerate(kv_cache_config.kv_cache_groups)
@@ -65,15 +93,16 @@ def deep_groups(kv_cache_config: KVCacheConfig) -> tuple[DeepGroup, ...]:
 class DeepSlots:
     """Shifts of all requests, and the sequence lengths and slots that follow from them.
 
-    The first dimension of `shift` and `seq_lens` is that of `DEEP_KINDS`.
+    The first dimension of `shift` and `seq_lens` is that of `SHIFTED_KINDS`.
     """
 
     def __init__(self, max_num_reqs: int, device: torch.device) -> None:
         self.device = device
-        self.shift = torch.zeros(len(DEEP_KINDS), max_num_reqs, dtype=torch.int32, device=device)
-        self.seq_lens = torch.zeros(len(DEEP_KINDS), max_num_reqs, dtype=torch.int32, device=device)
+        self.shift = torch.zeros(len(SHIFTED_KINDS), max_num_reqs, dtype=torch.int32, device=device)
+        self.seq_lens = torch.zeros(len(SHIFTED_KINDS), max_num_reqs, dtype=torch.int32, device=device)
         self.groups: tuple[DeepGroup, ...] = ()
-        self.group_rows: Mapping[str, int] = {}  # name of a deep layer -> its group's place in `groups`
+        self.group_rows: Mapping[str, int] = {}  # name of a layer in one of them -> its group's place in `groups`
+        self._blocks_held: NDArray[np.int32] = np.empty((0, 0), np.int32)
         self._tables: Sequence[torch.Tensor] = ()
         self._kernel_groups: Any = None  # what the kernels take in place of `groups` and `_tables`
 
@@ -85,6 +114,7 @@ class DeepSlots:
         self.groups = deep_groups(kv_cache_config)
         self.group_rows = {name: row for row, group in enumerate(self.groups) for name in group.layer_names}
         self._tables = [block_tables.input_block_tables[group.index] for group in self.groups]
+        self._blocks_held = block_tables.num_blocks.np  # int32 [all groups, requests], vLLM's own count
         if not ops.uses_triton(self.device):
             return
         from metok_kernels.deep_slots import DeepGroups
@@ -96,26 +126,45 @@ class DeepSlots:
             [group.index for group in self.groups],
         )
 
+    @property
+    def releases(self) -> bool:
+        """Whether any group's visual tokens lose their slots when a prompt is complete."""
+        return any(group.kind == RELEASED for group in self.groups)
+
     def reset(self, index: int) -> None:
         """A request without pruned tokens, or one whose prompt is not complete, has taken row `index`."""
         self.shift[:, index] = 0
 
-    def complete(self, index: int, visual: int, retained: int, after_l3: int) -> None:
-        """The prompt of the request in row `index` is complete: `visual` tokens, of which layers L1 .. L3-1
-        keep `retained`, and the layers from L3 up `after_l3`.
+    def complete(self, index: int, text: int, result: PruningResult) -> None:
+        """The prompt of the request in row `index` is complete: in each kind of group the next token comes
+        behind its `text` tokens and the visual ones that are kept there.
+
+        The scheduler gives the other blocks of a released group back with the next step
+        (`DeepKVManager.release`), so the block that vLLM appends then comes behind those for text.
         """
-        self.shift[DEEP_KINDS.index(TEXT), index] = visual - after_l3
-        self.shift[DEEP_KINDS.index(TEXT_AND_RETAINED), index] = visual - retained
+        kept = {
+            TEXT: result.after_l3,
+            TEXT_AND_RETAINED: result.retained,
+            AFTER_L1: result.after_l1,
+            AFTER_L2: result.after_l2,
+            RELEASED: 0,
+        }
+        for kind in dict.fromkeys(group.kind for group in self.groups):
+            self.shift[SHIFTED_KINDS.index(kind), index] = result.encoded - kept[kind]
+        for group in self.groups:
+            if group.kind == RELEASED:
+                self._blocks_held[group.index, index] = cdiv(text, group.block_size)
 
     def unshifted(self, seq_lens: torch.Tensor) -> None:
-        """No request in the batch has pruned tokens: its deep groups are as long as the others."""
+        """No request in the batch has pruned tokens: its groups of all kinds are equally long."""
         self.seq_lens[:, : seq_lens.shape[0]].copy_(seq_lens)
 
     def write(self, input_batch: InputBatch, slot_mappings: torch.Tensor) -> None:
-        """Sequence lengths of both kinds, and the deep groups' slots in place.
+        """Sequence lengths of all kinds, and the slots of their groups in place.
 
         The per-layer views of `slot_mappings` that vLLM has already made see the change. For the tokens of a
-        prompt that is being pruned both mean nothing.
+        prompt that is being pruned both mean nothing in a deep group, and in a released one what they mean to
+        vLLM.
         """
         if self._kernel_groups is not None:
             from metok_kernels.deep_slots import deep_slots
@@ -141,7 +190,7 @@ class DeepSlots:
             slot_mappings[group.index, :n] = slots_of(table, requests, indices, group.block_size)
 
     def at(self, input_batch: InputBatch, requests: NDArray[np.int32], indices: NDArray[np.int32]) -> torch.Tensor:
-        """Slots by slot index, in every deep group.
+        """Slots by slot index, in every group of `groups`.
 
         Args:
             input_batch: the step's.

@@ -29,6 +29,7 @@ from metok_vllm.worker.kv_writes import KVWrites
 from metok_vllm.worker.pruning_scores import prompt_scores, survivor_scores
 from metok_vllm.worker.requests import ChunkState
 from metok_vllm.worker.survivors import Survivors, prune_l2, prune_l3, survivors_of_l1
+from metok_vllm.worker.text_moves import TextMoves
 
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Hidden state and residual, [rows, hidden] each, and rotary positions, int64 [rows] or [axes, rows]."""
@@ -37,7 +38,7 @@ Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class PrunedStep:
     """One forward pass with pruning.
 
-    Made anew for each step; the attention layers call `capture` and `attend`.
+    Made anew for each step; the attention layers call `capture`, `attend` and `move_text`.
     """
 
     def __init__(self, stack: DecoderStack, batch: PrunedBatch) -> None:
@@ -48,6 +49,7 @@ class PrunedStep:
         self._rows: list[torch.Tensor] = []  # as `Rows`
         self._captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._writes = KVWrites(batch)
+        self._moves: TextMoves | None = None  # made by the first released layer
         self._retains = False  # whether some of the next layers' visual tokens will be retained by L2
         self._starts = batch.others  # int32 [prompts + 1], where each prompt's rows start behind the others'
 
@@ -176,7 +178,7 @@ class PrunedStep:
             was_deferred = any(chunk.request.chunks for chunk in complete)
             states = [self._whole_state(chunk, positions, hidden, residual) for chunk in complete]
             scores = prompt_scores(self.stack.attention(self.stack.scoring_layers[0]), complete, states)
-            self.survivors = survivors_of_l1(complete, scores)
+            self.survivors = survivors_of_l1(complete, scores, self.batch.keeps_survivors)
             self._retains = any(survivors.retained for survivors in self.survivors)
             if self.survivors:
                 self._rows_changed()
@@ -257,6 +259,11 @@ class PrunedStep:
         """Keep what a scoring layer's attention computes; called for every layer."""
         if index in self.stack.scoring_layers or (self._passes_l3 and index == self.stack.final_scoring_layer):
             self._captured[index] = (query, key)
+
+    def move_text(self, layer: MetokAttention, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Called for every released layer, when its attention has run; `key` and `value` [rows, Hkv * d]."""
+        self._moves = self._moves or TextMoves(self.batch)
+        self._moves.move(layer, key, value)
 
     def attend(
         self, layer: MetokAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor

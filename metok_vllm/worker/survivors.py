@@ -63,10 +63,11 @@ class Survivors:
     videos: list[VideoCounts]
     retained: int  # visual tokens that keep their KV in layers L1 .. L3-1
     after_l3: int = 0  # visual tokens that pass L3
+    keeps_all: bool = False  # whether the window `kv_layers` keeps all that are alive, up to L3
     kept_rows: torch.Tensor | None = None
     """int64: where visual tokens with slots in the next layers stand among the n.
 
-    Behind L2 the retained ones, behind L3 those that passed it.
+    Behind L2 the retained ones, behind L3 those that passed it. With `keeps_all` all of them up to L3.
     """
     retained_rows_at_l1: torch.Tensor | None = None  # int64 [retained], where they stood among the survivors of L1
 
@@ -80,12 +81,15 @@ class Survivors:
         return sum(video.after_l2 for video in self.videos)
 
 
-def survivors_of_l1(chunks: Sequence[PromptChunk], scores: Sequence[Sequence[torch.Tensor]]) -> list[Survivors]:
+def survivors_of_l1(
+    chunks: Sequence[PromptChunk], scores: Sequence[Sequence[torch.Tensor]], keeps_all: bool = False
+) -> list[Survivors]:
     """Prune complete prompts at L1.
 
     Args:
         chunks: the last chunk of each.
         scores: of every pruned video of each, float32 [its visual tokens].
+        keeps_all: see `Survivors`.
     """
     counts = [
         event_counts(span, tags)
@@ -109,7 +113,7 @@ def survivors_of_l1(chunks: Sequence[PromptChunk], scores: Sequence[Sequence[tor
     survivors, first = [], 0
     for chunk in chunks:
         last = first + len(chunk.request.spans)
-        survivors.append(_after_l1(chunk, videos[first:last], kept[first:last]))
+        survivors.append(_after_l1(chunk, videos[first:last], kept[first:last], keeps_all))
         first = last
     return survivors
 
@@ -188,7 +192,9 @@ def _select(
     return kept
 
 
-def _after_l1(chunk: PromptChunk, videos: Sequence[VideoCounts], kept: Sequence[torch.Tensor]) -> Survivors:
+def _after_l1(
+    chunk: PromptChunk, videos: Sequence[VideoCounts], kept: Sequence[torch.Tensor], keeps_all: bool
+) -> Survivors:
     request, text = chunk.request, chunk.request.text()
     alive = torch.zeros(request.prompt_len, dtype=torch.bool, device=text.device)
     alive.index_fill_(0, text, True)
@@ -220,6 +226,8 @@ def _after_l1(chunk: PromptChunk, videos: Sequence[VideoCounts], kept: Sequence[
         videos=list(videos),
         retained=retained,
         after_l3=after_l3,
+        keeps_all=keeps_all,
+        kept_rows=torch.searchsorted(positions, torch.cat(chosen)) if keeps_all else None,
     )
 
 
@@ -230,7 +238,9 @@ def _after_l2(survivors: Survivors, kept: Sequence[torch.Tensor], scores: Sequen
     visual = torch.cat(chosen)
     alive.index_fill_(0, visual, True)
     rows = true_indices(alive, survivors.text.shape[0] + survivors.after_l2)
-    if survivors.retained:
+    if survivors.keeps_all:
+        survivors.kept_rows = torch.searchsorted(rows, visual)
+    elif survivors.retained:
         kept_scores = torch.cat([score[index] for score, index in zip(scores, kept, strict=True)])
         mask = retain(kept_scores, survivors.chunk.request.retention_micro)
         survivors.retained_rows_at_l1 = visual[true_indices(mask, survivors.retained)]

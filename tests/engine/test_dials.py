@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from metok_vllm.contract.kv_spec import TEXT
 from metok_vllm.contract.spans import final_bound
 from metok_vllm.scheduler.kv_manager import DeepKVManager
 from tests.support.harness import Case, Engine, engine
@@ -152,7 +153,7 @@ def test_blocks_are_what_text_and_final_tokens_need(running: Engine) -> None:
     held = running.groups_seen[running.internal[request_id]]
     whole = next(blocks for blocks in held if blocks[0] * running.managers[0].block_size >= len(expected.prompt_ids))
     for manager, blocks in zip(running.managers, whole, strict=True):
-        kept = bounds[0] if isinstance(manager, DeepKVManager) and not manager.retains else 0
+        kept = bounds[0] if isinstance(manager, DeepKVManager) and manager.kind == TEXT else 0
         tokens = text + kept if isinstance(manager, DeepKVManager) else len(expected.prompt_ids)
         assert blocks == -(-tokens // manager.block_size), f"{blocks} blocks for {tokens} tokens"
     running.check_drained()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from metok_vllm.contract.kv_spec import TEXT_AND_RETAINED
 from metok_vllm.scheduler.kv_manager import DeepKVManager
 from tests.support.guards.host_reads import waits_of_metok
 from tests.support.harness import Case, Engine, engine
@@ -149,7 +150,7 @@ def test_blocks_are_what_the_text_needs(running: Engine, retention: int) -> None
     for manager, held in zip(running.managers, complete, strict=True):
         tokens = prompt
         if isinstance(manager, DeepKVManager):
-            tokens = text + (retention * span.plan.most_after_l2 if manager.retains else 0)
+            tokens = text + (retention * span.plan.most_after_l2 if manager.kind == TEXT_AND_RETAINED else 0)
         assert held == -(-tokens // manager.block_size), f"{held} blocks for {tokens} tokens"
     for group in zip(*seen, strict=True):
         assert list(group) == sorted(group), "a block was given back"

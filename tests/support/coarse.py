@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from metok_vllm.contract.kv_spec import TEXT_AND_RETAINED
 from metok_vllm.scheduler.kv_manager import DeepKVManager
 from tests.support.harness import Case, Engine
 from tests.support.oracle import OracleResult
@@ -62,10 +63,12 @@ def _check_blocks(running: Engine, name: str, reference: OracleResult) -> None:
     prompt, answer = len(reference.prompt_ids), len(reference.tokens)
     most = [max(column) for column in zip(*running.groups_seen[name], strict=True)]
     for manager, blocks in zip(running.managers, most, strict=True):
-        kept, size = prompt, manager.block_size
+        kept = reserved = prompt
+        size = manager.block_size
         if isinstance(manager, DeepKVManager):
-            kept = len(reference.kv_positions[reference.prune_layers[0] if manager.retains else -1])
-        reserved = prompt if kept < prompt and reference.retained and manager.retains else kept
+            retains = manager.kind == TEXT_AND_RETAINED
+            kept = len(reference.kv_positions[reference.prune_layers[0] if retains else -1])
+            reserved = prompt if kept < prompt and reference.retained and retains else kept
         # The last token is never computed, and the one before it in the step behind which all is given back.
         least, largest = -(-(kept + answer - 2) // size), -(-(reserved + answer - 1) // size)
         assert least <= blocks <= largest, f"{blocks} blocks of {size} for {kept} of {prompt} tokens"

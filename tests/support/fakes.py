@@ -26,15 +26,23 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from metok_vllm.contract.fields import FRAME_TEXT_FIELD, PLAN_FIELD, QUESTION_FIELD
 from metok_vllm.contract.frame_text import FrameText, to_field
-from metok_vllm.contract.kv_spec import DeepAttentionSpec
+from metok_vllm.contract.kv_spec import AFTER_L1, AFTER_L2, RELEASED, TEXT, TEXT_AND_RETAINED, DeepAttentionSpec
 from metok_vllm.contract.video_plan import VideoPlan
 from metok_vllm.scheduler.scheduler import MetokScheduler
 
 BLOCK = 4
 SHAPE: dict[str, Any] = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
 FULL = FullAttentionSpec(**SHAPE)
-RETAINING = DeepAttentionSpec(**SHAPE, retains=True)
-TEXT_ONLY = DeepAttentionSpec(**SHAPE, retains=False)
+RETAINING = DeepAttentionSpec(**SHAPE, kind=TEXT_AND_RETAINED)
+TEXT_ONLY = DeepAttentionSpec(**SHAPE, kind=TEXT)
+WINDOWED = {
+    "full": FULL,
+    "released": DeepAttentionSpec(**SHAPE, kind=RELEASED),
+    "after L1": DeepAttentionSpec(**SHAPE, kind=AFTER_L1),
+    "after L2": DeepAttentionSpec(**SHAPE, kind=AFTER_L2),
+    "text": TEXT_ONLY,
+}
+"""The kinds of group of a server with `kv_layers`."""
 
 
 def plan(
@@ -61,7 +69,7 @@ def plan(
         smoothing_micro=0,
         retention_micro=retention,
         final_micro=final,
-        most_after_l1=most_after_l2,
+        most_after_l1=(most_after_l2 + tokens - text) // 2,
         most_after_l2=most_after_l2,
         aligner="embedding",
         report=False,
@@ -122,9 +130,9 @@ class Prompt:
         )
 
 
-def kv_cache_config(blocks: int) -> KVCacheConfig:
-    """The three kinds of group that a pruned model has, one layer each."""
-    specs = {"full": FULL, "retaining": RETAINING, "text": TEXT_ONLY}
+def kv_cache_config(blocks: int, windowed: bool = False) -> KVCacheConfig:
+    """The kinds of group that a pruned model has, one layer each: three, or those of `kv_layers`."""
+    specs = WINDOWED if windowed else {"full": FULL, "retaining": RETAINING, "text": TEXT_ONLY}
     return KVCacheConfig(blocks, [], [KVCacheGroupSpec([name], spec) for name, spec in specs.items()])
 
 
@@ -139,6 +147,7 @@ class Limits:
     deferred_tokens: int = 10_000  # max_deferred_bytes, in prompt tokens
     long_prefill: int = 0  # long_prefill_token_threshold
     policy: str = "fcfs"
+    windowed: bool = False  # kv_layers
 
 
 def make_scheduler(base: Any, limits: Limits, monkeypatch: Any) -> MetokScheduler:
@@ -156,7 +165,9 @@ def make_scheduler(base: Any, limits: Limits, monkeypatch: Any) -> MetokSchedule
     config.cache_config.enable_prefix_caching = True
     budget = SimpleNamespace(encoder_compute_budget=limits.encoder_tokens, encoder_cache_size=limits.encoder_tokens)
     monkeypatch.setattr("vllm.v1.core.sched.scheduler.MultiModalBudget", lambda *_: budget)
-    scheduler = MetokScheduler(config, kv_cache_config(limits.blocks), StructuredOutputManager(config), BLOCK)
+    scheduler = MetokScheduler(
+        config, kv_cache_config(limits.blocks, limits.windowed), StructuredOutputManager(config), BLOCK
+    )
     scheduler.deferral.limit = limits.deferred_tokens * scheduler.deferral.bytes_per_token
     return scheduler
 

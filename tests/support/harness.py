@@ -225,8 +225,11 @@ def engine(sample: Sample, server: dict[str, Any] | None = None, **llm_kwargs: A
     if "profile" in server:
         oracle_keys = read_profile(Path(server["profile"])).settings | oracle_keys
     if server.get("preset") == "balanced":
-        oracle_keys = {"decode_retention": 1.0, "quota": "video"} | oracle_keys
+        gives_way = {"decode_retention": 0.0} if "kv_layers" in oracle_keys else {}
+        oracle_keys = {"decode_retention": 1.0, "quota": "video"} | gives_way | oracle_keys
     oracle_keys.setdefault("strides", sample.strides)
+    if oracle_keys.get("kv_layers") is not None:
+        oracle_keys["kv_layers"] = tuple(oracle_keys["kv_layers"])
     with _started(sample, OracleSettings(**oracle_keys), **metok_vllm.enable(**server), **llm_kwargs) as running:
         yield running
 

@@ -214,13 +214,23 @@ class Prefill:
         self.hidden = self.hidden[index]
         self.alive = [self.alive[i] for i in index]
 
+    def spared(self, number: int) -> set[int]:
+        """Visual positions whose KV of layer `number` decoding may use, if they were alive there."""
+        assert self.limits is not None
+        window = self.settings.kv_layers
+        if window is not None:
+            return set(self.kv_positions[number]) if number in range(*window) else set()
+        if number < self.limits[0]:
+            return set(self.kv_positions[number])
+        return set(self.retained if number < self.limits[2] else self.passed)
+
     def release(self) -> None:
-        """3 and 4: forget the KV that decoding may not use."""
+        """3, 4 and 4.8: forget the KV that decoding may not use."""
         if self.limits is None:
             return
         visual = {p for video in self.videos for p in video.visual}
-        for number in range(self.limits[0], len(self.layers)):
-            spared = set(self.retained if number < self.limits[2] else self.passed)
+        for number in range(len(self.layers)):
+            spared = self.spared(number)
             held = self.kv_positions[number]
             index = [i for i, p in enumerate(held) if p not in visual or p in spared]
             self.kv_positions[number] = [held[i] for i in index]

@@ -26,6 +26,7 @@ class OracleSettings:
     score_rows: Literal["text", "question"] = "text"
     frame_smoothing: float = 0.0
     final_keep: float = 0.0
+    kv_layers: tuple[int, int] | None = None  # 4.8: the layers [a, b) that keep visual KV while decoding
     token_budget: int | None = None  # visual tokens of one video, separators included
     aligner: AlignerMode = "embedding"
     stages: Literal[1, 3] = 3  # 1: sections 2 and 3 do not happen

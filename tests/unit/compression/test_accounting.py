@@ -52,6 +52,20 @@ def test_a_request_by_hand() -> None:
     assert a.kv_bytes.saved_visual(a.kv_bytes_stock) == pytest.approx(1 - 50 / 400)
 
 
+@pytest.mark.parametrize(
+    ("window", "kept"),
+    [((0, 6), [40, 40, 20, 10, 10, 0]), ((1, 4), [0, 40, 20, 10, 0, 0]), ((3, 5), [0, 0, 0, 10, 10, 0])],
+)
+def test_a_window_keeps_what_is_alive_in_its_layers(window: tuple[int, int], kept: list[int]) -> None:
+    shape = ModelShape(layers=6, hidden=8, intermediate=20, heads=4, kv_heads=2, head_dim=2)
+    visual = VisualTokens(stock=100, encoded=40, after_l1=20, after_l2=10)
+    plain, a = (account(shape, (2, 3, 5), 6, visual, kv_element_bytes=2, window=w) for w in (None, window))
+    assert (a.kv_bytes.visual, a.kv_bytes.total) == (sum(kept) * 16, (sum(kept) + 36) * 16)
+    assert (a.prefill_flops, a.prefill_flops_stock) == (plain.prefill_flops, plain.prefill_flops_stock)
+    assert a.kv_bytes_stock == plain.kv_bytes_stock
+    assert plain.kv_bytes.visual == 2 * 40 * 16
+
+
 def test_what_passes_l3_is_computed_and_kept_from_there_up() -> None:
     shape = ModelShape(layers=6, hidden=8, intermediate=20, heads=4, kv_heads=2, head_dim=2)
     without, some = (VisualTokens(100, 40, 20, 10, retained=5, after_l3=passed) for passed in (0, 3))

@@ -89,7 +89,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_it_may_state_the_methods_settings_alone() -> None:
-    others = {"preset", "stages", "aligner_model", *SERVER_ONLY} - {"prune_layers"}
+    others = {"preset", "stages", "aligner_model", *SERVER_ONLY} - {"prune_layers", "kv_layers"}
     assert set(SETTABLE) == set(MetokSettings.model_fields) - others
 
 

@@ -29,6 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "strides": (2, 4, 8),
     "stages": 3,
     "prune_layers": None,
+    "kv_layers": None,
     "keep_ratio": 0.76,
     "decode_retention": 0.0,
     "quota": "event",
@@ -57,6 +58,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "strides": [[1, 1, 1], (2, 4, 8), [64, 64, 64], [1, 64, 64]],
     "stages": [1, 3],
     "prune_layers": [None, [1, 2, 3], (3, 10, 19), "cheap"],
+    "kv_layers": [None, [0, 1], (3, 19)],
     "keep_ratio": [0.000001, 0.5, 1, 1.0, 0.999999],
     "decode_retention": [0, 0.0, 0.123456, 1, 1.0],
     "quota": ["event", "video"],
@@ -107,6 +109,11 @@ REFUSED: dict[str, list[tuple[Any, str]]] = {
         *((value, THREE) for value in ([], [1, 2], [1, 2, 3, 4], "off", 3, {})),
         *(([1, 2, value], WHOLE) for value in (True, "3", 3.0)),
         *((value, "must rise and start at 1 or later") for value in ([0, 1, 2], [1, 1, 2], [3, 2, 1], [1, 2, 2])),
+    ],
+    "kv_layers": [
+        *((value, "it takes a list of two whole numbers") for value in ([], [1], [1, 2, 3], "off", 3, {})),
+        *(([1, value], WHOLE) for value in (True, "3", 3.0)),
+        *((value, "a first layer, from 0, and a higher one") for value in ([-1, 2], [2, 2], [3, 2])),
     ],
     "keep_ratio": [*NOT_A_SHARE, (0, "greater than 0"), (0.0, "greater than 0"), (-0.5, "greater than 0")],
     "decode_retention": [*NOT_A_SHARE, (-0.000001, "greater than or equal to 0")],
@@ -224,6 +231,31 @@ def test_settings_are_an_object(value: Any) -> None:
     if value != "off":
         with pytest.raises(ValueError, match=r"^METok \(mm_processor_kwargs\): 'metok' must be \"off\" or an object"):
             resolve_request(MetokSettings(), value)
+
+
+@pytest.mark.parametrize("name", ["decode_retention", "final_keep"])
+def test_kv_go_by_one_rule(name: str) -> None:
+    """A preset's own share gives way to the window; one that is stated beside it is refused, by whomever."""
+    sentence = (
+        f"'{name}' has no place beside kv_layers, which says in which layers decoding keeps visual tokens: "
+        "leave it out."
+    )
+    with pytest.raises(ValueError, match="no place") as error:
+        parse_settings({"kv_layers": [1, 3], name: 0.5})
+    assert str(error.value) == f"METok (additional_config): {sentence}"
+    with pytest.raises(ValueError, match="no place"):
+        parse_settings({"kv_layers": [1, 3], "preset": "balanced", name: 0.5})
+    server = parse_settings({"kv_layers": [1, 3], name: 0})
+    with pytest.raises(ValueError, match="no place") as error:
+        resolve_request(server, {name: 0.5})
+    assert str(error.value) == f"METok (mm_processor_kwargs): {sentence}"
+    assert resolve_request(server, {name: 0}) is not None
+    balanced = parse_settings({"kv_layers": [1, 3], "preset": "balanced"})
+    asked = resolve_request(server, {"preset": "balanced", "stages": 3})
+    for settings in (balanced, asked):
+        assert settings is not None
+        assert (settings.decode_retention, settings.final_keep, settings.quota) == (0, 0, "video")
+    assert resolve_request(server, {"stages": 1}) is not None, "nothing is pruned, so nothing is kept by a rule"
 
 
 def test_off() -> None:

@@ -85,6 +85,20 @@ def test_a_preset_decides_what_it_is_about(make_config: Make, model: Path, tmp_p
     assert (paper.settings.decode_retention, paper.settings.quota) == (0.0, "event")
 
 
+def test_where_kv_is_kept_goes_by_the_users_rule(make_config: Make, model: Path, tmp_path: Path) -> None:
+    path = profile_of(model, tmp_path / "p.json")
+    choices = start(make_config, model, profile=str(path), kv_layers=[0, 2])
+    assert (choices.window, choices.settings.decode_retention) == ((0, 2), 0)
+    assert choices.profile["overridden"] == ["decode_retention"]
+    without = {key: value for key, value in FOUND.items() if key != "decode_retention"}
+    path = profile_of(model, tmp_path / "q.json", kv_layers=[0, 2], **without)
+    assert start(make_config, model, profile=str(path)).window == (0, 2)
+    choices = start(make_config, model, profile=str(path), decode_retention=0.25)
+    assert (choices.window, choices.settings.decode_retention) == (None, 0.25)
+    choices = start(make_config, model, profile=str(path), preset="balanced")
+    assert (choices.window, choices.settings.decode_retention) == ((0, 2), 0)
+
+
 def refused(make_config: Make, model: Path, **settings: Any) -> str:
     with pytest.raises(ValueError, match="METok: ") as error:
         start(make_config, model, **settings)

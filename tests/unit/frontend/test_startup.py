@@ -387,6 +387,19 @@ def test_a_mixture_of_experts(make_config: Make, mixture: Path, arguments: dict[
             '"cheap".',
         ),
         (
+            {"kv_layers": [1, 5]},
+            "METok (additional_config): kv_layers must end at the model's 4 layers or before, not [1, 5].",
+        ),
+        (
+            {"kv_layers": [3, 4], "prune_layers": [1, 2, 3]},
+            "METok (additional_config): kv_layers must start below the last of prune_layers, 3, from where on no visual "
+            "token is left, not [3, 4].",
+        ),
+        (
+            {"kv_layers": [1, 2], "stages": 1},
+            "METok (additional_config): with stages 1 nothing is pruned inside the model, so 'kv_layers' has no effect: ",
+        ),
+        (
             {"aligner": "dual-tower"},
             "METok: aligner 'dual-tower' needs a SigLIP or CLIP checkpoint; set aligner_model, or ",
         ),
@@ -479,6 +492,16 @@ def test_blocks_are_outermost_unless_the_operator_chose_a_layout(
 def test_cheap_layers_at_start(make_config: Make) -> None:
     config = make_config(additional_config={"metok": {"prune_layers": "cheap"}})
     assert server_choices(config.model_config.hf_config).prune_layers == (1, 2, 3)
+
+
+def test_the_start_says_where_decoding_keeps_visual_tokens(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(startup.logger, "info", lambda line, *values: said.append(line % values))
+    config = make_config(additional_config={"metok": {"kv_layers": [1, 3], "prune_layers": [2, 3, 4]}})
+    assert server_choices(config.model_config.hf_config).window == (1, 3)
+    assert "METok: prunes before layers 2/3/4 of 4, keep_ratio 0.76, kv_layers 1 to 2, aligner embedding" in said
+    make_config()
+    assert any(", decode_retention 0.0, aligner embedding" in line for line in said)
 
 
 def test_enable_gives_the_same_configuration(make_config: Make) -> None:

@@ -27,10 +27,18 @@ requests = st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(0, 60),
 """(shift of kind 0, shift of kind 1, tokens computed behind the shift, query length) of one batch row."""
 
 
-def groups(rows: int, width: int, device: torch.device) -> DeepGroups:
+WINDOW_KINDS = (4, 0, 2, 3, 2, 4)
+"""The kinds that `kv_layers` makes, the released one first; two of them have two groups."""
+
+WINDOW_SIZES = (96, 16, 32, 5, 32, 16)
+
+
+def groups(
+    rows: int, width: int, device: torch.device, kinds: tuple[int, ...] = KINDS, sizes: tuple[int, ...] = SIZES
+) -> DeepGroups:
     gen = torch.Generator().manual_seed(rows)
-    tables = [torch.randperm(rows * width, generator=gen).view(rows, width).int().to(device) for _ in SIZES]
-    return DeepGroups(tables, SIZES, KINDS, SLOT_ROWS)
+    tables = [torch.randperm(rows * width, generator=gen).view(rows, width).int().to(device) for _ in sizes]
+    return DeepGroups(tables, sizes, kinds, SLOT_ROWS if kinds == KINDS else None)
 
 
 def step(
@@ -72,6 +80,45 @@ def assert_same(known: DeepGroups, *arguments: torch.Tensor) -> tuple[torch.Tens
 def test_matches_reference(rows: list[tuple[int, int, int, int]], index: torch.dtype, device: torch.device) -> None:
     order = list(reversed(range(len(rows))))
     assert_same(groups(len(rows) + 2, 12, device), *step(rows, order, device, index))
+
+
+@few_examples
+@given(
+    shifts=st.lists(st.lists(st.integers(0, 40), min_size=5, max_size=5), min_size=1, max_size=4),
+    lengths=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 30)), min_size=4, max_size=4),
+)
+def test_as_many_kinds_as_there_are(
+    shifts: list[list[int]], lengths: list[tuple[int, int]], device: torch.device
+) -> None:
+    """Five rows of shifts, of which four have groups: each its own, and the fifth is left alone."""
+    batch = len(shifts)
+    known = groups(batch, 40, device, WINDOW_KINDS, WINDOW_SIZES)
+    shift = torch.tensor(shifts, dtype=torch.int32, device=device).T.contiguous()
+    state_row = torch.arange(batch, device=device)
+    lengths = lengths[:batch]
+    total = ints(*(40 + before + length for before, length in lengths), device=device)
+    query_start = cumulative((length for _, length in lengths), device)
+    found = []
+    for operation in (deep_slots, reference):
+        seq_lens = torch.full((5, batch), -77, dtype=torch.int32, device=device)
+        slots = torch.full((len(WINDOW_KINDS), int(query_start[-1]) + 3), -77, dtype=torch.int64, device=device)
+        operation(known, shift, state_row, total, query_start, seq_lens, slots)
+        found.append((seq_lens, slots))
+    (seq_lens, slots), expected = found
+    assert torch.equal(seq_lens, expected[0])
+    assert torch.equal(slots, expected[1])
+    own = total - shift
+    assert seq_lens.tolist() == [own[kind].tolist() if kind != 1 else [-77] * batch for kind in range(5)]
+    tokens = torch.stack([
+        ints(*(row for row, (_, length) in enumerate(lengths) for _ in range(length)), device=device),
+        ints(*range(int(query_start[-1])), device=device),
+        ints(*[0] * int(query_start[-1]), device=device),
+    ]) if int(query_start[-1]) else None  # fmt: skip
+    if tokens is not None:
+        positions = torch.cat([torch.arange(40 + before, 40 + before + length) for before, length in lengths])
+        by_row = (shift, state_row, positions.to(device), tokens)
+        assert torch.equal(slots_at(known, *by_row), reference_slots_at(known, *by_row))
+        assert torch.equal(slots_at(known, *by_row), slots[:, :-3])
 
 
 def test_each_group_and_kind_has_its_own_row_and_no_other_is_touched(device: torch.device) -> None:

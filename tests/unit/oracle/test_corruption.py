@@ -297,6 +297,18 @@ def test_a_dial_read_wrongly_is_caught(sample: Callable[..., Sample], dialled: O
         assert_same(dialled, observed(wrong), ATOL)
 
 
+WINDOW = OracleSettings(kv_layers=(1, 6), prune_layers=(3, 5, 7))
+
+
+@pytest.mark.parametrize("wrong", [None, (0, 6), (2, 6), (1, 5), (1, 7), (3, 6), (1, 3)])
+def test_a_window_read_wrongly_is_caught(sample: Callable[..., Sample], wrong: tuple[int, int] | None):
+    tiny = sample(seed=1)
+    honest = answer(tiny, WINDOW)
+    assert_same(honest, observed(answer(tiny, WINDOW)), 1e-6)
+    with pytest.raises(AssertionError, match="step"):
+        assert_same(honest, observed(answer(tiny, replace(WINDOW, kv_layers=wrong))), ATOL)
+
+
 @pytest.fixture(scope="module")
 def honest(sample: Callable[..., Sample]) -> OracleResult:
     return answer(sample(seed=1))

@@ -115,6 +115,24 @@ def test_what_passes_l3_is_seen_there_and_kept(sample: Callable[..., Sample], sh
     assert_same(result, OracleResult(result.prompt_ids, result.tokens, logprobs), 1e-4)
 
 
+@pytest.mark.parametrize("window", [(0, 8), (1, 4), (3, 5), (2, 8)])
+def test_a_window_is_what_decoding_sees(sample: Callable[..., Sample], window):
+    """Below L1 all, behind it its survivors, behind L2 those of L2, and from L3 up none."""
+    tiny = sample(**SHAPES[0])
+    request = mixed_media(tiny)
+    settings = OracleSettings(kv_layers=window, prune_layers=(3, 4, 7))
+    result = answer(tiny, request, settings)
+    logprobs, _ = masked_forward(tiny, input_rows(tiny, request, settings), result)
+    assert_same(result, OracleResult(result.prompt_ids, result.tokens, logprobs), 1e-4)
+    visual = {p for video in result.videos for p in range(*video.span)}
+    first = [p for video in result.videos for p in video.after_l1]
+    second = [p for video in result.videos for p in video.after_l2]
+    alive = [visual] * 3 + [first] + [second] * 3 + [[]]
+    for number, held in enumerate(result.kv_positions):
+        assert sorted(visual & set(held)) == (sorted(alive[number]) if number in range(*window) else [])
+        assert set(range(len(result.prompt_ids))) - visual <= set(held), "all text is there"
+
+
 @pytest.mark.parametrize("retention", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("make", [one_video, mixed_media])

@@ -15,6 +15,7 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
@@ -22,11 +23,12 @@ from metok_vllm.contract.kv_spec import DeepAttentionSpec
 from metok_vllm.contract.spans import pruned_spans
 from metok_vllm.scheduler.kv_manager import DeepKVManager, register_kv_cache_spec
 from metok_vllm.scheduler.slot_counts import SlotCounts
-from tests.support.fakes import BLOCK, FULL, RETAINING, TEXT_ONLY, Prompt, free_and_held, plan
+from tests.support.fakes import BLOCK, FULL, RETAINING, TEXT_ONLY, WINDOWED, Prompt, free_and_held, plan
 from tests.unit.scheduler.test_slot_counts import prompts
 
 SPECS = (FULL, RETAINING, TEXT_ONLY)
 EQUAL = (BLOCK, BLOCK, BLOCK)
+WINDOW_SPECS = tuple(WINDOWED.values())
 
 
 class Groups:
@@ -34,12 +36,20 @@ class Groups:
     called in the order in which vLLM's `KVCacheManager` calls them.
     """
 
-    def __init__(self, blocks: int, hash_block_size: int = BLOCK, sizes: Sequence[int] = EQUAL) -> None:
+    def __init__(
+        self,
+        blocks: int,
+        hash_block_size: int = BLOCK,
+        sizes: Sequence[int] = EQUAL,
+        specs: Sequence[KVCacheSpec] = SPECS,
+    ) -> None:
         self.pool = BlockPool(blocks, True, hash_block_size)
         self.sizes = sizes
         self.counts: dict[str, SlotCounts] = {}
+        self.computed: dict[str, int] = {}
+        self.released: set[str] = set()
         self.managers: list[SingleTypeKVCacheManager] = []
-        for i, (spec, size) in enumerate(zip(SPECS, sizes, strict=True)):
+        for i, (spec, size) in enumerate(zip(specs, sizes, strict=True)):
             manager_class = DeepKVManager if isinstance(spec, DeepAttentionSpec) else FullAttentionManager
             manager = manager_class(replace(spec, block_size=size), self.pool, True, i, math.lcm(*sizes))
             if isinstance(manager, DeepKVManager):
@@ -52,7 +62,11 @@ class Groups:
             self.counts[request.request_id] = SlotCounts(request.num_prompt_tokens, spans)
 
     def allocate(self, request: Request, tokens: int) -> bool:
-        """Room for the first `tokens` tokens, or False where the pool has too few blocks."""
+        """Room for the first `tokens` tokens, or False where the pool has too few blocks.
+
+        As the scheduler does it before each step, released groups first give back what they can.
+        """
+        self.release()
         name, computed = request.request_id, request.num_computed_tokens
         needed = [m.get_num_blocks_to_allocate(name, tokens, (), computed, computed, tokens) for m in self.managers]
         if sum(needed) > self.pool.get_num_free_blocks():
@@ -61,13 +75,22 @@ class Groups:
             assert len(manager.allocate_new_blocks(name, tokens, tokens)) == expected
         for manager in self.managers:
             manager.cache_blocks(request, min(tokens, request.num_tokens), replay_boundaries=())
-        request.num_computed_tokens = tokens
+        request.num_computed_tokens = self.computed[name] = tokens
         return True
+
+    def release(self) -> None:
+        for name, counts in self.counts.items():
+            if self.computed.get(name) == counts.prompt_len:
+                for manager in self.managers:
+                    if isinstance(manager, DeepKVManager) and manager.releases:
+                        manager.release(name)
+                self.released.add(name)
 
     def free(self, request: Request) -> None:
         for manager in self.managers:
             manager.free(request.request_id)
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = self.computed[request.request_id] = 0
+        self.released.discard(request.request_id)
 
     def blocks(self, request: Request) -> list[int]:
         return [len(manager.req_to_blocks.get(request.request_id, ())) for manager in self.managers]
@@ -78,9 +101,12 @@ class Groups:
 
     def expected(self, request: Request) -> list[int]:
         counts, tokens = self.counts.get(request.request_id), request.num_computed_tokens
-        slots = [tokens, tokens, tokens]
-        if counts is not None:
-            slots = [tokens, counts.slots(tokens, True), counts.slots(tokens, False)]
+        slots = [tokens for _ in self.managers]
+        for i, manager in enumerate(self.managers):
+            if counts is not None and isinstance(manager, DeepKVManager):
+                slots[i] = counts.slots(tokens, manager.kind)
+                if manager.releases and tokens == counts.prompt_len and request.request_id in self.released:
+                    slots[i] = counts.text_tokens
         return [-(-count // size) for count, size in zip(slots, self.sizes, strict=True)]
 
     def check_integrity(self, alive: Sequence[Request]) -> None:
@@ -93,7 +119,7 @@ class Groups:
             if counts is None:
                 continue
             complete = request.num_computed_tokens >= counts.prompt_len
-            for group in (1, 2):
+            for group in range(1, len(self.managers)):
                 publishable = counts.spans[0].start // self.sizes[group] if complete else 0
                 shown = self.published(group, request)
                 assert shown == [i < publishable for i in range(len(shown))]
@@ -104,10 +130,11 @@ class BlockTables(RuleBasedStateMachine):
 
     requests = Bundle("requests")
     sizes: Sequence[int] = EQUAL
+    specs: Sequence[KVCacheSpec] = SPECS
 
     def __init__(self) -> None:
         super().__init__()
-        self.groups = Groups(60, sizes=self.sizes)
+        self.groups = Groups(60, sizes=self.sizes, specs=self.specs)
         self.alive: list[Request] = []
         self.count = 0
 
@@ -155,6 +182,26 @@ class BlockTablesByKind(BlockTables):
     sizes = (6 * BLOCK, BLOCK, 2 * BLOCK)
 
 
+class BlockTablesOfAWindow(BlockTables):
+    """With `kv_layers`: what a released group gives back others get, and it keeps what text needs."""
+
+    sizes = (BLOCK, BLOCK, BLOCK, BLOCK, BLOCK)
+    specs = WINDOW_SPECS
+
+    @rule()
+    def release(self) -> None:
+        """A step that none of them is in: it changes nothing to be asked again."""
+        self.groups.release()
+
+
+class BlockTablesOfAWindowByKind(BlockTablesOfAWindow):
+    sizes = (2 * BLOCK, 6 * BLOCK, BLOCK, 3 * BLOCK, BLOCK)
+
+
+TestBlockTablesOfAWindow = BlockTablesOfAWindow.TestCase
+TestBlockTablesOfAWindow.settings = settings(max_examples=40, stateful_step_count=30)
+TestBlockTablesOfAWindowByKind = BlockTablesOfAWindowByKind.TestCase
+TestBlockTablesOfAWindowByKind.settings = settings(max_examples=40, stateful_step_count=30)
 TestBlockTables = BlockTables.TestCase
 TestBlockTables.settings = settings(max_examples=40, stateful_step_count=30)
 TestBlockTablesByKind = BlockTablesByKind.TestCase
@@ -175,6 +222,64 @@ def test_by_hand() -> None:
     for group in (1, 2):
         assert groups.published(group, request)[:4] == [True, True, False, False]
     assert sum(groups.published(0, request)) == 46 // BLOCK
+
+
+def test_a_window_by_hand() -> None:
+    """10 text, 30 visual, 6 text; at most 19 survive L1 and 8 L2. The released group gives back 8 blocks."""
+    groups = Groups(100, sizes=(BLOCK,) * 5, specs=WINDOW_SPECS)
+    request = Prompt((10, 6), (plan(30, 8),)).request("r")
+    groups.add(request)
+    seen = []
+    for tokens in (10, 45, 46):
+        assert groups.allocate(request, tokens)
+        seen.append(groups.blocks(request))
+    assert seen == [[3, 3, 3, 3, 3], [12, 12, 4, 4, 4], [12, 12, 9, 6, 4]]
+    assert groups.published(1, request) == [True, True] + [False] * 10
+    kept = list(groups.managers[1].req_to_blocks["r"])
+    free = groups.pool.get_num_free_blocks()
+    for _ in range(2):
+        groups.release()
+        assert groups.blocks(request) == [12, 4, 9, 6, 4]
+        assert groups.managers[1].req_to_blocks["r"] == kept[:4]
+        assert groups.pool.get_num_free_blocks() == free + 8
+    request.append_output_token_ids(7)
+    assert groups.allocate(request, 47)
+    assert groups.blocks(request) == [12, 5, 9, 7, 5]
+    groups.free(request)
+    assert groups.pool.get_num_free_blocks() == 99
+
+
+def test_a_shared_block_outlives_its_release() -> None:
+    """Text before the video that somebody else holds too; what the prompt gives back are its own blocks."""
+    groups = Groups(100, sizes=(BLOCK,) * 5, specs=WINDOW_SPECS)
+    request = Prompt((10, 1), (plan(30, 8),)).request("r")
+    groups.add(request)
+    groups.allocate(request, 41)
+    manager = groups.managers[1]
+    shared = manager.req_to_blocks["r"][:2]
+    groups.pool.touch(shared)
+    groups.release()
+    assert len(manager.req_to_blocks["r"]) == 3
+    assert [block.ref_cnt for block in shared] == [2, 2]
+    groups.free(request)
+    assert [block.ref_cnt for block in shared] == [1, 1]
+    assert all(block.block_hash is not None for block in shared)
+
+
+def test_a_resumed_request_must_find_room_for_its_whole_prompt() -> None:
+    """Asked about all its tokens, a released group says what the prompt takes before it is complete."""
+    groups = Groups(100, sizes=(BLOCK,) * 5, specs=WINDOW_SPECS)
+    request = Prompt((10, 6), (plan(30, 8),)).request("r")
+    groups.add(request)
+
+    def needed(tokens: int, computed: int) -> int:
+        ask = groups.managers[1].get_num_blocks_to_allocate
+        return ask("r", tokens, (), computed, computed, tokens, apply_admission_cap=True)
+
+    assert needed(50, 0) == 12, "46 tokens of its prompt, not 20 of text"
+    assert groups.allocate(request, 46)
+    groups.release()
+    assert needed(50, 46) == 1
 
 
 def test_nothing_is_published_before_the_deep_layers_ran() -> None:

@@ -108,7 +108,14 @@ class Run:
             for manager in self.managers:
                 slots = tokens
                 if request.request_id in self.counts and isinstance(manager, DeepKVManager):
-                    slots = self.counts[request.request_id].slots(tokens, manager.retains)
+                    slots = self.counts[request.request_id].slots(tokens, manager.kind)
+                    if manager.releases and tokens > self.counts[request.request_id].prompt_len:
+                        self.seen["released"] += 1
+                    elif manager.releases and tokens == self.counts[request.request_id].prompt_len:
+                        # Until the next step is scheduled, which the request need not be in.
+                        held = len(manager.req_to_blocks[request.request_id])
+                        released = -(-self.counts[request.request_id].text_tokens // BLOCK)
+                        slots = slots if held != released else held * BLOCK
                 assert len(manager.req_to_blocks[request.request_id]) == -(-slots // BLOCK)
         deferred = self.scheduler.deferral.held
         assert sum(deferred.values()) <= self.scheduler.deferral.limit
@@ -182,6 +189,35 @@ def test_a_resumed_request_stops_at_the_end_of_its_prompt(run: Any) -> None:
     preempted.step()
     assert request.num_computed_tokens == 35
     preempted.finish()
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_released_blocks_are_free_when_the_next_step_is_scheduled(run: Any, in_flight: int) -> None:
+    """4 text, 20 visual, 6 text: the group gives back 8 - 3 blocks, and gets one for the tokens behind them.
+    With two steps in flight the one that completes the prompt has not run yet.
+    """
+    alone = run(Limits(step_tokens=16, windowed=True), in_flight)
+    name = alone.add(Prompt((4, 6), (plan(20, 8),), answer=6))
+    (released,) = (m for m in alone.managers if isinstance(m, DeepKVManager) and m.releases)
+    held = []
+    for _ in range(6):
+        alone.step()
+        held.append(len(released.req_to_blocks[name]))
+    assert held == [4, 8, 3, 3, 4, 4]
+    alone.finish()
+
+
+def test_a_released_prompt_is_preempted_and_completes_again(run: Any) -> None:
+    for steps in (2, 3, 6):  # complete but not released, released, and further on
+        preempted = run(Limits(step_tokens=16, windowed=True))
+        name = preempted.add(Prompt((4, 6), (plan(20, 8),), answer=9))
+        for _ in range(steps):
+            preempted.step()
+        preempt(preempted, name)
+        pool = preempted.scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+        preempted.finish()
+        assert preempted.seen["released"] > 2
 
 
 # --- that nothing ever waits for ever ---
@@ -307,10 +343,11 @@ def workloads(draw: st.DrawFn) -> tuple[Limits, list[Prompt]]:
     deferred = max([length for length in pruned if length > whole], default=0) + draw(st.sampled_from([0, 0, 10, 999]))
     # vLLM refuses to start where one request of the longest length does not fit.
     longest = max(-(-(p.length + p.answer) // BLOCK) for p in asked)
-    blocks = 3 * longest + 1 + draw(st.sampled_from([0, 0, 5, 20, 200]))
+    windowed = draw(st.booleans())
+    blocks = (5 if windowed else 3) * longest + 1 + draw(st.sampled_from([0, 0, 5, 20, 200]))
     largest = max((v.tokens for p in asked for v in p.videos), default=0)
     limits = Limits(step_tokens, requests, blocks, max(step_tokens, largest), deferred, long_prefill)
-    return replace(limits, policy=draw(st.sampled_from(["fcfs", "priority"]))), asked
+    return replace(limits, policy=draw(st.sampled_from(["fcfs", "priority"])), windowed=windowed), asked
 
 
 @given(

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from metok_vllm.compression.retention import retained_count
 from metok_vllm.contract.fields import FRAME_TEXT_FIELD
-from metok_vllm.contract.spans import UnusableItem, VideoSpan, final_bound, pruned_spans, retained_bound
+from metok_vllm.contract.kv_spec import AFTER_L1, AFTER_L2, RELEASED, SHIFTED_KINDS, TEXT, TEXT_AND_RETAINED, GroupKind
+from metok_vllm.contract.spans import (
+    UnusableItem,
+    VideoSpan,
+    final_bound,
+    pruned_spans,
+    retained_bound,
+    survivors_bound,
+)
 from metok_vllm.scheduler.slot_counts import SlotCounts
 from tests.support.fakes import Prompt, feature, item, plan
 
@@ -67,21 +75,53 @@ def test_slots_are_counted_token_by_token(prompt: Prompt, seed: int) -> None:
     for length in range(prompt.length + 6):
         text = sum(owns[:length])
         complete = length >= prompt.length
-        found = counts.slots(length, retains=False) - (final if complete else 0)
+        found = counts.slots(length, TEXT) - (final if complete else 0)
         assert found >= text
         assert found == text or length in cut
-        assert counts.slots(length, retains=True) == found + (retained if complete else 0)
+        assert counts.slots(length, TEXT_AND_RETAINED) == found + (retained if complete else 0)
 
 
-@given(prompts(), st.booleans())
-def test_slots_never_shrink(prompt: Prompt, retains: bool) -> None:
+@given(prompts(), st.integers(0, 99))
+def test_a_released_group_is_stocks_until_the_prompt_is_complete(prompt: Prompt, seed: int) -> None:
+    """And from the first generated token on holds text alone; never fewer slots than tokens that own one."""
+    counts, owns = counts_of(prompt), owners(prompt, 6, seed)
+    assert counts.text_tokens == sum(owns[: prompt.length])
+    for length in range(prompt.length + 7):
+        expected = length if length <= prompt.length else sum(owns[:length])
+        assert counts.slots(length, RELEASED) == expected
+    # What is left when the blocks of visual tokens are given back is what the next token comes behind.
+    assert counts.slots(prompt.length + 1, RELEASED) == counts.text_tokens + 1
+
+
+@given(prompts(), st.integers(0, 200))
+def test_the_most_slots_on_the_way(prompt: Prompt, length: int) -> None:
+    """What a request that is resumed with tokens of its own must find room for."""
     counts = counts_of(prompt)
-    slots = [counts.slots(length, retains) for length in range(prompt.length + 4)]
+    for kind in SHIFTED_KINDS:
+        assert counts.most_slots(length, kind) == max(counts.slots(n, kind) for n in range(length + 1))
+
+
+@given(prompts())
+def test_a_window_keeps_all_that_may_survive(prompt: Prompt) -> None:
+    counts = counts_of(prompt)
+    first, second = (survivors_bound(counts.spans, layer) for layer in (1, 2))
+    assert second == sum(video.most_after_l2 for video in prompt.videos) <= first
+    for length in range(prompt.length + 4):
+        text = counts.slots(length, TEXT) - (final_bound(counts.spans) if length >= prompt.length else 0)
+        complete = length >= prompt.length
+        assert counts.slots(length, AFTER_L1) == text + (first if complete else 0)
+        assert counts.slots(length, AFTER_L2) == text + (second if complete else 0)
+
+
+@given(prompts(), st.sampled_from([TEXT, TEXT_AND_RETAINED]))
+def test_slots_never_shrink(prompt: Prompt, kind: GroupKind) -> None:
+    counts = counts_of(prompt)
+    slots = [counts.slots(length, kind) for length in range(prompt.length + 4)]
     assert slots[0] == 0
     assert slots == sorted(slots)
     # The kept ones come all at once, with the last token of the prompt.
     jumps = [after - before for before, after in itertools.pairwise(slots)]
-    assert jumps[prompt.length - 1] == 1 + (retained_bound if retains else final_bound)(counts.spans)
+    assert jumps[prompt.length - 1] == 1 + (retained_bound if kind == TEXT_AND_RETAINED else final_bound)(counts.spans)
     assert set(jumps[: prompt.length - 1]) <= {0, 1}
     assert set(jumps[prompt.length :]) == {1}
 
@@ -92,17 +132,17 @@ def test_by_hand() -> None:
     counts = counts_of(prompt)
     assert counts.spans == (VideoSpan(3, 10, prompt.videos[0]), VideoSpan(15, 4, prompt.videos[1]))
     assert [span.end for span in counts.spans] == [13, 19]
-    assert [counts.slots(n, False) for n in (0, 3, 4, 13, 14, 15, 18, 19, 20, 24, 30)] == [
+    assert [counts.slots(n, TEXT) for n in (0, 3, 4, 13, 14, 15, 18, 19, 20, 24, 30)] == [
         *(0, 3, 3, 3, 4, 5, 5, 5, 6, 10, 16)
     ]
-    assert [counts.slots(n, True) for n in (13, 23, 24, 30)] == [3, 9, 14, 20]
+    assert [counts.slots(n, TEXT_AND_RETAINED) for n in (13, 23, 24, 30)] == [3, 9, 14, 20]
 
 
 def test_final_keep_by_hand() -> None:
     """A quarter of at most 7 survivors passes L3: 2. Layers L1 .. L3-1 keep half of them: 4."""
     counts = counts_of(Prompt((3, 2, 5), (plan(10, 6, 500_000, final=250_000), plan(4, 1, 500_000, final=250_000))))
-    assert [counts.slots(n, False) for n in (0, 13, 23, 24, 30)] == [0, 3, 9, 12, 18]
-    assert [counts.slots(n, True) for n in (13, 23, 24, 30)] == [3, 9, 14, 20]
+    assert [counts.slots(n, TEXT) for n in (0, 13, 23, 24, 30)] == [0, 3, 9, 12, 18]
+    assert [counts.slots(n, TEXT_AND_RETAINED) for n in (13, 23, 24, 30)] == [3, 9, 14, 20]
 
 
 @given(st.integers(0, 400), st.integers(0, 400), st.integers(0, 1_000_000))
@@ -117,8 +157,8 @@ def test_text_inside_a_video_by_hand() -> None:
     prompt = Prompt((3, 2), (plan(10, 6, 500_000, text=4),))
     counts = counts_of(prompt)
     assert counts.visual_tokens == 6
-    assert [counts.slots(n, False) for n in (0, 3, 5, 7, 9, 13, 14, 15, 20)] == [0, 3, 5, 7, 7, 7, 8, 9, 14]
-    assert [counts.slots(n, True) for n in (13, 14, 15, 20)] == [7, 8, 12, 17]
+    assert [counts.slots(n, TEXT) for n in (0, 3, 5, 7, 9, 13, 14, 15, 20)] == [0, 3, 5, 7, 7, 7, 8, 9, 14]
+    assert [counts.slots(n, TEXT_AND_RETAINED) for n in (13, 14, 15, 20)] == [7, 8, 12, 17]
 
 
 @pytest.mark.parametrize("field", [None, [1, 0, 0, 0, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0, 0, 0, 5, 99]])

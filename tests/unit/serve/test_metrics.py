@@ -28,7 +28,7 @@ from metok_vllm.contract.counters import (
     Histogram,
     summed,
 )
-from metok_vllm.contract.kv_spec import GROUP_KINDS
+from metok_vllm.contract.kv_spec import PLAIN_KINDS
 from metok_vllm.media.children.outcomes import publish
 from metok_vllm.scheduler.chunking import DeferralBudget
 from metok_vllm.scheduler.counters import SchedulerCounters
@@ -110,7 +110,7 @@ def test_prompts_are_counted_once_by_kind() -> None:
     assert snapshot["prompt_tokens"] == {"pruned": 100, "other": 10}
     assert snapshot["cache_hit_tokens"] == {"pruned": 0, "other": 8}
     assert snapshot["deferral"] == {"requests": 2, "reserved": 11, "limit": 20}
-    assert snapshot["blocks"] == dict.fromkeys(GROUP_KINDS, 0)
+    assert snapshot["blocks"] == dict.fromkeys(PLAIN_KINDS, 0)
 
 
 # --- refused requests ---
@@ -266,7 +266,7 @@ def test_every_figure_reaches_prometheus() -> None:
     assert seen["metok_deferral_buffer_bytes", ""] == 7
     assert seen["metok_deferral_reserved_bytes", ""] == 14
     assert seen["metok_deferral_limit_bytes", ""] == 100
-    assert {k[1] for k in seen if k[0] == "metok_kv_blocks"} == set(GROUP_KINDS)
+    assert {k[1] for k in seen if k[0] == "metok_kv_blocks"} == set(PLAIN_KINDS)
     assert seen["metok_refused_requests_total", "prompt_logprobs"] == before["prompt_logprobs"] + 4
     assert seen["metok_refused_requests_total", "setting"] == before["setting"]
     assert 0 <= seen["metok_figures_age_seconds", ""] < 60

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from metok_vllm.contract.budgets import deferral_limit
+from metok_vllm.contract.budgets import bytes_per_token, deferral_limit, released_layers
 from metok_vllm.contract.server_choices import ServerChoices, attach_choices
 from metok_vllm.contract.settings import MetokSettings
 from metok_vllm.worker import encoded_state, model_state
@@ -20,13 +20,13 @@ from tests.support.fakes import kv_cache_config
 Make = Callable[..., Any]
 
 
-def qwen2_7b(batched: int, ranks: int = 1, most_bytes: int | None = None) -> Any:
+def qwen2_7b(batched: int, ranks: int = 1, most_bytes: int | None = None, window: tuple[int, int] | None = None) -> Any:
     """As much of vLLM's configuration for LLaVA-OneVision-7B as matters here; 32,768 tokens in bfloat16."""
     text = SimpleNamespace(
         hidden_size=3584, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944, num_hidden_layers=28
     )
     whole = SimpleNamespace(text_config=text)
-    settings = MetokSettings(max_deferred_bytes=most_bytes)
+    settings = MetokSettings(max_deferred_bytes=most_bytes, kv_layers=window)
     attach_choices(whole, ServerChoices(settings, (3, 10, 19), "none", None, batched, batched))
     model = SimpleNamespace(
         hf_config=whole, hf_text_config=text, dtype=torch.bfloat16, max_model_len=32768, get_head_size=lambda: 128
@@ -87,6 +87,28 @@ def test_settings_lower_it(make_config: Make) -> None:
     whole = of(max_model_len=4096)
     assert of(max_model_len=1024).total < whole.total / 3
     assert of(max_model_len=4096, additional_config={"metok": {"max_deferred_bytes": 10**6}}).total < whole.total / 2
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_window_keeps_text_of_released_layers_and_waits_for_nothing(ranks: int) -> None:
+    """Two of three layers below L1 keep a deferred prompt's text: keys and values, 2048 bytes a token."""
+    plain, windowed = qwen2_7b(2048, ranks), qwen2_7b(2048, ranks, window=(2, 24))
+    assert released_layers(plain.model_config) == 0
+    assert released_layers(windowed.model_config) == 2
+    more = bytes_per_token(windowed.model_config) - bytes_per_token(plain.model_config)
+    assert more == 2 * 2048
+    assert Widths.of(windowed).deferred == Widths.of(plain).deferred + more // ranks
+    assert deferral_limit(windowed.model_config) == 2 * 32768 * bytes_per_token(windowed.model_config)
+    found, width = PruningMemory.of(windowed), Widths.of(windowed)
+    rows, batch = 32768 + 2048, 2048 * (2 * width.hidden + width.query + width.kv)
+    assert found.joining == 2 * 32768 * width.deferred + 32768 * max(width.hidden, width.query) + batch
+    assert (
+        found.mlp == 32768 * width.deferred + rows * (4 * width.hidden + width.query + width.kv) + 2048 * width.hidden
+    )
+    # Within the window there is nothing to keep for later.
+    whole = qwen2_7b(2048, ranks, window=(0, 28))
+    assert Widths.of(whole) == Widths.of(plain)
+    assert PruningMemory.of(whole).total < PruningMemory.of(plain).total
 
 
 @pytest.mark.parametrize("ranks", [1, 4])

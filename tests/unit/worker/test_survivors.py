@@ -146,6 +146,26 @@ def test_a_prompt_through_its_three_pruning_layers(
     assert kept is None or survivors.positions[kept].tolist() == passed
 
 
+@pytest.mark.parametrize("inside", INSIDE.values(), ids=INSIDE)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_window_keeps_all_that_are_alive(seed: int, inside: Any) -> None:
+    """Behind L1 its survivors own slots, behind L2 those of L2, behind L3 none."""
+    asked = request(0, inside)
+    visual = [p for s, t in zip(asked.spans, asked.tags, strict=True) for p in places(s, t)]
+    scores = random_scores(visual, seed)
+    chunk = PromptChunk(asked, 0, 0, asked.prompt_len, 0)
+    (survivors,) = survivors_of_l1([chunk], [[of_span(scores, span, visual) for span in asked.spans]], True)
+    alive = [p for s, t in zip(asked.spans, asked.tags, strict=True) for p in chosen(visual, scores, s, t, 1)]
+    assert survivors.kept_rows is not None
+    assert survivors.positions[survivors.kept_rows].tolist() == alive
+    prune_l2([survivors], [[of_span(scores, span, alive) for span in asked.spans]])
+    alive = [p for s, t in zip(asked.spans, asked.tags, strict=True) for p in chosen(alive, scores, s, t, 2)]
+    assert survivors.positions[survivors.kept_rows].tolist() == alive
+    assert survivors.retained_rows_at_l1 is None, "nothing has waited"
+    prune_l3([survivors])
+    assert survivors.kept_rows is None
+
+
 def of_span(scores: dict[int, float], span: VideoSpan, alive: list[int]) -> torch.Tensor:
     return torch.tensor([scores[p] for p in alive if span.start <= p < span.end and p in scores])
 
