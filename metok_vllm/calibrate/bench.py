@@ -11,7 +11,7 @@ from metok_vllm.calibrate.engines import Engines
 from metok_vllm.calibrate.jobs import Asked, Counts, Facts, Job, Told, Variant
 from metok_vllm.calibrate.measure import NEEDS_VIDEO
 from metok_vllm.calibrate.search import Seen
-from metok_vllm.calibrate.settings import Setting, kv_tokens, tokens
+from metok_vllm.calibrate.settings import Setting, kv_groups, kv_tokens, tokens
 from metok_vllm.compression.accounting import ModelShape, VisualTokens, account
 from metok_vllm.contract.kv_layout import chosen_layers
 
@@ -108,11 +108,11 @@ class Bench:
         return replace(balanced, quota="event", decode_retention=0.0), balanced
 
     def evaluate(self, settings: Sequence[Setting]) -> list[Seen]:
-        """The search's questions under settings of one choice of layers."""
+        """The search's questions under settings of one engine."""
         return self._under(settings, self.search)
 
     def on_held_out(self, settings: Sequence[Setting]) -> list[Seen]:
-        """The held-out questions under settings of one choice of layers."""
+        """The held-out questions under settings of one engine."""
         return self._under(settings, self.held_out)
 
     def fewer_frames(self, frames: int) -> Seen:
@@ -126,7 +126,7 @@ class Bench:
         return self._off(told, visual)
 
     def _under(self, settings: Sequence[Setting], asked: Sequence[Asked]) -> list[Seen]:
-        server = {**SERVER, "prune_layers": list(settings[0].layers)}
+        server = {**SERVER, **settings[0].server()}
         variants = [Variant(name=one.words(), metok=one.request()) for one in settings]
         result = self.engines.run(self._job(asked, server, variants))
         return [self._pruned(one, result.told[one.words()]) for one in settings]
@@ -160,6 +160,7 @@ class Bench:
             kv=statistics.fmean(kv_tokens(setting, one, layers) for one in counts),
             flops=_share(counts, "flops"),
             kv_share=_share(counts, "kv_bytes"),
+            groups=kv_groups(setting, layers),
         )
 
     def _off(self, told: Sequence[Told], visual: Sequence[int]) -> Seen:

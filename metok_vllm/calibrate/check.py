@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from itertools import groupby
 
 from metok_vllm.calibrate.search import Evaluate, Search, Seen
 from metok_vllm.calibrate.settings import Setting
@@ -26,19 +25,15 @@ def first_that_passes(tried: Search, on_held_out: Evaluate, target: float) -> tu
     order = tried.ranked() or sorted(tried.seen, key=lambda s: (-tried.seen[s].agreement, tried.seen[s].worst))[:1]
     checked: dict[Setting, Seen] = {}
     for _ in range(CANDIDATES):
-        both = _with_all_kv(order[0], order)
-        checked.update(zip(both, on_held_out(both), strict=True))
-        for one in both:
-            if checked[one].passes(target):
-                return one, checked[one]
+        both = [order[0], *(one for one in order[1:] if one == order[0].with_all_kv())]
+        for _, engine in groupby(both, key=Setting.server):
+            here = list(engine)
+            checked.update(zip(here, on_held_out(here), strict=True))
+            for one in here:
+                if checked[one].passes(target):
+                    return one, checked[one]
         least = GENTLER * tried.seen[both[-1]].tokens
         order = [one for one in order if one not in checked and tried.seen[one].tokens >= least]
         if not order:
             break
     return max(checked.items(), key=lambda pair: (pair[1].agreement, -pair[1].worst))
-
-
-def _with_all_kv(setting: Setting, order: Sequence[Setting]) -> list[Setting]:
-    """A setting, and the same with more KV if the search saw that: one engine's work."""
-    whole = replace(setting, decode_retention=1.0)
-    return [setting, *([whole] if whole in order and whole != setting else [])]

@@ -8,8 +8,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from metok_vllm.calibrate.settings import Setting, Strides, with_strides
+from metok_vllm.compression.selection import KVLayers
 from metok_vllm.contract.forced import KL_LIMIT
 from metok_vllm.contract.kv_layout import divides_evenly
 
@@ -21,6 +23,9 @@ MOST_FORWARDS = 30
 
 SHARES = (0.5, 0.25, 0.12)
 """Of the visual tokens, what a cut leaves."""
+
+SCORINGS: tuple[dict[str, Any], ...] = ({"frame_smoothing": 1.0}, {"score_rows": "question"})
+"""Other ways to score than the default, each by itself."""
 
 CLEARLY = 0.8
 """A scoring must do so much less harm than the default to be taken."""
@@ -40,6 +45,7 @@ class Seen:
     kv: float  # visual tokens with KV while decoding, the same mean
     flops: float = 0.0  # of prefill, as a share of stock's
     kv_share: float = 0.0  # KV bytes, text included, as a share of stock's
+    groups: int = 0  # KV cache groups of the engine
 
     @property
     def worst(self) -> float:
@@ -57,7 +63,7 @@ class Seen:
 
 
 Evaluate = Callable[[Sequence[Setting]], list[Seen]]
-"""Settings of one and the same `layers`, in one engine start."""
+"""Settings alike in `Setting.server`, in one engine start."""
 
 
 @dataclass
@@ -115,7 +121,7 @@ class Search:
         fresh = [one for one in dict.fromkeys(settings) if one not in self.seen][: max(0, self.most - self.spent)]
         if not fresh:
             return
-        assert len({one.layers for one in fresh}) == 1, "one engine has one choice of layers"
+        assert len({(one.layers, one.window) for one in fresh}) == 1, "one engine has one choice of layers"
         self.seen.update(zip(fresh, self.evaluate(fresh), strict=True))
         self.spent += len(fresh)
 
@@ -125,13 +131,15 @@ class Search:
         return seen is not None and seen.passes(self.target)
 
     def ranked(self) -> list[Setting]:
-        """Those that pass, best first: fewest tokens, and among the close ones least KV."""
+        """Those that pass, best first: fewest tokens, of close ones least KV, of these fewest KV cache groups."""
         left = [one for one in self.seen if self.good(one) and one.layers[2] >= self.least_last]
         order: list[Setting] = []
         while left:
             fewest = min(self.seen[one].tokens for one in left)
             close = [one for one in left if self.seen[one].tokens <= CLOSE * fewest]
-            best = min(close, key=lambda one: (self.seen[one].kv, self.seen[one].tokens))
+            least = min(self.seen[one].kv for one in close)
+            lean = [one for one in close if self.seen[one].kv <= CLOSE * least]
+            best = min(lean, key=lambda one: (self.seen[one].groups, self.seen[one].kv, self.seen[one].tokens))
             order.append(best)
             left.remove(best)
         return order
@@ -149,24 +157,30 @@ def search(run: Search, last: int, layers: int, first: int, strides: Strides) ->
     """
     base = _strides(run, last, strides)
     if last - 2 >= first:
-        scoring, earliest = _cuts(run, base, first, last)
+        scoring, earliest = _cuts(run, base, first, last, near_enough(layers))
         _pairs(run, base, scoring, earliest, strides)
     _less_kv(run, layers)
+
+
+def near_enough(layers: int) -> int:
+    """So many layers short of the best a bisection may stop, in a model of `layers`: what is left to gain is
+    less than what the requests gain elsewhere.
+    """
+    return max(1, layers // 12)
 
 
 def _strides(run: Search, last: int, strides: Strides) -> Setting:
     """The cheapest stage 1 that passes, with nothing cut before `last`."""
     fine, middle, _ = strides
     plain = Setting((last - 2, last - 1, last), strides)
-    choices = [
-        plain,
-        replace(plain, key_events=3),
-        with_strides(plain, (middle,) * 3),
-        with_strides(plain, (fine,) * 3),
-    ]
+    choices = [plain, replace(plain, key_events=3), with_strides(plain, (middle,) * 3)]
     run.try_all(choices)
     passing = [one for one in choices if run.good(one)]
-    return min(passing, key=lambda one: run.seen[one].tokens) if passing else choices[-1]
+    if passing:
+        return min(passing, key=lambda one: run.seen[one].tokens)
+    finest = with_strides(plain, (fine,) * 3)
+    run.try_all([finest])
+    return finest
 
 
 def cut_at(base: Setting, layer: int, share: float) -> Setting:
@@ -174,52 +188,49 @@ def cut_at(base: Setting, layer: int, share: float) -> Setting:
     return replace(base, layers=(layer, layer + 1, base.layers[2]), keep_ratio=round(share**0.5, 3))
 
 
-def _cuts(run: Search, base: Setting, first: int, last: int) -> tuple[Setting, dict[float, int]]:
+def _cuts(run: Search, base: Setting, first: int, last: int, near: int) -> tuple[Setting, dict[float, int]]:
     """Who scores best, and for every share the earliest layer at which a cut to it passes.
 
     A cut that passes is taken to pass at every later layer, and to a larger share.
     """
-    scoring = base
+    scoring: Setting | None = None
     bad = dict.fromkeys(SHARES, first - 1)
     good = dict.fromkeys(SHARES, last - 1)  # no L2 is left before `last` there: never
     while True:
-        open_shares = [share for share in (0.25, 0.5, 0.12) if good[share] - bad[share] > 1]
+        open_shares = [share for share in (0.25, 0.5, 0.12) if good[share] - bad[share] > near]
         if not open_shares or run.spent >= run.most - _KEPT_BACK:
             break
         layer = (bad[open_shares[0]] + good[open_shares[0]]) // 2
         here = [share for share in open_shares if bad[share] < layer < good[share]]
-        tried = [cut_at(scoring, layer, share) for share in here]
-        scorings: list[Setting] = []
-        if scoring is base:
-            scorings = [
-                replace(base, score_rows=rows, frame_smoothing=weight)
-                for rows in ("text", "question")
-                for weight in (0.0, 1.0)
-            ]
-            tried += [cut_at(one, layer, here[0]) for one in scorings]
+        tried = [cut_at(scoring or base, layer, share) for share in here]
+        if scoring is None:
+            tried += [cut_at(replace(base, **dial), layer, here[0]) for dial in SCORINGS]
         run.try_all(tried)
-        if scorings:
-            scoring = _best_scoring(run, scorings, layer, here[0])
+        if scoring is None:
+            scoring = _best_scoring(run, base, layer, here[0])
         for share in here:
             cut = cut_at(scoring, layer, share)
-            if cut not in run.seen:  # tried in the first engine under another scoring alone: not known yet
+            if cut not in run.seen:  # the first engine had it under another scoring: not known yet
                 continue
             for other in SHARES:
                 if run.good(cut) and other >= share:
                     good[other] = min(good[other], layer)
                 if not run.good(cut) and other <= share:
                     bad[other] = min(max(bad[other], layer), good[other] - 1)
-    return scoring, {share: layer for share, layer in good.items() if layer < last - 1}
+    return scoring or base, {share: layer for share, layer in good.items() if layer < last - 1}
 
 
-def _best_scoring(run: Search, scorings: Sequence[Setting], layer: int, share: float) -> Setting:
-    """The one that does least harm; the first, which is the default, unless another does clearly less."""
-    harm = {one: _mean_harm(run, cut_at(one, layer, share)) for one in scorings}
-    best = min(scorings, key=lambda one: harm[one])
-    return best if harm[best] < CLEARLY * harm[scorings[0]] else scorings[0]
+def _best_scoring(run: Search, base: Setting, layer: int, share: float) -> Setting:
+    """`base` with every dial of `SCORINGS` that does clearly less harm by itself."""
+    harm = _mean_harm(run, cut_at(base, layer, share))
+    best = base
+    for dial in SCORINGS:
+        if _mean_harm(run, cut_at(replace(base, **dial), layer, share)) < CLEARLY * harm:
+            best = replace(best, **dial)
+    return best
 
 
-_KEPT_BACK = 7  # forwards for pairs of cuts and for KV
+_KEPT_BACK = 8  # forwards for pairs of cuts and for KV
 
 
 def _mean_harm(run: Search, setting: Setting) -> float:
@@ -242,20 +253,57 @@ def _pairs(run: Search, base: Setting, scoring: Setting, earliest: dict[float, i
         coarser = [with_strides(pair, (strides[1],) * 3)] if base.strides[0] != strides[1] else []
         if pair.events > 1:
             coarser.append(replace(pair, key_events=3))
-        room = max(0, run.most - run.spent - 4)
+        room = max(0, run.most - run.spent - _FOR_KV)
         run.try_all([pair, milder, *coarser][: min(4, room)])
 
 
+_FOR_KV = 6  # of `_KEPT_BACK`
+
+
 def _less_kv(run: Search, layers: int) -> None:
-    """Of the best three less KV while decoding; of the best, a layout near it whose blocks come out even."""
-    order = run.ranked()[:3]
-    for chosen in dict.fromkeys(one.layers for one in order):
-        here = [one for one in order if one.layers == chosen]
-        run.try_all([replace(one, decode_retention=share) for one in here for share in (0.0, 0.25)])
-    even = even_layout(order[0].layers, layers) if order else None
-    if even is not None:
-        near = replace(order[0], layers=even)
-        run.try_all([near, replace(near, decode_retention=0.0)])
+    """Of the best less KV while decoding: a quarter of what is retained; a window of layers; without one a
+    layout near it whose blocks come out even.
+    """
+    for best in run.ranked()[:1]:
+        run.try_all([replace(best, decode_retention=0.25)])
+        even = None if _window(run, best, near_enough(layers)) else even_layout(best.layers, layers)
+        if even is not None:
+            near = replace(best, layers=even)
+            run.try_all([near, replace(near, decode_retention=0.25)])
+
+
+def _window(run: Search, setting: Setting, near: int) -> bool:
+    """Which layers decoding reads visual tokens in: the latest first one that passes, then the earliest end.
+
+    Every try is a setting that may be taken. A window that passes is taken to pass when it is wider.
+
+    Returns:
+        Whether there is one that is narrower than all layers up to L3.
+    """
+    last = setting.layers[2]  # nothing visual is left from there on
+    first = _bisect(run, setting, (0, last), near, lambda start: (start, last))
+    end = _bisect(run, setting, (last, first), near, lambda end: (first, end))
+    return (first, end) != (0, last)
+
+
+def _bisect(
+    run: Search, setting: Setting, between: tuple[int, int], near: int, window: Callable[[int], KVLayers]
+) -> int:
+    """Of two layers, at the first of which the window passes: the one nearest to the second at which it does,
+    as far as the allowance goes.
+    """
+    good, bad = between
+    while abs(good - bad) > near:
+        middle = (good + bad) // 2
+        tried = replace(setting, decode_retention=0.0, window=window(middle))
+        run.try_all([tried])
+        if tried not in run.seen:
+            break
+        if run.good(tried):
+            good = middle
+        else:
+            bad = middle
+    return good
 
 
 def even_layout(chosen: tuple[int, int, int], layers: int) -> tuple[int, int, int] | None:

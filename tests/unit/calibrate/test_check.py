@@ -80,6 +80,20 @@ def test_less_kv_and_all_of_it_are_one_engines_work() -> None:
     assert asked == [[less, PLAIN]]
 
 
+def test_a_window_and_all_of_the_kv_are_two_engines() -> None:
+    window = replace(PLAIN, decode_retention=0.0, window=(2, 5))
+    tried = Search(lambda asked: [], 0.99)
+    tried.seen.update({window: seen(70, kv=20), PLAIN: seen(70, kv=70)})
+    asked: list[list[Setting]] = []
+
+    def on_held_out(some: Sequence[Setting]) -> list[Seen]:
+        asked.append(list(some))
+        return [seen(70, 0.3 if one.window else 0.0) for one in some]
+
+    assert first_that_passes(tried, on_held_out, 0.99)[0] == PLAIN
+    assert asked == [[window], [PLAIN]]
+
+
 def test_where_nothing_passed_the_search_its_best_is_checked() -> None:
     tried = Search(lambda asked: [], 0.99)
     other = replace(PLAIN, keep_ratio=0.5)

@@ -39,6 +39,7 @@ class MadeUp:
     hurt_by_smoothing: bool = False
     coarsest: int = 8  # stride that still shows enough
     needs_retention: bool = False
+    decodes: tuple[int, int] = (0, 99)  # decoding reads what is visual in these layers alone
     noise: float = 0.0
     engines: list[tuple[int, int, int]] = field(default_factory=list)
     asked: int = 0
@@ -61,6 +62,9 @@ class MadeUp:
         if setting.keep_ratio < 1 and self.needs_smoothing != (setting.frame_smoothing > 0):
             harm += 0.5 * (self.needs_smoothing or self.hurt_by_smoothing)
         harm += 0.7 * (min(setting.strides) > self.coarsest)
+        if setting.window:
+            start, end = self.decodes
+            return harm + 0.6 * (setting.window[0] > start or setting.window[1] < min(end, setting.layers[2]))
         return harm + 0.6 * (self.needs_retention and setting.decode_retention < 0.2)
 
     def evaluate(self, tried: Sequence[Setting]) -> list[Seen]:
@@ -74,6 +78,8 @@ class MadeUp:
             stage1 = 256.0 / (sum(setting.strides) / 3)
             tokens = stage1 * sum(self.left_at(setting, layer) for layer in range(self.layers)) / self.layers
             kv = stage1 * (l1 + setting.decode_retention * setting.keep_ratio**2 * (l3 - l1)) / self.layers
+            if setting.window:
+                kv = stage1 * sum(self.left_at(setting, layer) for layer in range(*setting.window)) / self.layers
             kl = [self.harm(setting) * self.dice.uniform(0.8, 1.2) + self.noise * self.dice.random() for _ in range(8)]
             found.append(Seen(tuple(kl), tuple(kl), tuple(one <= KL_LIMIT for one in kl), tokens, kv))
         return found
@@ -159,7 +165,7 @@ def test_what_is_ranked_first_does_no_harm_and_saves(
     run, horizon = calibrated(model)
     assert horizon == max(3, reads)
     assert run.spent == model.asked <= MOST_FORWARDS - BEFORE
-    assert len(model.engines) <= 16
+    assert len(model.engines) <= 20
     order = run.ranked()
     assert order, "nothing visual from the horizon on is always a setting"
     best = order[0]
@@ -194,7 +200,6 @@ def test_two_cuts_save_more_than_one_where_the_model_allows_it() -> None:
 
 
 def test_retention_goes_where_answers_do_not_need_it() -> None:
-    assert calibrated(MadeUp(12, 6))[0].ranked()[0].decode_retention == 0
     assert calibrated(MadeUp(12, 6, needs_retention=True))[0].ranked()[0].decode_retention == 0.25
 
 
@@ -218,6 +223,42 @@ def test_a_setting_passes_by_agreement_and_by_its_worst_answer() -> None:
     assert far.passes(0.9)
     assert not replace(far, agrees=(True, False, *good.agrees[2:])).passes(0.9), "two answers, not one of each"
     assert not replace(good, agrees=(), harm=()).passes(0.0), "nothing was asked"
+
+
+@pytest.mark.parametrize(("layers", "reads", "decodes"), [(12, 6, (2, 5)), (12, 6, (3, 6)), (30, 24, (5, 23))])
+def test_the_layers_that_decoding_reads_are_found(layers: int, reads: int, decodes: tuple[int, int]) -> None:
+    """Those and no others, unless the allowance ends before, which it may in a deep model."""
+    run, _ = calibrated(MadeUp(layers, reads, decodes=decodes))
+    best = run.ranked()[0]
+    assert best.window is not None
+    start, end = best.window
+    assert start <= decodes[0]
+    assert end >= min(decodes[1], best.layers[2])
+    if layers == 12:
+        assert best.window == (decodes[0], min(decodes[1], best.layers[2]))
+    whole = best.with_all_kv()
+    assert run.seen[best].kv < run.seen[whole].kv
+    assert run.seen[best].tokens == run.seen[whole].tokens
+    assert run.spent <= MOST_FORWARDS - BEFORE
+
+
+def test_where_decoding_reads_all_layers_there_is_no_window() -> None:
+    run, _ = calibrated(MadeUp(12, 6, needs_retention=True))
+    assert run.ranked()[0].window is None
+    assert any(one.window for one in run.seen)
+
+
+def test_among_settings_of_about_the_same_kv_the_one_with_fewer_groups() -> None:
+    plain = Setting((4, 5, 6), STRIDES)
+    few, many, lean = (replace(plain, window=(start, 6), decode_retention=0.0) for start in (1, 2, 3))
+    run = Search(lambda tried: [], 0.99)
+    told = Seen((0.0,), (0.0,), (True,), 100, 40)
+    run.seen = {
+        many: replace(told, kv=40, groups=5),
+        few: replace(told, kv=41, groups=3),
+        lean: replace(told, kv=20, groups=5),
+    }
+    assert run.ranked() == [lean, few, many]
 
 
 def test_nothing_is_tried_twice_and_the_allowance_holds() -> None:
