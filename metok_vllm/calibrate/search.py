@@ -131,7 +131,7 @@ class Search:
         return seen is not None and seen.passes(self.target)
 
     def ranked(self) -> list[Setting]:
-        """Those that pass, best first: fewest tokens, of close ones least KV, of these fewest KV cache groups."""
+        """Those that pass, best first: by fewest tokens, then by least KV, then by fewest KV cache groups."""
         left = [one for one in self.seen if self.good(one) and one.layers[2] >= self.least_last]
         order: list[Setting] = []
         while left:
