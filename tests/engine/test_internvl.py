@@ -126,7 +126,9 @@ def kind_of_border(expected: OracleResult, border: int) -> str:
 def test_preempted_requests_continue_with_the_same_survivors(running: Engine) -> None:
     settings = [{"decode_retention": 1}, {"decode_retention": 0.5}, "off", {"decode_retention": 1}, None]
     settings += ["off", {"decode_retention": 1}]
-    check_preempted(running, [Case((film(20 - i, 30 + i),), metok=metok, max_tokens=40) for i, metok in enumerate(settings)])
+    check_preempted(
+        running, [Case((film(20 - i, 30 + i),), metok=metok, max_tokens=40) for i, metok in enumerate(settings)]
+    )
 
 
 def test_what_the_prefix_cache_has(running: Engine) -> None:
