@@ -2,17 +2,23 @@
 
 A GPU's memory is free only when the process that took it has ended. A finished job's result stays in the work
 folder under a name made of all that it depends on, so an interrupted calibration goes on where it was.
+
+To import vLLM takes longer than to start a small engine. So while one process works the next one imports it,
+and then waits for its job.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -33,10 +39,24 @@ class Engines:
         """`told` hears of every request done, by how many there are more."""
         self.folder, self._told = folder, told
         self.started = self.read_again = 0
+        self._next: _Worker | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CalibrateError(f"Cannot write {folder}: {error.strerror or error}.") from None
+
+    def close(self) -> None:
+        """End the process that waits for a job."""
+        waiting, self._next = self._next, None
+        if waiting is not None:
+            _end(waiting.process)
+            waiting.log.unlink(missing_ok=True)
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def run(self, job: Job) -> Result:
         """A job's result, from the folder where it is there.
@@ -68,17 +88,15 @@ class Engines:
         log = self._log(file)
         stated.write_text(job.model_dump_json())
         progress.write_text("0")
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", worker.__name__, str(stated), str(file), str(progress)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=environment(),
-                start_new_session=True,  # Ctrl-C reaches this process alone, which then ends that one
-            )
-        done = 0
+        ready = self._next or _Worker.started(self.folder)
+        self._next = None
+        process, done = ready.process, 0
         try:
+            ready.log.replace(log)
+            with contextlib.suppress(BrokenPipeError):  # it has ended already, and its log says why
+                ready.give(stated, file, progress)
+            if self.started > 1:  # so there will be more
+                self._next = _Worker.started(self.folder)
             while process.poll() is None:
                 time.sleep(POLL)
                 done = self._tell(progress, done)
@@ -95,6 +113,35 @@ class Engines:
         now = int(text) if text.isdigit() else before
         self._told(max(0, now - before))
         return max(now, before)
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """A process that waits for a job, and what it prints."""
+
+    process: subprocess.Popen[str]
+    log: Path
+
+    @classmethod
+    def started(cls, folder: Path) -> _Worker:
+        descriptor, log = tempfile.mkstemp(prefix="waiting-", suffix=".log", dir=folder)
+        with open(descriptor, "wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", worker.__name__],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                text=True,
+                env=environment(),
+                start_new_session=True,  # Ctrl-C reaches this process alone, which then ends that one
+            )
+        return cls(process, Path(log))
+
+    def give(self, *files: Path) -> None:
+        """Tell it the files of its job: `worker.main` says which."""
+        assert self.process.stdin is not None
+        with self.process.stdin as told:
+            json.dump([str(file) for file in files], told)
 
 
 def environment() -> dict[str, str]:
@@ -118,7 +165,7 @@ def _read(file: Path) -> Result | None:
         return None
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[str]) -> None:
     """End the process and whatever it started."""
     if process.poll() is None:
         process.terminate()

@@ -80,10 +80,11 @@ def _session(options: Options, console: Console, held_out: bool, forwards: int) 
         )
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} requests"))
     times = (TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
-    with Progress(*columns, *times, console=console) as progress:
+    with Progress(*columns, *times, console=console) as progress, contextlib.ExitStack() as stack:
         task = progress.add_task("Stock answers", total=None)
         model = Model(options.model, mark.model_dump_json(), _plugin(), options.engine, options.answer_tokens)
-        bench = Bench(model, Engines(options.work, lambda done: progress.advance(task, done)))
+        engines = stack.enter_context(Engines(options.work, lambda done: progress.advance(task, done)))
+        bench = Bench(model, engines)
         first = bench.first_job(questions.search, questions.held_out).requests
         later = min(options.samples, len(questions.search)) * forwards
         later += min(options.samples, len(questions.held_out)) * 4

@@ -1,12 +1,15 @@
 """One engine start: ask a job's questions and write down what was answered.
 
-    python -m metok_vllm.calibrate.worker job.json result.json progress
+    echo '["job.json", "result.json", "progress"]' | python -m metok_vllm.calibrate.worker
 
-It runs in a process of its own, so that a GPU's memory is free again when it ends.
+It runs in a process of its own, so that a GPU's memory is free again when it ends. vLLM is imported before
+the job is read, which takes no memory of a GPU.
 """
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 import sys
 import time
@@ -158,11 +161,18 @@ def _batches(indices: Sequence[int]) -> Iterator[list[int]]:
         yield list(indices[start : start + BATCH])
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Read the job, do it, write the result; the result is there whole or not at all."""
-    job_file, result_file, progress_file = map(Path, arguments)
+def main() -> int:
+    """Read the job, do it, write the result; the result is there whole or not at all. No job: end."""
     os.environ.setdefault("VLLM_MEDIA_CONNECTOR", "metok")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    import vllm
+
+    vllm.LLM  # noqa: B018  # its module is imported when it is asked for
+    gc.freeze()  # vLLM collects garbage several times while it starts, and would look through all of that
+    stated = sys.stdin.read()
+    if not stated:
+        return 0
+    job_file, result_file, progress_file = map(Path, json.loads(stated))
     job = Job.model_validate_json(job_file.read_bytes())
 
     def told(done: int) -> None:
@@ -176,4 +186,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main())

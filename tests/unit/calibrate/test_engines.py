@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,19 @@ from metok_vllm.calibrate.jobs import Asked, Job, StockAnswer, Variant
 ANSWER = StockAnswer(tokens=[5], steps=[{5: -0.1, 6: -2.5}], text="yes")
 
 PROGRAM = """
-import sys
+import json, sys
 from pathlib import Path
+stated = sys.stdin.read()
+if not stated:
+    sys.exit()
+job_file, result_file, progress_file = map(Path, json.loads(stated))
 from metok_vllm.calibrate.jobs import Facts, Job, Result, StockAnswer
-job = Job.model_validate_json(Path(sys.argv[1]).read_bytes())
-Path(sys.argv[3]).write_text("2")
+job = Job.model_validate_json(job_file.read_bytes())
+progress_file.write_text("2")
 %s
 facts = Facts(layers=4, strides=(2, 4, 8), first_layer=1, shape={}, frame_group=1, element_bytes=4, vllm="0")
 stock = [StockAnswer(tokens=[5], steps=[{5: -0.1}])]
-Path(sys.argv[2]).write_text(Result(facts=facts, stock=stock, told={}, seconds=1).model_dump_json())
+result_file.write_text(Result(facts=facts, stock=stock, told={}, seconds=1).model_dump_json())
 """
 
 
@@ -48,6 +53,20 @@ def a_job(**changed: Any) -> Job:
     return Job(**{**stated, **changed})
 
 
+@pytest.fixture(autouse=True)
+def closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a test opens is closed behind it."""
+    with contextlib.ExitStack() as stack:
+        make = Engines.__init__
+
+        def init(self: Engines, *given: Any) -> None:
+            make(self, *given)
+            stack.callback(self.close)
+
+        monkeypatch.setattr(Engines, "__init__", init)
+        yield
+
+
 @pytest.fixture
 def run_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Let another program be the worker."""
@@ -58,8 +77,8 @@ def run_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], N
         program.write_text(PROGRAM % body)
 
         def popen(command: list[str], **kwargs: Any) -> Any:
-            assert command[:3] == [sys.executable, "-m", "metok_vllm.calibrate.worker"]
-            return real([sys.executable, str(program), *command[3:]], **kwargs)
+            assert command == [sys.executable, "-m", "metok_vllm.calibrate.worker"]
+            return real([sys.executable, str(program)], **kwargs)
 
         monkeypatch.setattr(engines.subprocess, "Popen", popen)
 
@@ -93,6 +112,27 @@ def test_a_result_is_read_again_and_the_progress_adds_up(tmp_path: Path, run_by:
 )
 def test_other_work_is_not_taken_for_it(changed: dict[str, Any]) -> None:
     assert a_job(**changed).name() != a_job().name() == a_job().name()
+
+
+def test_the_next_process_waits_for_its_job_and_ends_without_one(tmp_path: Path, run_by: Callable[..., None]) -> None:
+    run_by()
+    started: list[subprocess.Popen[str]] = []
+    popen = engines.subprocess.Popen
+
+    def count(*given: Any, **named: Any) -> Any:
+        started.append(popen(*given, **named))
+        return started[-1]
+
+    with pytest.MonkeyPatch.context() as patch, Engines(tmp_path, lambda done: None) as bench:
+        patch.setattr(engines.subprocess, "Popen", count)
+        for tokens, processes in ((1, 1), (2, 3), (3, 4), (4, 5)):
+            bench.run(a_job(answer_tokens=tokens))
+            assert len(started) == processes, "from the second job on one is there before it is needed"
+        assert [one.poll() for one in started] == [0, 0, 0, 0, None]
+        assert len(list(tmp_path.glob("waiting-*.log"))) == 1
+    assert started[-1].poll() is not None
+    assert not list(tmp_path.glob("waiting-*.log"))
+    assert len(list(tmp_path.glob("*.log"))) == 4
 
 
 def test_half_a_result_is_made_again(tmp_path: Path, run_by: Callable[..., None]) -> None:
