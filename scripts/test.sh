@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole suite, in two processes side by side that take about as long: the tests that run vLLM's engine in their own
-# process with the benchmarks', and all others.
+# process, and all others.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 logs=$(mktemp -d)
@@ -12,9 +12,9 @@ if [ "$(nproc)" -ge 2 ]; then
     first=(env VLLM_CPU_OMP_THREADS_BIND=0)
     second=(env VLLM_CPU_OMP_THREADS_BIND=1)
 fi
-"${second[@]}" .venv/bin/python -m pytest -q tests --ignore=tests/engine --ignore=tests/benchmarks >"$logs/other" 2>&1 &
+"${second[@]}" .venv/bin/python -m pytest -q tests --ignore=tests/engine >"$logs/other" 2>&1 &
 other=$!
-"${first[@]}" .venv/bin/python -m pytest -q tests/engine tests/benchmarks 2>&1
+"${first[@]}" .venv/bin/python -m pytest -q tests/engine 2>&1
 engine=$?
 wait "$other"
 others=$?

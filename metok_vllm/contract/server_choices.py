@@ -29,8 +29,13 @@ class ServerChoices:
 
     @property
     def window(self) -> KVLayers | None:
-        """The setting `kv_layers`, which the start has checked against the model."""
-        return self.settings.kv_layers
+        """The setting `kv_layers`, which the start has checked against the model; it ends at L3 or before, from
+        where on nothing visual is left.
+        """
+        stated, layers = self.settings.kv_layers, self.prune_layers
+        if stated is None or layers is None:
+            return None
+        return stated[0], min(stated[1], layers[2])
 
 
 def attach_choices(hf_config: Any, choices: ServerChoices) -> None:

@@ -76,7 +76,8 @@ def _ruled(stated: Mapping[str, Any]) -> set[str]:
     ruled = {*stated, *(BALANCED if "preset" in stated else ())}
     if stated.get("kv_layers") is not None:
         return {*ruled, *BESIDE_NO_WINDOW}
-    return {*ruled, *(("kv_layers",) if any(stated.get(name) for name in BESIDE_NO_WINDOW) else ())}
+    other_rule = "preset" in stated or any(stated.get(name) for name in BESIDE_NO_WINDOW)
+    return {*ruled, *(("kv_layers",) if other_rule else ())}
 
 
 def _refuse_another(path: Path, profile: Profile, model: str, revision: str | None) -> None:

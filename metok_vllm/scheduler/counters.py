@@ -69,10 +69,11 @@ class SchedulerCounters:
             requests: all that clients have queued or running.
             paused: whether the operator has paused the engine, or put it to sleep.
         """
-        blocks: dict[str, int] = dict.fromkeys(PLAIN_KINDS, 0)
-        for manager in managers:
-            kind = group_kind(manager.kv_cache_spec)
-            blocks[kind] = blocks.get(kind, 0) + sum(len(ids) for ids in manager.req_to_blocks.values())
+        kinds = [group_kind(manager.kv_cache_spec) for manager in managers]
+        shown = PLAIN_KINDS if set(kinds) <= set(PLAIN_KINDS) else kinds
+        blocks: dict[str, int] = dict.fromkeys(shown, 0)
+        for kind, manager in zip(kinds, managers, strict=True):
+            blocks[kind] += sum(len(ids) for ids in manager.req_to_blocks.values())
         return {
             "refused": dict(self.refused),
             "prompt_tokens": dict(self.prompt_tokens),

@@ -18,6 +18,7 @@ import torch
 from metok_vllm.compression.pooling import PoolStyle
 from metok_vllm.compression.ratios import MICRO
 from metok_vllm.compression.tiers import TierQuota
+from metok_vllm.contract.kv_spec import EVERY_TOKEN
 from metok_vllm.log import metok_logger
 from metok_vllm.worker import ops
 
@@ -42,14 +43,14 @@ class ModelShapes:
     style: PoolStyle
     extra_channels: int = 0  # of the vision features, behind as many as the hidden state has
     axes: int = 1  # of rotary positions
-    deep_layers: tuple[Any, ...] = ()  # attention layers from L1 up, their KV caches bound
+    deep_layers: tuple[Any, ...] = ()  # attention layers whose KV METok writes, their caches bound
 
     @classmethod
     def of(cls, model: Any) -> ModelShapes:
         """Of a `MetokModel` that is loaded, and whose KV cache is allocated."""
         stack = model.decoder_stack
         attention = stack.attention(stack.scoring_layers[0])
-        deep = range(stack.prune_layers[0], len(stack.layers))
+        layers = [stack.attention(index) for index in range(len(stack.layers))]
         return cls(
             hidden=stack.decoder.norm.weight.shape[0],
             heads=attention.num_heads,
@@ -59,7 +60,7 @@ class ModelShapes:
             style=model.pool_style,
             extra_channels=model.extra_channels,
             axes=model.rotary_axes,
-            deep_layers=tuple(stack.attention(index) for index in deep),
+            deep_layers=tuple(layer for layer in layers if layer.metok.kind != EVERY_TOKEN),
         )
 
     @classmethod

@@ -56,7 +56,7 @@ def film(frames: int, seed: int = 0, height: int = 84, width: int = 84) -> Any:
     return np.ascontiguousarray(whole[:, :height, :width])
 
 
-def cases(max_tokens: int = 8) -> list[Case]:
+def cases(max_tokens: int = 24) -> list[Case]:
     """Requests that differ in everything a request can differ in."""
     asked: list[dict[str, Any]] = [
         {"videos": (film(20),)},
@@ -74,8 +74,7 @@ def cases(max_tokens: int = 8) -> list[Case]:
         {"videos": (film(6, 3), film(5, 4)), "question": "When?", "metok": "off"},
         {"videos": (film(16, 5),), "images": (picture(6, 64, 64),), "metok": {"stages": 1}},
     ]
-    # The first and the one with METok off as long as any test's.
-    return [Case(**{"max_tokens": 24 if i in (0, 7) else max_tokens, **one}) for i, one in enumerate(asked)]
+    return [Case(**{"max_tokens": max_tokens, **one}) for one in asked]
 
 
 def text_inside(running: Engine, case: Case) -> int:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from metok_vllm.contract.kv_spec import AFTER_L1, AFTER_L2, EVERY_TOKEN, RELEASED, TEXT, group_kind
+from metok_vllm.contract.server_choices import server_choices
 from metok_vllm.contract.spans import survivors_bound
 from metok_vllm.worker import ops
+from metok_vllm.worker.warm_up import ModelShapes
 from tests.engine.test_host_reads import ON_THE_HOST, THE_READ
 from tests.engine.test_kernels_in_the_engine import count_launches
 from tests.engine.test_labelled_frames import cases as labelled_cases
@@ -331,6 +333,16 @@ def test_forced_kernels_equal_the_oracle(sample: Sample, monkeypatch: pytest.Mon
         launches.clear()
         check(running, asked, running.run(asked))
     assert launches["deep_slots"] > 10
+
+
+def test_every_layer_that_metok_writes_is_warmed_up(sample: Sample) -> None:
+    """Released ones among them: their blocks may be of a size that no other group has."""
+    settings = {"prune_layers": LAYERS, "kv_layers": [1, 8]}
+    with engine(sample, settings, max_num_batched_tokens=96, max_num_seqs=8) as running:
+        model = running.runner.model
+        warmed = {layer.layer_name for layer in ModelShapes.of(model).deep_layers}
+        assert warmed == set(running.runner.model_state.deep_slots.group_rows)
+        assert server_choices(running.runner.model_config.hf_config).window == (1, LAYERS[2])
 
 
 def test_text_inside_a_video_moves_too(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -4,7 +4,7 @@ log-probabilities. One engine after the other, in one process.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,16 +38,19 @@ class Family:
     side: int  # pixels of a frame
     settings: dict[str, Any] = field(default_factory=dict)  # METok's
     options: dict[str, Any] = field(default_factory=dict)  # stock vLLM's, too
+    stated: tuple[dict[str, Any], ...] = ()  # what its requests may state of a video
 
 
 ONE = {"stages": 1}
+SIZE = {"size": {"shortest_edge": 28 * 28, "longest_edge": 4 * 28 * 28}}
+QWEN = ({"fps": 1.0}, {"num_frames": 4}, SIZE)
 # What vLLM launches at every step for prefix caching takes Triton's interpreter half a second.
 HYBRID = {"enable_prefix_caching": False}
 FAMILIES = {
     "llava-onevision": Family(lambda folder: load_sample(folder, seed=5, layers=4), 84),
-    "qwen2-vl": Family(lambda folder: load_qwen(folder, "qwen2-vl", seed=5, layers=4), 112),
-    "qwen2.5-vl": Family(lambda folder: load_qwen(folder, "qwen2.5-vl", seed=5, layers=4), 112),
-    "qwen3-vl": Family(lambda folder: load_qwen3(folder, "qwen3-vl", seed=5), 96),
+    "qwen2-vl": Family(lambda folder: load_qwen(folder, "qwen2-vl", seed=5, layers=4), 112, stated=QWEN),
+    "qwen2.5-vl": Family(lambda folder: load_qwen(folder, "qwen2.5-vl", seed=5, layers=4), 112, stated=QWEN),
+    "qwen3-vl": Family(lambda folder: load_qwen3(folder, "qwen3-vl", seed=5), 96, stated=QWEN),
     "qwen3-vl-moe": Family(lambda folder: load_qwen3(folder, "qwen3-vl-moe", seed=5), 96),
     "qwen3.5": Family(lambda folder: load_qwen3_5(folder, "qwen3.5", seed=5, layers=4), 96, ONE, HYBRID),
     "qwen3.5-moe": Family(lambda folder: load_qwen3_5(folder, "qwen3.5-moe", seed=5, layers=4), 96, ONE, HYBRID),
@@ -56,14 +59,15 @@ FAMILIES = {
 }
 
 
-def cases(side: int) -> list[Case]:
+def cases(side: int, stated: Sequence[dict[str, Any]]) -> list[Case]:
     """All at once; videos of one length, since stock vLLM encodes no two of LLaVA's of different lengths."""
-    return [
+    asked = [
         Case((scene_video(1, 9, side=side),), max_tokens=6),
         Case((), "What is in the picture?", images=(picture(2, 90, 120),), max_tokens=6),
         Case((), "Say something without a video.", max_tokens=6),
         Case((scene_video(3, 9, side=side),), images=(picture(4, 60, 60),), between="\nand then\n", max_tokens=6),
     ]
+    return asked + [replace(asked[0], kwargs=kwargs) for kwargs in stated]
 
 
 def whose(running: Engine) -> set[str]:
@@ -75,7 +79,7 @@ def whose(running: Engine) -> set[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_off_is_stock(family: str, tmp_path: Path) -> None:
     about = FAMILIES[family]
-    sample, asked = about.load(tmp_path), cases(about.side)
+    sample, asked = about.load(tmp_path), cases(about.side, about.stated)
     off = [replace(case, metok="off") for case in asked]
     with ExitStack() as stack:
         if "qwen3.5" in family:
@@ -87,6 +91,8 @@ def test_off_is_stock(family: str, tmp_path: Path) -> None:
             assert "metok_vllm" in whose(running)
             found = running.run(off)
             running.check_drained()
+    if about.stated:  # the last states the size
+        assert len(expected[-1].prompt_ids) < len(expected[0].prompt_ids)
     for case, ours, theirs in zip(off, found, expected, strict=True):
         assert ours.prompt_ids == theirs.prompt_ids, case
         assert ours.tokens == theirs.tokens, case

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from metok_vllm.demo.qwen_checkpoint import QwenKind
+from metok_vllm.models import qwen2_5_vl
 from tests.engine.test_host_reads import ON_THE_HOST, THE_READ
 from tests.support.families import ATOL, PREFACE, cached_tokens, check, check_cut, check_in_chunks, check_preempted
 from tests.support.guards.host_reads import waits_of_metok
@@ -55,7 +56,10 @@ def timed(frames: Any, seconds: float, rate: float = 25.0) -> Any:
     return frames, {"fps": rate, "total_num_frames": total, "frames_indices": indices, "duration": seconds}
 
 
-def cases(max_tokens: int = 12) -> list[Case]:
+DIALS = {"quota": "video", "score_rows": "question", "frame_smoothing": 0.5, "final_keep": 0.3}
+
+
+def cases(max_tokens: int = 24) -> list[Case]:
     """Requests that differ in everything a request can differ in; odd and even grids, pairs of one frame."""
     asked = [
         Case((film(24, 5, 7),)),
@@ -77,6 +81,7 @@ def cases(max_tokens: int = 12) -> list[Case]:
         Case((film(16, 4, 4),), metok={"query": "Who plays the drums?"}),
         Case((timed(film(12, 3, 4), 47.0), timed(film(8, 5, 5), 3.0)), "When?", metok={"decode_retention": 0.5}),
         Case((timed(film(12, 4, 3), 31.0), film(6, 3, 3)), "When?", metok="off"),
+        Case((film(22, 4, 5), film(7, 3, 3)), "Which?", metok=DIALS),
     ]
     return [replace(case, max_tokens=max_tokens) for case in asked]
 
@@ -183,6 +188,19 @@ def test_positions_matter(running: Engine, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(qwen_oracle, "centres", wrong)
         with pytest.raises(AssertionError):
             assert_same(right, running.oracle(case), ATOL)
+
+
+def test_the_tower_takes_a_long_video_in_blocks(running: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three pairs; a window of its attention lies within one."""
+    monkeypatch.setattr(qwen2_5_vl, "PATCHES_PER_BLOCK", 3 * 4 * (4 * 5))
+    passes: list[int] = []
+    hook = running.runner.model.visual.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        case = Case((film(16, 4, 5),), metok={"decode_retention": 1}, max_tokens=4)
+        check(running, [case], running.run([case]))
+    finally:
+        hook.remove()
+    assert len(passes) == 3, "eight pairs"
 
 
 @pytest.mark.parametrize(

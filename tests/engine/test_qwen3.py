@@ -20,6 +20,7 @@ from metok_vllm.contract.extents import TABLE_FACTOR
 from metok_vllm.demo.qwen3_checkpoint import TOKEN
 from metok_vllm.scheduler.kv_manager import DeepKVManager
 from tests.engine.test_host_reads import ON_THE_HOST, THE_READ
+from tests.engine.test_qwen import DIALS
 from tests.support.families import ATOL, PREFACE, cached_tokens, check, check_cut, check_in_chunks, check_preempted
 from tests.support.guards.host_reads import waits_of_metok
 from tests.support.harness import Case, Engine, engine
@@ -70,7 +71,7 @@ def timed(frames: Any, seconds: float, rate: float = 25.0, resampled: bool = Fal
     return frames, {**known, "do_sample_frames": resampled}
 
 
-def cases(max_tokens: int = 12) -> list[Case]:
+def cases(max_tokens: int = 24) -> list[Case]:
     """Requests that differ in everything a request can differ in; odd and even grids, pairs of one frame."""
     asked = [
         Case((film(24, 5, 7),)),
@@ -87,6 +88,8 @@ def cases(max_tokens: int = 12) -> list[Case]:
         Case((timed(film(12, 3, 4), 477.0, 23.976), timed(film(8, 5, 5), 3.0, 7)), metok={"decode_retention": 0.5}),
         Case((timed(film(15, 2, 3), 0, 5, resampled=True),), metok={"quota": "video", "score_rows": "question"}),
         Case((timed(film(9, 3, 3), 31.0, 29.97), film(6, 3, 3)), "When?", metok="off"),
+        Case((film(5, 7, 3), film(11, 2, 2), film(14, 3, 7)), metok={"decode_retention": 0.5, "query": "Who drums?"}),
+        Case((film(20, 4, 4),), "Which?", metok={**DIALS, "events": 7, "key_events": 2, "key_frames": 1}),
     ]
     return [replace(case, max_tokens=max_tokens) for case in asked]
 

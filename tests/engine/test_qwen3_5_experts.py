@@ -1,4 +1,4 @@
-"""Qwen3.5 with experts under stage 1 alone, against the oracle; what the prefix cache gives a hybrid model.
+"""Qwen3.5 with experts under stage 1 alone, against the oracle; what the prefix cache gives both kinds.
 
 As in `test_qwen3_5.py`.
 """
@@ -15,17 +15,17 @@ import pytest
 from tests.engine.test_qwen3 import film
 from tests.engine.test_qwen3_5 import cases, check_cut_anywhere, started
 from tests.support.coarse import check_near
-from tests.support.families import check
+from tests.support.families import check, check_preempted
 from tests.support.gated_delta import in_float32
 from tests.support.harness import Case, Engine, observed
 
 LONG = "Who is it that comes in last, and what do they carry, and where do they put it down when all are gone? " * 4
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+@pytest.fixture(scope="module", params=["qwen3.5-moe", "qwen3.5"])
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     folder = tmp_path_factory.mktemp("model")
-    with in_float32() as calls, started("qwen3.5-moe", folder, enable_prefix_caching=True) as one:
+    with in_float32() as calls, started(request.param, folder, enable_prefix_caching=True) as one:
         yield one
         assert calls, "the layers under test did not run"
 
@@ -38,11 +38,14 @@ def test_counts_in_bfloat16(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def test_a_prompt_may_be_cut_anywhere(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Without the prefix cache, for which vLLM ends chunks where a state can be kept."""
-    with in_float32(), started("qwen3.5-moe", tmp_path_factory.mktemp("model")) as running:
+    """Without the prefix cache, for which vLLM ends chunks where a state can be kept; preempted, too."""
+    folder = tmp_path_factory.mktemp("model")
+    with in_float32(), started("qwen3.5-moe", folder, num_gpu_blocks_override=16) as running:
         check_cut_anywhere(running)
+        check_preempted(running, cases(24))
 
 
+@pytest.mark.parametrize("running", ["qwen3.5-moe"], indirect=True)
 def test_with_experts(running: Engine) -> None:
     asked = [cases(12)[i] for i in (0, 3, 5)]
     check(running, asked, running.run(asked))

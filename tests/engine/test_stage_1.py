@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from metok_vllm.demo.qwen3_checkpoint import TOKEN
-from tests.support.families import check
+from tests.support.families import check, check_preempted
 from tests.support.harness import Case, Engine, deep_managers, engine, observed
+from tests.support.oracle.internvl_samples import load_internvl
 from tests.support.oracle.qwen3_samples import load_qwen3
 from tests.support.oracle.qwen_samples import QwenSample, load_qwen
 from tests.support.oracle.samples import Sample, load_sample, picture, scene_video
@@ -26,6 +27,7 @@ KINDS = {
     "qwen2.5-vl": (3, 832, 62),
     "qwen2-vl-alone": (1, 832, 34),
     "llava-alone": (1, 512, 24),
+    "internvl-alone": (1, 992, 36),
     "qwen3-vl-alone": (1, 832, 34),
     "qwen3-vl-moe": (3, 832, 62),
 }
@@ -44,6 +46,8 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         sample = load_qwen3(folder, "qwen3-vl", seed=3, deepstack=(1, 2, 3))
     elif request.param == "qwen3-vl-moe":
         sample = load_qwen3(folder, "qwen3-vl-moe", seed=3)
+    elif request.param == "internvl-alone":
+        sample = load_internvl(folder, seed=3)
     else:
         sample = load_sample(folder, seed=11)
     limits = {"max_num_batched_tokens": 272, "max_model_len": longest, "num_gpu_blocks_override": blocks}
@@ -76,14 +80,7 @@ def test_a_mixed_batch_equals_the_oracle(running: Engine) -> None:
         Case((video(running, 4, 10),), images=(picture(3, 90, 60),), metok=ONE),
         Case((video(running, 4, 16),), metok={**ONE, "query": "Who plays the drums?"}),
     ]
-    preempted: set[str] = set()
-
-    def watch(seen: Engine) -> None:
-        preempted.update(name for name, request in seen.scheduler.requests.items() if request.num_preemptions)
-
-    answers = running.run(asked, watch)
-    check(running, asked, answers)
-    assert preempted, "nobody was preempted"
+    check_preempted(running, asked)
 
 
 def test_nothing_is_pruned(running: Engine) -> None:

@@ -102,6 +102,8 @@ FAMILIES = {
     "qwen3-vl, pipeline": Family(
         lambda folder: load_qwen3(folder, "qwen3-vl", seed=22, deepstack=(1, 2, 3)), LAYERS, {"stages": 1}
     ),
+    "qwen2.5-vl, pipeline": Family(lambda folder: load_qwen(folder, "qwen2.5-vl", seed=28), LAYERS, {"stages": 1}),
+    "internvl, pipeline": Family(lambda folder: load_internvl(folder, seed=29), LAYERS, {"stages": 1}),
     "qwen3.5, pipeline": Family(
         lambda folder: load_qwen3_5(folder, "qwen3.5", seed=26), {**LAYERS, **HYBRID}, {"stages": 1}
     ),

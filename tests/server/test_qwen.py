@@ -9,6 +9,7 @@ from typing import Any
 
 import openai
 import pytest
+from transformers.image_utils import SizeDict
 
 from metok_vllm.media.decoder import decode_video
 from metok_vllm.media.settings import VideoSettings
@@ -34,13 +35,13 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         yield server, sample
 
 
-def expected(sample: QwenSample, off: bool = False, **sampling: Any) -> OracleResult:
+def expected(sample: QwenSample, off: bool = False, decode_retention: float = 0, **sampling: Any) -> OracleResult:
     film = decode_video(VIDEO, VideoSettings(sampling="qwen2_vl", **sampling))
     known = {"fps": film.fps, "total_num_frames": film.total_frames, "frames_indices": film.indices}
     known["duration"] = film.duration
     # Qwen2-VL reads nothing of a video's times.
     pixels = sample.pixels(film.frames if sample.kind == "qwen2-vl" else (film.frames, known))
-    settings = OracleSettings(strides=sample.strides, off=off)
+    settings = OracleSettings(strides=sample.strides, off=off, decode_retention=decode_retention)
     ids = sample.prompt_ids(QUESTION)
     return decided(run_oracle(sample.model, ids, [pixels], None, sample.question_ids(QUESTION), settings, 12))
 
@@ -66,7 +67,7 @@ def test_files_are_sampled_as_qwen_does(
     assert_same(expected(sample, **sampling), result(chat(server, [turn], max_tokens=12, extra=extra)), 1e-3)
 
 
-def test_a_request_states_the_size(running: Running) -> None:
+def test_a_request_states_the_size(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 4 x 3 tokens a pair, 6 may be taken: 2 x 2, since the shape of the frames holds."""
     server, sample = running
     size = {"shortest_edge": 28 * 28, "longest_edge": 6 * 28 * 28}
@@ -74,6 +75,10 @@ def test_a_request_states_the_size(running: Running) -> None:
     answer = chat(server, [user(QUESTION, data_url(VIDEO))], max_tokens=1, extra=extra)
     tokens = answer.prompt_token_ids.count(sample.model.config.video_token_id)
     assert tokens == SECONDS * 2 * 2
+    extra = {"mm_processor_kwargs": {"metok": {"decode_retention": 1}, "size": size}}
+    pruned = result(chat(server, [user(QUESTION, data_url(VIDEO))], max_tokens=12, extra=extra))
+    monkeypatch.setattr(sample.processor.video_processor, "size", SizeDict(**size))
+    assert_same(expected(sample, fps=2, decode_retention=1), pruned, 1e-3)
 
 
 def test_a_video_by_its_uuid_alone(running: Running) -> None:

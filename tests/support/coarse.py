@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vllm.v1.kv_cache_interface import MambaSpec
+
 from metok_vllm.contract.kv_spec import TEXT_AND_RETAINED
 from metok_vllm.scheduler.kv_manager import DeepKVManager
 from tests.support.harness import Case, Engine
@@ -46,6 +48,8 @@ def check_near(running: Engine, asked: Sequence[Case], pruned: int, near: float)
     asked_now = [name for name in running.internal if name not in before]
     for name, reference in zip(asked_now[:pruned], expected, strict=False):
         _check_blocks(running, running.internal[name], reference)
+    for name, reference in zip(asked_now[pruned:], expected[pruned:], strict=True):
+        _check_stock_blocks(running, running.internal[name], reference)
     for answer, reference in zip(answers, expected, strict=True):
         assert answer.prompt_ids == reference.prompt_ids  # as many visual tokens are encoded
         for token, ours, theirs in zip(answer.tokens, answer.logprobs, reference.logprobs, strict=True):
@@ -72,3 +76,13 @@ def _check_blocks(running: Engine, name: str, reference: OracleResult) -> None:
         # The last token is never computed, and the one before it in the step behind which all is given back.
         least, largest = -(-(kept + answer - 2) // size), -(-(reserved + answer - 1) // size)
         assert least <= blocks <= largest, f"{blocks} blocks of {size} for {kept} of {prompt} tokens"
+
+
+def _check_stock_blocks(running: Engine, name: str, reference: OracleResult) -> None:
+    """A request that is not pruned holds blocks for all of its tokens, in every group that attends."""
+    tokens = len(reference.prompt_ids) + len(reference.tokens)
+    most = [max(column) for column in zip(*running.groups_seen[name], strict=True)]
+    for manager, blocks in zip(running.managers, most, strict=True):
+        if not isinstance(manager.kv_cache_spec, MambaSpec):
+            least, largest = (-(-(tokens - uncounted) // manager.block_size) for uncounted in (2, 1))
+            assert least <= blocks <= largest, f"{blocks} blocks of {manager.block_size} for {tokens} tokens"

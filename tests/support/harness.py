@@ -35,6 +35,7 @@ class Case:
     before: str = ""  # a system turn
     metok: Any = None  # mm_processor_kwargs["metok"]
     max_tokens: int = 24
+    kwargs: dict[str, Any] = field(default_factory=dict)  # the rest of mm_processor_kwargs; the oracle has none
 
     def settings(self, server: OracleSettings) -> OracleSettings:
         """The server's settings with this request's."""
@@ -143,8 +144,9 @@ class Engine:
         prompt: dict[str, Any] = {"prompt_token_ids": self.prompt_ids(case)}
         if data:
             prompt["multi_modal_data"] = data
-        if case.metok is not None:
-            prompt["mm_processor_kwargs"] = {"metok": case.metok}
+        kwargs = case.kwargs | ({} if case.metok is None else {"metok": case.metok})
+        if kwargs:
+            prompt["mm_processor_kwargs"] = kwargs
         params = SamplingParams(
             **{"temperature": 0, "max_tokens": case.max_tokens, "logprobs": 3, "ignore_eos": True, **sampling},
             output_kind=RequestOutputKind.FINAL_ONLY,

@@ -33,7 +33,7 @@ MEAN = (1 * STAGE_1 + 2 * (3 * 43 + 2 * 4) + 2 * (3 * 33)) / 8
 FEWER = 7  # pairs: 196 tokens, nearest to those of stage 1
 
 VARIANTS = {
-    "qwen3-vl-tiny": "stock,evs-mean,vidcom2-stage1,metok-paper",
+    "qwen3-vl-tiny": "stock,fewer-frames,evs-mean,evs-stage1,vidcom2-mean,vidcom2-stage1,metok-paper,metok-balanced",
     "qwen2.5-vl-tiny": "stock,fewer-frames,evs-mean,evs-stage1,metok-paper,metok-balanced",
 }
 
@@ -92,10 +92,11 @@ def test_dense_variants_hold_all_their_tokens_in_every_layer(result: dict[str, A
         "fewer-frames": FEWER * PER_PAIR,
         "evs-mean": round(MEAN),
         "evs-stage1": STAGE_1,
+        "vidcom2-mean": round(MEAN),
         "vidcom2-stage1": STAGE_1,
     }
     seen = [name for name in result["variants"] if not name.startswith("metok")]
-    assert len(seen) >= 3
+    assert len(seen) >= 4
     for name in seen:
         count, entry = visual[name], result["variants"][name]
         tokens, whole = entry["tokens"], FEWER if name == "fewer-frames" else PAIRS
@@ -123,7 +124,6 @@ def test_metok_holds_visual_tokens_in_the_shallow_layers_alone(result: dict[str,
         assert group["blocks_of_a_request"] == blocks(held[group["layers"]] + NEW - 1, group["block_size"])
 
 
-@pytest.mark.parametrize("result", ["qwen2.5-vl-tiny"], indirect=True)
 def test_what_balanced_retains_is_held_up_to_l3(result: dict[str, Any]) -> None:
     text, entry = text_tokens(result["folder"]), result["variants"]["metok-balanced"]
     visual = entry["tokens"]["visual_tokens"]

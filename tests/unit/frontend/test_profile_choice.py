@@ -95,8 +95,10 @@ def test_where_kv_is_kept_goes_by_the_users_rule(make_config: Make, model: Path,
     assert start(make_config, model, profile=str(path)).window == (0, 2)
     choices = start(make_config, model, profile=str(path), decode_retention=0.25)
     assert (choices.window, choices.settings.decode_retention) == (None, 0.25)
-    choices = start(make_config, model, profile=str(path), preset="balanced")
-    assert (choices.window, choices.settings.decode_retention) == ((0, 2), 0)
+    for preset, share in (("balanced", 1), ("paper", 0)):
+        choices = start(make_config, model, profile=str(path), preset=preset)
+        assert (choices.window, choices.settings.decode_retention) == (None, share)
+        assert choices.profile["overridden"] == ["kv_layers", "quota"]
 
 
 def refused(make_config: Make, model: Path, **settings: Any) -> str:
