@@ -29,8 +29,8 @@ class ServerChoices:
 
     @property
     def window(self) -> KVLayers | None:
-        """The setting `kv_layers`, which the start has checked against the model; it ends at L3 or before, from
-        where on nothing visual is left.
+        """The setting `kv_layers`, which the start has checked against the model. It ends at L3 or before: from
+        there on nothing visual is left.
         """
         stated, layers = self.settings.kv_layers, self.prune_layers
         if stated is None or layers is None:
