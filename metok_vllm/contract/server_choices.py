@@ -29,7 +29,7 @@ class ServerChoices:
 
     @property
     def window(self) -> KVLayers | None:
-        """The setting `kv_layers`, checked at start. It ends at L3 or before: nothing visual is left there."""
+        """The setting `kv_layers`, checked at start. It ends at L3 or before: nothing visual is left."""
         stated, layers = self.settings.kv_layers, self.prune_layers
         if stated is None or layers is None:
             return None
