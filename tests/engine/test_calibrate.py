@@ -6,6 +6,7 @@ users do.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -56,6 +57,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
         from vllm.distributed import cleanup_dist_env_and_memory
 
         jobs.append(job)
+        gc.freeze()  # as in `harness.py`
         file.write_text(worker.run(job, lambda done: None).model_dump_json())
         cleanup_dist_env_and_memory()
 
@@ -148,6 +150,7 @@ def done_here(monkeypatch: pytest.MonkeyPatch) -> Callable[[Job], Result]:
     def do(job: Job) -> Result:
         from vllm.distributed import cleanup_dist_env_and_memory
 
+        gc.freeze()
         result = worker.run(job, lambda done: None)
         cleanup_dist_env_and_memory()
         return result

@@ -14,7 +14,7 @@ import pytest
 from metok_vllm.demo.qwen3_checkpoint import TOKEN
 from tests.support.families import check, check_preempted
 from tests.support.harness import Case, Engine, deep_managers, engine, observed
-from tests.support.oracle.internvl_samples import load_internvl
+from tests.support.oracle.internvl_samples import InternVLSample, load_internvl
 from tests.support.oracle.qwen3_samples import load_qwen3
 from tests.support.oracle.qwen_samples import QwenSample, load_qwen
 from tests.support.oracle.samples import Sample, load_sample, picture, scene_video
@@ -93,7 +93,9 @@ def test_nothing_is_pruned(running: Engine) -> None:
         running.step()
     most = [max(column) for column in zip(*running.groups_seen[running.internal[name]], strict=True)]
     for manager, blocks in zip(running.managers, most, strict=True):
-        assert blocks == -(-(request.num_prompt_tokens + 3) // manager.kv_cache_spec.block_size)
+        # The last token is never computed, and the one before it in the step behind which all is given back.
+        least, largest = (-(-(request.num_prompt_tokens + n) // manager.kv_cache_spec.block_size) for n in (2, 3))
+        assert least <= blocks <= largest
     assert alone(running) == (len(running.managers) == 1)
 
 
@@ -137,7 +139,8 @@ def test_a_video_that_the_question_has_shaped_is_for_that_question(running: Engi
 def test_a_hit_may_end_inside_the_video(running: Engine) -> None:
     running.scheduler.reset_prefix_cache()
     frames = 25 if running.sample.strides[0] == 2 else 24
-    case = Case((video(running, 5, frames),), "Who?", metok={**ONE, "aligner": "none"}, max_tokens=2)
+    seed = 7 if isinstance(running.sample, InternVLSample) else 5  # of 5 two frames fit their event equally well
+    case = Case((video(running, seed, frames),), "Who?", metok={**ONE, "aligner": "none"}, max_tokens=2)
     hit(running, case)
     cached, end = hit(running, case)
     assert 0 < cached < end

@@ -33,7 +33,7 @@ MEAN = (1 * STAGE_1 + 2 * (3 * 43 + 2 * 4) + 2 * (3 * 33)) / 8
 FEWER = 7  # pairs: 196 tokens, nearest to those of stage 1
 
 VARIANTS = {
-    "qwen3-vl-tiny": "stock,fewer-frames,evs-mean,evs-stage1,vidcom2-mean,vidcom2-stage1,metok-paper,metok-balanced",
+    "qwen3-vl-tiny": "stock,evs-mean,evs-stage1,vidcom2-mean,vidcom2-stage1,metok-paper,metok-balanced",
     "qwen2.5-vl-tiny": "stock,fewer-frames,evs-mean,evs-stage1,metok-paper,metok-balanced",
 }
 
@@ -147,8 +147,9 @@ def test_a_mean_that_differs_from_the_planned_one_is_said(result: dict[str, Any]
     assert tokens["mean_over_layers"] == pytest.approx(mean)
     assert result["expected"]["mean_over_layers"] == pytest.approx(MEAN)
     assert abs(mean - MEAN) < 0.25 * MEAN
+    notes = [note for note in result["notes"] if note.startswith("metok-paper: ")]
     said = f"metok-paper: {mean:.1f} visual tokens a layer on average"
-    assert [note.startswith(said) for note in result["notes"]] == ([True] if mean != MEAN else [])
+    assert [note.startswith(said) for note in notes] == ([True] if mean != MEAN else [])
 
 
 @pytest.mark.parametrize("family", [LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL], ids=lambda family: family.title)
