@@ -104,8 +104,18 @@ FAMILIES = {
     "qwen3-vl, pipeline": Family(
         lambda folder: load_qwen3(folder, "qwen3-vl", seed=22, deepstack=(1, 2, 3)), LAYERS, {"stages": 1}
     ),
+    "qwen2-vl, pipeline": Family(lambda folder: load_qwen(folder, "qwen2-vl", seed=30), LAYERS, {"stages": 1}),
     "qwen2.5-vl, pipeline": Family(lambda folder: load_qwen(folder, "qwen2.5-vl", seed=28), LAYERS, {"stages": 1}),
     "internvl, pipeline": Family(lambda folder: load_internvl(folder, seed=29), LAYERS, {"stages": 1}),
+    "internvl-chat, pipeline": Family(
+        lambda folder: load_internvl_chat(folder, seed=31), {**LAYERS, "trust_remote_code": True}, {"stages": 1}
+    ),
+    "qwen3-vl-moe, pipeline": Family(
+        lambda folder: load_qwen3(folder, "qwen3-vl-moe", seed=32, deepstack=(1, 2, 3)), LAYERS, {"stages": 1}
+    ),
+    "qwen3.5-moe, pipeline": Family(
+        lambda folder: load_qwen3_5(folder, "qwen3.5-moe", seed=33), {**LAYERS, **HYBRID}, {"stages": 1}
+    ),
     "qwen3.5, pipeline": Family(
         lambda folder: load_qwen3_5(folder, "qwen3.5", seed=26), {**LAYERS, **HYBRID}, {"stages": 1}
     ),

@@ -5,6 +5,7 @@ what is broken there is gone without; what is left is done in a second call.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from benchmarks.kernels import cases
 from benchmarks.kernels import cli as kernels_cli
 from tests.benchmarks.gpu.conftest import Calls
 from tests.benchmarks.models import llava, qwen
+from tests.support.server import warm
 
 States = Callable[[], dict[str, str]]
 OF_PRUNED_MODELS = [
@@ -96,18 +98,19 @@ def test_every_stage_calls_what_is_there(calls: Calls, states: States) -> None:
     assert all((ROOT / program).is_file() for program in programs)
 
 
-def test_its_tests_are_those_that_need_a_gpu(calls: Calls) -> None:
-    _, made = calls("kernel-tests", "engine-oracle")
+def test_its_tests_are_those_that_need_a_gpu(calls: Calls, tmp_path: Path) -> None:
+    _, made = calls("kernel-tests", "engine-oracle", "qwen-oracle")
     tests = [call for call in made if call[:2] == ["-m", "pytest"]]
-    assert len(tests) == 2
+    assert len(tests) == 3
+    pytest_script, log = Path(sys.executable).with_name("pytest"), tmp_path / "found"
     for call in tests:
         (path,) = (word for word in call if word.startswith("tests/"))
-        found = subprocess.run(
-            [sys.executable, *call, "--collect-only", "--strict-markers"], cwd=ROOT, capture_output=True, text=True
-        )
-        names = {line.split("::")[0] for line in found.stdout.splitlines() if "::" in line}
+        asked = (*call[2:], "--rootdir", str(ROOT), "--collect-only", "--strict-markers")
+        assert warm.start(pytest_script, *asked, env=dict(os.environ), log=log).wait(120) == 0
+        found = log.read_text()
+        names = {line.split("::")[0] for line in found.splitlines() if "::" in line}
         if path.endswith(".py"):
-            assert found.stdout.count("::") == 1, found.stdout
+            assert found.count("::") == 1, found
         else:  # a module a kernel, what compiles all of them at start, and no other: those are marked no_gpu
             operations = dict.fromkeys(case.op for case in cases.cases(True, torch.device("cpu")))
             assert names == {f"{path}/test_{name}.py" for name in (*operations, "warm_up")}
