@@ -19,7 +19,6 @@ def check(running: Engine, asked: Sequence[Case], answers: Sequence[OracleResult
         expected = running.oracle(case)
         # A decision closer than float32 can tell apart would make the comparison a coin toss, not a test.
         assert expected.score_margin > 1e-5, f"choose another seed for {case}"
-        assert expected.cosine_margin > 1e-7, f"choose another seed for {case}"
         assert_same(expected, answer, ATOL)
     running.check_drained()
 
