@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby
 
 from metok_vllm.calibrate.search import Evaluate, Search, Seen
@@ -10,17 +11,21 @@ from metok_vllm.calibrate.settings import Setting
 CANDIDATES = 4
 """Settings that are checked, the cheapest first, until one passes; each with all of its tokens' KV too."""
 
-GENTLER = 1.1
+GENTLER = 1.5
 """Where one fails, the next takes at least so many times its tokens. Settings of the same cost fail alike."""
 
 
-def first_that_passes(tried: Search, on_held_out: Evaluate, target: float) -> tuple[Setting, Seen]:
-    """The cheapest setting that passes on the held-out questions too; else the one that comes nearest.
+def first_that_passes(
+    tried: Search, on_held_out: Evaluate, target: float, presets: Mapping[Setting, Seen]
+) -> tuple[Setting, Seen]:
+    """The cheapest setting that passes on the held-out questions too; else a preset that does; else the one
+    that comes nearest.
 
     Args:
         tried: what the search saw.
         on_held_out: what settings do to the held-out questions.
         target: share of the answers that must agree.
+        presets: what these do to the held-out questions.
     """
     order = tried.ranked() or sorted(tried.seen, key=lambda s: (-tried.seen[s].agreement, tried.seen[s].worst))[:1]
     checked: dict[Setting, Seen] = {}
@@ -36,4 +41,9 @@ def first_that_passes(tried: Search, on_held_out: Evaluate, target: float) -> tu
         order = [one for one in order if one not in checked and tried.seen[one].tokens >= least]
         if not order:
             break
+    checked |= presets
+    passing = [one for one, seen in checked.items() if seen.passes(target)]
+    if passing:
+        best = min(passing, key=lambda one: (checked[one].tokens, checked[one].kv))
+        return best, checked[best]
     return max(checked.items(), key=lambda pair: (pair[1].agreement, -pair[1].worst))

@@ -137,7 +137,8 @@ def run_calibrate(options: Options, console: Console | None = None) -> int:
         tried.least_last = horizon.chosen
         search(tried, horizon.chosen, bench.known.layers, bench.known.first_layer, bench.known.strides)
         session.stage("Checking")
-        setting, found = first_that_passes(tried, bench.on_held_out, options.target)
+        presets = dict(zip(bench.presets(), (row.seen for row in session.rows[1:]), strict=True))
+        setting, found = first_that_passes(tried, bench.on_held_out, options.target, presets)
         count, frames = _as_few_frames(bench, found)
         rows = [
             *session.rows[:1],

@@ -31,10 +31,10 @@ def searched(costs: Sequence[float]) -> tuple[Search, list[Setting]]:
     ("costs", "passes", "checked"),
     [
         ([70, 80, 90], {70, 80, 90}, [70]),
-        ([70, 71, 78, 79, 90], {90}, [70, 78, 90]),  # neighbours in cost are passed over
-        ([70, 75, 76], {75, 76}, [70]),  # nothing clearly gentler is left
+        ([70, 71, 105, 110, 160], {160}, [70, 105, 160]),  # neighbours in cost are passed over
+        ([70, 75, 104], {75, 104}, [70]),  # nothing clearly gentler is left
         ([10, 20, 40, 80, 160], {160}, [10, 20, 40, 80]),  # four at most
-        ([90, 70, 80], {90}, [70, 80, 90]),
+        ([200, 70, 120], {200}, [70, 120, 200]),
     ],
 )
 def test_the_next_one_is_clearly_gentler(costs: list[float], passes: set[float], checked: list[float]) -> None:
@@ -46,7 +46,7 @@ def test_the_next_one_is_clearly_gentler(costs: list[float], passes: set[float],
         asked.extend(found)
         return [seen(cost, 0.0 if cost in passes else 0.3) for cost in found]
 
-    chosen, told = first_that_passes(tried, on_held_out, 0.99)
+    chosen, told = first_that_passes(tried, on_held_out, 0.99, {})
     assert asked == checked
     assert len(asked) <= CANDIDATES
     assert told.passes(0.99) == (checked[-1] in passes)
@@ -55,13 +55,13 @@ def test_the_next_one_is_clearly_gentler(costs: list[float], passes: set[float],
 
 
 def test_of_those_that_fail_the_one_that_comes_nearest() -> None:
-    tried, settings = searched([70, 80, 90])
-    harm = {70.0: (0.9, 0.3), 80.0: (0.97, 0.6), 90.0: (0.97, 0.4)}
+    tried, settings = searched([70, 120, 190])
+    harm = {70.0: (0.9, 0.3), 120.0: (0.97, 0.6), 190.0: (0.97, 0.4)}
 
     def on_held_out(some: Sequence[Setting]) -> list[Seen]:
         return [seen(t, harm[t][1], harm[t][0]) for t in (tried.seen[one].tokens for one in some)]
 
-    chosen, told = first_that_passes(tried, on_held_out, 0.99)
+    chosen, told = first_that_passes(tried, on_held_out, 0.99, {})
     assert chosen == settings[2]
     assert told.worst == 0.4
 
@@ -76,7 +76,7 @@ def test_less_kv_and_all_of_it_are_one_engines_work() -> None:
         asked.append(list(some))
         return [seen(70, 0.3 if one == less else 0.0) for one in some]
 
-    assert first_that_passes(tried, on_held_out, 0.99)[0] == PLAIN
+    assert first_that_passes(tried, on_held_out, 0.99, {})[0] == PLAIN
     assert asked == [[less, PLAIN]]
 
 
@@ -90,7 +90,7 @@ def test_a_window_and_all_of_the_kv_are_two_engines() -> None:
         asked.append(list(some))
         return [seen(70, 0.3 if one.window else 0.0) for one in some]
 
-    assert first_that_passes(tried, on_held_out, 0.99)[0] == PLAIN
+    assert first_that_passes(tried, on_held_out, 0.99, {})[0] == PLAIN
     assert asked == [[window], [PLAIN]]
 
 
@@ -98,4 +98,19 @@ def test_where_nothing_passed_the_search_its_best_is_checked() -> None:
     tried = Search(lambda asked: [], 0.99)
     other = replace(PLAIN, keep_ratio=0.5)
     tried.seen.update({PLAIN: seen(70, 0.5, 0.8), other: seen(50, 0.5, 0.7)})
-    assert first_that_passes(tried, lambda some: [seen(70, 0.5, 0.8)], 0.99)[0] == PLAIN
+    assert first_that_passes(tried, lambda some: [seen(70, 0.5, 0.8)], 0.99, {})[0] == PLAIN
+
+
+def test_a_preset_that_passes_is_better_than_none() -> None:
+    tried, settings = searched([70, 120])
+    paper, balanced = replace(PLAIN, layers=(1, 4, 8), decode_retention=0.0), replace(PLAIN, layers=(1, 4, 8))
+
+    def on_held_out(some: Sequence[Setting]) -> list[Seen]:
+        return [seen(tried.seen[one].tokens, 0.3) for one in some]
+
+    presets = {paper: seen(150, kv=30), balanced: seen(150, kv=90)}
+    assert first_that_passes(tried, on_held_out, 0.99, presets) == (paper, presets[paper])
+    presets[paper] = seen(150, 5.0)
+    assert first_that_passes(tried, on_held_out, 0.99, presets) == (balanced, presets[balanced])
+    presets[balanced] = seen(150, 0.6)
+    assert first_that_passes(tried, on_held_out, 0.99, presets)[0] in settings
