@@ -4,7 +4,7 @@ For every kernel it looks through all of `triton.language` for what it has to re
 as long as many a kernel, and what it finds is always the same.
 
 Every sum and product it computes once more in 64 bits, to see whether it overflows: a third of its time. The
-tests of kernels have that done.
+tests of kernels, which run without this module, have that done.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Replacements:
 
 
 @contextmanager
-def quick(overflow: bool = False) -> Iterator[None]:
-    """Inside the ``with`` block it remembers what it has found, and looks for overflow only if asked to."""
+def quick() -> Iterator[None]:
+    """Inside the ``with`` block it remembers what it has found, and does not look for overflow."""
     from triton.runtime import interpreter
 
     inside: Any = interpreter
@@ -49,5 +49,5 @@ def quick(overflow: bool = False) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inside, "_patch_builtin", replace)
-        patch.setattr(inside.interpreter_builder, "options", inside.InterpreterOptions(sanitize_overflow=overflow))
+        patch.setattr(inside.interpreter_builder, "options", inside.InterpreterOptions(sanitize_overflow=False))
         yield
