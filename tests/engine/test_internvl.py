@@ -70,7 +70,10 @@ def cases(max_tokens: int = 24) -> list[Case]:
         {"question": "Say something without a video."},
         {"videos": (film(9), film(12, 1)), "images": (picture(3, 90, 60),), "between": "\nand then\n"},
         {"question": "What is in the picture?", "images": (picture(4, 150, 170), picture(5, 50, 120))},
-        {"videos": (film(15),), "metok": {"quota": "video", "score_rows": "question", "frame_smoothing": 0.5}},
+        {
+            "videos": (film(15),),
+            "metok": {"quota": "video", "score_rows": "question", "frame_smoothing": 0.5, "final_keep": 0.3},
+        },
         {"videos": (film(6, 3), film(5, 4)), "question": "When?", "metok": "off"},
         {"videos": (film(16, 5),), "images": (picture(6, 64, 64),), "metok": {"stages": 1}},
     ]

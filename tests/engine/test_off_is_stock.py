@@ -51,7 +51,7 @@ FAMILIES = {
     "qwen2-vl": Family(lambda folder: load_qwen(folder, "qwen2-vl", seed=5, layers=4), 112, stated=QWEN),
     "qwen2.5-vl": Family(lambda folder: load_qwen(folder, "qwen2.5-vl", seed=5, layers=4), 112, stated=QWEN),
     "qwen3-vl": Family(lambda folder: load_qwen3(folder, "qwen3-vl", seed=5), 96, stated=QWEN),
-    "qwen3-vl-moe": Family(lambda folder: load_qwen3(folder, "qwen3-vl-moe", seed=5), 96),
+    "qwen3-vl-moe": Family(lambda folder: load_qwen3(folder, "qwen3-vl-moe", seed=5), 96, stated=QWEN),
     "qwen3.5": Family(lambda folder: load_qwen3_5(folder, "qwen3.5", seed=5, layers=4), 96, ONE, HYBRID),
     "qwen3.5-moe": Family(lambda folder: load_qwen3_5(folder, "qwen3.5-moe", seed=5, layers=4), 96, ONE, HYBRID),
     "internvl": Family(lambda folder: load_internvl(folder, seed=5), 84),
