@@ -29,7 +29,7 @@ from rich.console import Console
 
 from benchmarks.accuracy.data import Item, UsageError, load_items
 from benchmarks.accuracy.generated_set import generate
-from benchmarks.accuracy.methods import PAIRS, SERVED, SHORT, STOCK, chosen, methods
+from benchmarks.accuracy.methods import CALIBRATED, PAIRS, SERVED, SHORT, STOCK, UNDER_PROFILE, chosen, methods
 from benchmarks.accuracy.plot import draw
 from benchmarks.accuracy.report import Answers, paired, read_up_to, show, show_pairs, summarise, write_csv, write_json
 from benchmarks.accuracy.run import agreement, describe_model, describe_set, run_local, run_server
@@ -89,8 +89,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.out = args.out or (ROOT / "out" / "accuracy-short.json" if short else default)
     if args.probe:
         args.served = 0
-    elif short and args.methods is None:
-        args.methods = list(SHORT)
     return args
 
 
@@ -162,7 +160,11 @@ def compare_methods(
         for method in known:
             console.print(f"{method.name}: {method.what}", highlight=False)
         raise SystemExit(0)
-    names = [method.name for method in known if method.family == "probe"] if args.probe else args.methods
+    names = args.methods
+    if args.probe:
+        names = [method.name for method in known if method.family == "probe"]
+    elif args.short and names is None:
+        names = [method.name for method in known if method.name in SHORT]
     answers, lengths = run_local(checkpoint, items, chosen(known, names), args.frames, console.print)
     result["model"] = describe_model(checkpoint, args.model)
     result["set"] = describe_set(path, items, lengths, args.frames)
@@ -179,11 +181,13 @@ def compare_methods(
     theirs = {
         n: Answers(a.family, a.what, a.definition, [a.outcomes[i] for i in chosen_items]) for n, a in answers.items()
     }
-    log = ROOT / "out" / "accuracy-server.log"
-    with started(args.model, args.frames, log) as url:
-        server = ServerRunner(url, args.frames, len(checkpoint.decoder.layers))
-        served = run_server(server, asked, SERVED, console.print)
-        server.close()
+    served: dict[str, Answers] = {}
+    for points in (SERVED, UNDER_PROFILE) if CALIBRATED in {method.name for method in known} else (SERVED,):
+        log = ROOT / "out" / f"accuracy-server{'-profile' if points is UNDER_PROFILE else ''}.log"
+        with started(args.model, args.frames, log, profile=points is UNDER_PROFILE) as url:
+            server = ServerRunner(url, args.frames, len(checkpoint.decoder.layers))
+            served |= run_server(server, asked, points, console.print)
+            server.close()
     result["server"] = {"methods": summarise(asked, served), "agreement": agreement(asked, theirs, served)}
     show(console, "vLLM server with METok", result["server"]["methods"])
     for name, row in result["server"]["agreement"].items():

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy.decoder import KeyValue, Prefix
-from benchmarks.accuracy.method import Entering, Policy, Reducer, Trace
+from benchmarks.accuracy.method import Entering, Policy, Reducer, Rows, Trace
 from benchmarks.accuracy.video import Asked, Checkpoint, Video
-from metok_vllm.compression.scoring import text_to_visual_scores
+from metok_vllm.compression.scoring import smooth_by_frame, text_to_visual_scores
 
 MAX_TOKENS = 48
 """Longest answer, in tokens."""
@@ -104,24 +104,35 @@ class LocalRunner:
             before = prefix.kv(layer)
             key, value = torch.cat([before[0], key], 1), torch.cat([before[1], value], 1)
             if drops.get(layer + 1):
-                scores = self._scores(query if policy.rows == "text" else query[:, -1:], key, header, len(alive))
+                scores = self._scores(query, key, header, len(alive), self._rows(policy.rows, asked))
+                if policy.smoothing_micro:
+                    assert entering.frame is not None
+                    scores = smooth_by_frame(scores, entering.frame[alive], entering.frames, policy.smoothing_micro)
             rows = decoder.finish(layer, rows, decoder.attend(query, key, value))
             cache.append((key, value))
             trace.alive.append(alive)
         return rows[-1], cache, trace
 
-    def _scores(self, query: Tensor, key: Tensor, header: int, visual: int) -> Tensor:
-        """Mean attention, float32 [visual], of the prompt's last `query` rows to its visual tokens."""
-        rows, keys = query.shape[1], key.shape[1]
+    @staticmethod
+    def _rows(whose: Rows, asked: Asked) -> Tensor:
+        """The rows after the video that score, ascending, int64."""
+        behind = torch.arange(len(asked.suffix))
+        if whose == "last":
+            return behind[-1:]
+        return torch.tensor(asked.rows) if whose == "question" and asked.rows else behind
+
+    def _scores(self, query: Tensor, key: Tensor, header: int, visual: int, rows: Tensor) -> Tensor:
+        """Mean attention, float32 [visual], of `rows` of those after the video to its visual tokens."""
+        keys = key.shape[1]
         order = torch.arange(keys)
         return text_to_visual_scores(
-            query.transpose(0, 1),
+            query[:, rows].transpose(0, 1),
             key.transpose(0, 1),
             header + torch.arange(visual),
-            order[keys - rows :],
+            keys - query.shape[1] + rows,
             order,
             self.checkpoint.decoder.scale,
-            rows_per_block=rows,
+            rows_per_block=len(rows),
         )
 
     @staticmethod

@@ -7,7 +7,7 @@ among those that entered.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from metok_vllm.compression.selection import prune_layers
 from metok_vllm.compression.tiers import quota, video_tokens
 from metok_vllm.contract.settings import MetokSettings
 
-Rows = Literal["text", "last"]
-"""Whose attention scores the visual tokens: all text rows after the video, or the prompt's last row."""
+Rows = Literal["text", "question", "last"]
+"""Whose attention scores the visual tokens: all text after the video, the question alone, or the last token."""
 Positions = Literal["kept", "compact"]
 """Whether tokens keep the positions they had among all of the video's, or are numbered anew without gaps."""
 Point = Literal["entering", "average", "kv"]
@@ -36,6 +36,7 @@ class Entering:
     frames: int  # of the video before anything was left out
     events: Tensor | None = None  # int64 [n], METok's event of each
     is_key: Tensor | None = None  # bool [events], METok's key events
+    frame: Tensor | None = None  # int64 [n], METok's frame of each
 
 
 @dataclass
@@ -62,6 +63,10 @@ class Policy(Protocol):
     @property
     def rows(self) -> Rows: ...
 
+    @property
+    def smoothing_micro(self) -> int:
+        """Share of its frame's mean in a token's score, in millionths."""
+
     def drops_before(self, layers: int) -> dict[int, bool]:
         """The layers before which tokens are dropped, and whether that takes scores."""
 
@@ -82,6 +87,7 @@ class Dense:
     """Nothing is dropped inside the language model."""
 
     rows: Rows = "last"
+    smoothing_micro: ClassVar[int] = 0
 
     def drops_before(self, layers: int) -> dict[int, bool]:
         return {}
@@ -102,6 +108,7 @@ class DropFrom:
     layer: int
     decoding_only: bool = False
     rows: Rows = "last"
+    smoothing_micro: ClassVar[int] = 0
 
     def drops_before(self, layers: int) -> dict[int, bool]:
         return {} if self.decoding_only or self.layer >= layers else {self.layer: False}

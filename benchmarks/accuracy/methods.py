@@ -16,19 +16,25 @@ from benchmarks.accuracy.method import Dense, DropFrom, PaperBudget, Point, Poli
 from benchmarks.accuracy.metok import Stage1, Stages23
 from benchmarks.accuracy.video import Checkpoint
 from metok_vllm.compression.selection import prune_layers
+from metok_vllm.contract.profile import NAME, read_profile
 from metok_vllm.contract.settings import parse_settings
 
 Family = Literal["stock", "baseline", "METok", "ablation", "probe"]
 STOCK = "stock"
-PAPER, BALANCED = "metok paper", "metok balanced"
+PAPER, BALANCED, CALIBRATED = "metok paper", "metok balanced", "metok calibrated"
 SERVED: dict[str, dict[str, Any] | Literal["off"]] = {
     STOCK: "off",
     PAPER: {"preset": "paper"},
     BALANCED: {"preset": "balanced"},
 }
-"""What the server run asks for: the value of `mm_processor_kwargs["metok"]`."""
-SHORT = (STOCK, PAPER, BALANCED, "frames = average", "random = average", "evs = average", "metok stage 1")
+"""What the server run asks for: the value of `mm_processor_kwargs["metok"]`. No profile rules there."""
+UNDER_PROFILE: dict[str, dict[str, Any] | Literal["off"]] = {CALIBRATED: {}}
+"""What a server is asked for that has started with the profile in the model's folder."""
+SHORT = (STOCK, PAPER, BALANCED, CALIBRATED, "frames = average", "random = average", "evs = average", "metok stage 1")
 PAIRS = (
+    (CALIBRATED, BALANCED),
+    (CALIBRATED, "evs = average"),
+    (CALIBRATED, "vidcom2 = average"),
     (BALANCED, "evs = average"),
     (BALANCED, "vidcom2 = average"),
     (PAPER, "evs tokens = kv"),
@@ -115,7 +121,7 @@ def _metok(checkpoint: Checkpoint) -> list[Method]:
 
     first = Stage1(checkpoint, parse_settings(None))
     flat = Stage1(checkpoint, parse_settings({"strides": [2, 2, 2], "aligner": first.aligner}))
-    return [
+    found = [
         Method("metok stage 1", "METok", "events, alignment and pooling alone", first, Dense()),
         Method(
             "metok stages 1+2",
@@ -129,6 +135,12 @@ def _metok(checkpoint: Checkpoint) -> list[Method]:
         Method(BALANCED, "METok", "the preset balanced", first, Stages23(parse_settings({"preset": "balanced"}))),
         Method("metok stages 2+3", "METok", "every frame at stride 2; decode_retention 1", flat, stages(1.0)),
     ]
+    profile = checkpoint.folder / NAME
+    if profile.is_file():
+        own = parse_settings(read_profile(profile).settings)
+        what = "the profile in the model's folder, as metok calibrate found it"
+        found.append(Method(CALIBRATED, "METok", what, Stage1(checkpoint, own), Stages23(own)))
+    return found
 
 
 def _ablations(checkpoint: Checkpoint, layers: int) -> list[Method]:

@@ -65,7 +65,15 @@ class Stage1:
         recipe, align = self._recipe(video), self._aligner(video, asked)
         compressed = compress_video(video.features, recipe, align, video.newline)
         n = len(compressed.tokens)
-        return Entering(compressed.tokens, torch.arange(n), n, len(video), compressed.event, compressed.choice.is_key)
+        return Entering(
+            compressed.tokens,
+            torch.arange(n),
+            n,
+            len(video),
+            compressed.event,
+            compressed.choice.is_key,
+            compressed.frame,
+        )
 
     def choose(self, video: Video, asked: Asked) -> FrameChoice:
         """What every frame is pooled with, and why."""
@@ -102,7 +110,7 @@ class Stage1:
 
 @dataclass(frozen=True)
 class Stages23:
-    """Pruning at L1, L2 and L3, and what decoding may keep (docs/method.md sections 2 to 4).
+    """Pruning at L1, L2 and L3, and what decoding may keep (docs/method.md sections 2 to 4.8).
 
     With `release` off stage 3 is left out: decoding keeps whatever a layer computed. `random_scores` replaces
     the attention.
@@ -111,36 +119,38 @@ class Stages23:
     settings: MetokSettings
     release: bool = True
     random_scores: bool = False
-    rows: Rows = "text"
 
-    def __post_init__(self) -> None:
-        dials = self.settings.score_rows, self.settings.frame_smoothing, self.settings.final_keep
-        if dials != ("text", 0, 0):
-            raise ValueError(
-                "the local runner has no score_rows, frame_smoothing and final_keep: ask a server by --url"
-            )
-        if self.settings.kv_layers is not None:
-            raise ValueError("the local runner has no kv_layers: ask a server by --url")
+    @property
+    def rows(self) -> Rows:
+        return self.settings.score_rows
+
+    @property
+    def smoothing_micro(self) -> int:
+        return self.settings.frame_smoothing_micro
 
     def drops_before(self, layers: int) -> dict[int, bool]:
         first, second, third = chosen_layers(layers, self.settings.prune_layers)
-        return {layer: scored for layer, scored in ((first, True), (second, True), (third, False)) if layer < layers}
+        cuts = ((first, True), (second, True), (third, self.settings.final_keep_micro > 0))
+        return {layer: scored for layer, scored in cuts if layer < layers}
 
     def keep(self, cut: int, scores: Tensor, alive: Tensor, entering: Entering, asked: Asked) -> Tensor:
         assert entering.events is not None
         assert entering.is_key is not None
         if self.random_scores:
             scores = torch.rand(len(alive), generator=torch.Generator().manual_seed(asked.seed + cut))
+        if cut == 3:
+            return retain(scores, self.settings.final_keep_micro)
         counts = EventCounts.of(entering.events, entering.is_key, self.settings.keep_ratio_micro)
         if self.settings.quota == "video":
             counts = counts.over_the_video()
-        return survivor_mask(scores, counts, 1 if cut == 1 else 2 if cut == 2 else 3)
+        return survivor_mask(scores, counts, 1 if cut == 1 else 2)
 
     def held(self, layer: int, trace: Trace, layers: int) -> Tensor:
         first, second, third = chosen_layers(layers, self.settings.prune_layers)
-        if layer < first or not self.release:
+        if self.settings.kv_layers is not None:
+            start, end = self.settings.kv_layers
+            return trace.alive[layer] if start <= layer < end else trace.alive[layer][:0]
+        if layer < first or layer >= third or not self.release:
             return trace.alive[layer]
-        if layer >= third:
-            return trace.alive[layer][:0]
         mask = retain(trace.scores[second], self.settings.decode_retention_micro)
         return trace.alive[second][mask]

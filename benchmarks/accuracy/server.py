@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import openai
 from benchmarks.accuracy.data import Item
 from benchmarks.accuracy.local import MAX_TOKENS, Outcome
 from metok_vllm.compression.accounting import VisualTokens
+from metok_vllm.contract.profile import IGNORED
 from metok_vllm.demo.model_choice import DemoModel
 from metok_vllm.demo.server import HOST, free_port, running_server, serve_command, serve_environment
 
@@ -34,13 +36,22 @@ class ServerError(RuntimeError):
 
 
 @contextlib.contextmanager
-def started(model: Path, frames: int, log: Path) -> Iterator[str]:
+def started(model: Path, frames: int, log: Path, profile: bool) -> Iterator[str]:
     """The base URL of a `vllm serve` with METok, up as long as the body runs.
+
+    Args:
+        model: its folder.
+        frames: the most of a video.
+        log: file that its output goes to.
+        profile: whether the profile in the model's folder rules, where there is one.
 
     Raises:
         metok_vllm.demo.errors.DemoError: it does not start.
     """
-    served = DemoModel(str(model), flags=("--dtype", "float32", "--max-model-len", "4096"), kv_gib=1)
+    flags = ["--dtype", "float32", "--max-model-len", "4096"]
+    if not profile:
+        flags += ["--additional-config", json.dumps({"metok": {"profile": IGNORED}})]
+    served = DemoModel(str(model), flags=tuple(flags), kv_gib=1)
     port = free_port()
     log.parent.mkdir(parents=True, exist_ok=True)
     with running_server(serve_command(served, port, frames), serve_environment(served), port, log):

@@ -19,6 +19,7 @@ from metok_vllm.compression.events import frame_vectors
 from metok_vllm.compression.pooling import pool_frames
 from metok_vllm.frontend.aligner_inputs import AlignerProcessor, aligner_folder
 from metok_vllm.frontend.question import last_user_text, turn_markers
+from metok_vllm.frontend.question_rows import question_rows
 from metok_vllm.media.decoder import decode_video
 from metok_vllm.media.settings import VideoSettings
 from metok_vllm.worker.dual_tower import DualTower
@@ -60,6 +61,7 @@ class Asked:
 
     header: tuple[int, ...]  # token ids before the video
     suffix: tuple[int, ...]  # and after it
+    rows: tuple[int, ...]  # indices in `suffix` of the question's own tokens
     query: tuple[int, ...]  # the question alone, for the embedding aligner
     windows: Tensor | None  # int64 [windows, length], for the aligner's text tower
     draft: tuple[int, ...]  # the expected answer, as a guess at what decoding will give; never believed unchecked
@@ -84,6 +86,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoConfig, AutoProcessor, LlavaOnevisionForConditionalGeneration
 
+        self.folder = folder
         kind = AutoConfig.from_pretrained(folder).model_type
         if kind != "llava_onevision":
             raise UsageError(f"The local runner is for LLaVA-OneVision, and {folder} holds a {kind} model; use --url.")
@@ -143,7 +146,9 @@ class Checkpoint:
         windows = None if self.aligner is None else self.aligner.windows(query)
         draft = self.tokenizer(item.answer, add_special_tokens=False).input_ids
         seed = zlib.crc32(f"{item.video.name}\n{item.prompt}".encode())
-        return Asked(tuple(ids[:at]), tuple(ids[at + 1 :]), tuple(words), windows, tuple(draft), seed)
+        rows = question_rows(ids, [(at, 1)], at + 1, self.tokenizer, self._markers, remove)
+        own = tuple(row - at - 1 for row in rows)
+        return Asked(tuple(ids[:at]), tuple(ids[at + 1 :]), own, tuple(words), windows, tuple(draft), seed)
 
     def embed(self, ids: tuple[int, ...]) -> Tensor:
         """Input embeddings [n, D] of token ids."""

@@ -25,6 +25,8 @@ from metok_vllm.contract.profile import read_profile
 from metok_vllm.demo.model_choice import TRAINED
 from metok_vllm.demo.qwen_checkpoint import build_qwen_checkpoint
 from metok_vllm.frontend.fingerprint import fingerprint
+from tests.support.oracle.samples import load_sample
+from tests.support.quantised import quantise
 from training.make_set import write_set
 
 FRAMES = 24
@@ -125,14 +127,15 @@ VARIANTS = (
 
 
 def job(sheet: Path, model: Path = TRAINED, variants: Sequence[worker.Variant] = VARIANTS, **engine: Any) -> Job:
-    """One question about one video."""
+    """One question about one video. Nothing is dropped before the last layers."""
     stated = {"dtype": "float32", "max_model_len": 2048, **ENGINE, "media_io_kwargs": {"video": {"num_frames": 8}}}
+    depth = json.loads((model / "config.json").read_text())["text_config"]["num_hidden_layers"]
     return Job(
         model=str(model),
         model_mark="",
         plugin="",
         engine=stated | engine,
-        server={"profile": "none"} | ({"prune_layers": [10, 11, 12]} if model == TRAINED else {}),
+        server={"profile": "none", "prune_layers": [depth - 2, depth - 1, depth]},
         answer_tokens=8,
         asked=list(choose(None, sheet, 1, held_out=False).search),
         variants=list(variants),
@@ -208,3 +211,16 @@ def test_another_family(sheet: Path, tmp_path: Path, done_here: Callable[[Job], 
     assert whole.encoded == whole.stock == whole.after_l2
     assert seen["again"].kl < 1e-4
     assert seen["whole"].prompt_tokens == seen["again"].prompt_tokens > seen["without"].prompt_tokens
+
+
+def test_quantised_weights(
+    sheet: Path, tmp_path_factory: pytest.TempPathFactory, done_here: Callable[[Job], Result]
+) -> None:
+    """Stock is the same quantised model: where METok drops nothing, it agrees."""
+    plain = load_sample(tmp_path_factory.mktemp("model"), seed=29)
+    model = quantise(plain, tmp_path_factory.mktemp("int8"), "int8")
+    seen = seen_by(done_here(job(sheet, model.path, max_model_len=4096)))
+    assert seen["again"].kl < 1e-4
+    assert seen["whole"].agrees
+    assert seen["whole"].kl < 1e-3
+    assert seen["cut"].kl > seen["whole"].kl

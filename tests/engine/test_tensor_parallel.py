@@ -46,7 +46,7 @@ def answers(job):
     videos, known = np.load(job["videos"]), job["known"]
     sent = [(videos[name], known[name]) if known else videos[name] for name in job["asked"]]
     prompts = [{"prompt_token_ids": job["ids"], "multi_modal_data": {"video": [video]}} for video in sent]
-    params = SamplingParams(temperature=0, max_tokens=24, logprobs=1, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=job["tokens"], logprobs=1, ignore_eos=True)
     rows = []
     for output in llm.generate(prompts, params, use_tqdm=False):
         done = output.outputs[0]
@@ -120,6 +120,7 @@ FAMILIES = {
         lambda folder: load_qwen3_5(folder, "qwen3.5", seed=26), {**LAYERS, **HYBRID}, {"stages": 1}
     ),
 }
+TOKENS = 12  # of an answer
 VIDEOS = {"a": scene_video(1, 18), "b": scene_video(2, 27)}
 
 
@@ -147,6 +148,7 @@ def answers(samples: dict[str, Sample], tmp_path_factory: pytest.TempPathFactory
             "known": {video: one[1] for video, one in sent.items() if isinstance(one, tuple)},
             "options": FAMILIES[name].options,
             "settings": FAMILIES[name].settings,
+            "tokens": TOKENS,
         }
     (folder / "jobs.json").write_text(json.dumps(jobs))
     (folder / "main.py").write_text(SCRIPT)
@@ -176,7 +178,7 @@ def test_two_ranks_equal_the_oracle(answers: dict[str, Any], samples: dict[str, 
         frames = VIDEOS[video]
         expected = run_oracle(
             sample.model, ids, [sample.pixels(frames)], None, sample.question_ids(QUESTION),
-            OracleSettings(strides=sample.strides, **settings), 24,
+            OracleSettings(strides=sample.strides, **settings), TOKENS,
         )  # fmt: skip
         observed = OracleResult(prompt, tokens, [{int(t): v for t, v in row.items()} for row in logprobs])
         assert_same(expected, observed, 1e-3)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,12 +27,17 @@ KINDS = ("what", "colour", "where", "scene", "letter", "open")
 
 
 @pytest.fixture(scope="module")
-def running() -> Any:
+def sample() -> Sample:
     model = LlavaOnevisionForConditionalGeneration.from_pretrained(
         TRAINED, attn_implementation="eager", dtype="float32"
     )
-    sample = Sample(TRAINED, model.eval(), AutoProcessor.from_pretrained(TRAINED))
-    with engine(sample, max_num_batched_tokens=4096) as started:
+    return Sample(TRAINED, model.eval(), AutoProcessor.from_pretrained(TRAINED))
+
+
+@pytest.fixture(scope="module")
+def running(sample: Sample) -> Iterator[Engine]:
+    """Under the method's own settings, whatever lies in the model's folder."""
+    with engine(sample, {"profile": "none"}, max_num_batched_tokens=4096) as started:
         yield started
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import metok_vllm
-from metok_vllm.contract.profile import read_profile
+from metok_vllm.contract.profile import IGNORED, NAME, read_profile
 from metok_vllm.scheduler.kv_manager import DeepKVManager
 from tests.support.oracle import Labels, OracleResult, OracleSettings
 from tests.support.oracle import run as run_oracle
@@ -224,14 +224,15 @@ def engine(sample: Sample, server: dict[str, Any] | None = None, **llm_kwargs: A
     server = server or {}
     of_the_engine = ("aligner_model", "max_deferred_bytes", "preset", "profile", "status_shows_questions")
     oracle_keys = {k: v for k, v in server.items() if k not in of_the_engine}
-    if "profile" in server:
-        oracle_keys = read_profile(Path(server["profile"])).settings | oracle_keys
+    found = Path(sample.path) / NAME
+    profile = server.get("profile") or (found if found.is_file() else IGNORED)
+    if profile != IGNORED:
+        oracle_keys = read_profile(Path(profile)).settings | oracle_keys
     if server.get("preset") == "balanced":
         gives_way = {"decode_retention": 0.0} if "kv_layers" in oracle_keys else {}
         oracle_keys = {"decode_retention": 1.0, "quota": "video"} | gives_way | oracle_keys
     oracle_keys.setdefault("strides", sample.strides)
-    if oracle_keys.get("kv_layers") is not None:
-        oracle_keys["kv_layers"] = tuple(oracle_keys["kv_layers"])
+    oracle_keys |= {key: tuple(value) for key, value in oracle_keys.items() if isinstance(value, list)}
     with _started(sample, OracleSettings(**oracle_keys), **metok_vllm.enable(**server), **llm_kwargs) as running:
         yield running
 

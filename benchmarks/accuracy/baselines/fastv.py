@@ -7,6 +7,7 @@ heads, in the layer just run) stay; the others leave all later layers, and their
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,6 +28,7 @@ class AttentionPruning:
     share: float | None = None
     budget: PaperBudget | None = None
     rows: Rows = "last"
+    smoothing_micro: ClassVar[int] = 0
 
     def drops_before(self, layers: int) -> dict[int, bool]:
         return {self.layer: True}

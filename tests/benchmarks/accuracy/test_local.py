@@ -79,6 +79,11 @@ SETTINGS: list[dict[str, Any]] = [
     {"decode_retention": 1.0, "aligner": "embedding", "events": 3, "key_events": 1, "keep_ratio": 0.55},
     {"prune_layers": [2, 3, 8], "key_frames": 2, "strides": [2, 2, 4], "decode_retention": 0.3},
     {"token_budget": 90},
+    {"quota": "video", "score_rows": "question", "decode_retention": 0.4},
+    {"quota": "video", "frame_smoothing": 0.6, "decode_retention": 0.4},
+    {"final_keep": 0.3, "decode_retention": 0.5, "prune_layers": [2, 4, 5]},
+    {"kv_layers": [1, 4], "prune_layers": [2, 3, 6], "quota": "video", "events": 1, "key_events": 1},
+    {"kv_layers": [4, 8], "prune_layers": [2, 3, 6], "strides": [4, 4, 4], "keep_ratio": 0.5},
 ]
 
 
@@ -97,18 +102,36 @@ def test_metok_is_the_oracles(checkpoint, video, answer, settings: dict[str, Any
     placeholder = checkpoint.model.config.video_token_id
     prompt = [*asked.header, placeholder, *asked.suffix]
     towers = (checkpoint.tower.model, [checkpoint.aligner.pixels(video.frames)], asked.windows)
-    expected = run(checkpoint.model, prompt, [pixels], None, list(asked.query), oracle, STEPS, aligner=towers)
+    behind, words = len(asked.header) + 1, len(checkpoint.tokenizer(question, add_special_tokens=False).input_ids)
+    at = next(i for i in range(behind, len(prompt)) if checkpoint.tokenizer.decode(prompt[i:]).startswith(question))
+    expected = run(
+        checkpoint.model,
+        prompt,
+        [pixels],
+        None,
+        list(asked.query),
+        oracle,
+        STEPS,
+        aligner=towers,
+        question_at=range(at, at + words),
+    )
 
     assert list(outcome.tokens) == expected.tokens
     (theirs,) = expected.videos
     first, second, third = expected.prune_layers
     start = theirs.span[0]
+    visual = range(*theirs.span)
+    held = [Stages23(parsed).held(layer, trace, 8) for layer in range(8)]
+    assert [[start + i for i in layer.tolist()] for layer in held] == [
+        [p for p in layer if p in visual] for layer in expected.kv_positions
+    ]
     assert outcome.entering == theirs.span[1] - start
     assert [start + i for i in trace.alive[first].tolist()] == theirs.after_l1
     assert [start + i for i in trace.alive[second].tolist()] == theirs.after_l2
-    assert all(len(alive) == 0 for alive in trace.alive[third:])
+    for alive in trace.alive[third:]:
+        assert [start + i for i in alive.tolist()] == theirs.after_l3
     assert (outcome.after_l1, outcome.after_l2) == (len(theirs.after_l1), len(theirs.after_l2))
-    assert outcome.retained == len(expected.retained)
+    assert outcome.retained == max(len(layer) for layer in held[first:])
     decoder = checkpoint.decoder
     assert outcome.kv_bytes == sum(expected.kv_tokens) * 2 * decoder.kv_heads * decoder.head_dim * 4
     assert 0 < len(theirs.after_l2) < len(theirs.after_l1) < outcome.entering
