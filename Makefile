@@ -1,5 +1,5 @@
 # Everything sets up .venv first, and only when something it is made from has changed.
-.PHONY: setup demo clip serve witness witness-engine test test-fast fuzz options soak accuracy accuracy-short gpu-report lint
+.PHONY: setup demo clip serve witness witness-engine witness-calibrated test test-fast fuzz options soak accuracy accuracy-short gpu-report lint
 export HF_HUB_OFFLINE ?= 1
 VENV := .venv/bin
 
@@ -51,7 +51,8 @@ accuracy accuracy-short: setup
 
 # make witness [ARGS="..."]: METok on a real language model that reads captions; fetches the model, goes on if it was stopped
 # make witness-engine [ARGS="..."]: the same model inside vLLM, each answer against the oracle
-witness witness-engine: setup
+# make witness-calibrated [ARGS="..."]: metok calibrate on it, and the right answers under what was found
+witness witness-engine witness-calibrated: setup
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/python -m benchmarks.$(subst -,.,$@) $(ARGS)
 
 # make gpu-report [MODEL=folder] [STAGES="..."]: all that a GPU can say of METok, in one report, out/gpu-report/report.md.

@@ -20,7 +20,7 @@ from metok_vllm.compression.tiers import quota, video_tokens
 from metok_vllm.contract.settings import MetokSettings
 
 Rows = Literal["text", "question", "last"]
-"""Whose attention scores the visual tokens: all text after the video, the question alone, or the last token."""
+"""Whose attention scores the visual tokens: all text after the video, the question's, or the last token."""
 Positions = Literal["kept", "compact"]
 """Whether tokens keep the positions they had among all of the video's, or are numbered anew without gaps."""
 Point = Literal["entering", "average", "kv"]

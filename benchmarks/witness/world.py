@@ -106,14 +106,19 @@ class Prompt:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
-    def before(self) -> list[int]:
-        """Up to the video: system text and worked examples, the same for every question."""
+    @staticmethod
+    def beginning() -> str:
+        """System text and worked examples, the same for every question."""
         text = "<|im_start|>system\nAnswer the question about the video.<|im_end|>\n<|im_start|>user\n"
         text += "".join(f" {caption}\n" for caption in EXAMPLE_VIDEO) + "\n"
         for number, (question, answer) in enumerate(EXAMPLES):
             text += "<|im_start|>user\n" if number else ""
             text += f"{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
-        return self.ids(text + "<|im_start|>user\n")
+        return text
+
+    def before(self) -> list[int]:
+        """Up to the video."""
+        return self.ids(self.beginning() + "<|im_start|>user\n")
 
     def after(self, question: Question) -> list[int]:
         """From the video to the answer."""

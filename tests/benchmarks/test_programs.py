@@ -18,7 +18,7 @@ def test_every_program_has_a_folder() -> None:
 
 # A module that another test has imported is run anew all the same, which Python warns of.
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-@pytest.mark.parametrize("name", [*FOLDERS, "accuracy.kept", "witness.engine"])
+@pytest.mark.parametrize("name", [*FOLDERS, "accuracy.kept", "witness.engine", "witness.calibrated"])
 def test_a_program_starts_by_its_name(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

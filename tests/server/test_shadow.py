@@ -25,9 +25,7 @@ from tests.support.server.clips import data_url
 from tests.support.server.live import Server, serving
 from tests.support.until import until
 
-SETTINGS = {
-    "metok": {"shadow_rate": 1, "prune_layers": [1, 2, 3], "profile": "none", "status_shows_questions": True}
-}
+SETTINGS = {"metok": {"shadow_rate": 1, "prune_layers": [1, 2, 3], "profile": "none", "status_shows_questions": True}}
 LENGTH = 2048
 NOTHING_LOST = {"stages": 1, "events": 1, "key_events": 1, "key_frames": 64, "strides": [2, 2, 2]}
 """Frames pooled as without METok, and one separator at the end."""
