@@ -8,10 +8,10 @@ from itertools import groupby
 from metok_vllm.calibrate.search import Evaluate, Search, Seen
 from metok_vllm.calibrate.settings import Setting
 
-CANDIDATES = 4
+CANDIDATES = 5
 """Settings that are checked, the cheapest first, until one passes; each with all of its tokens' KV too."""
 
-GENTLER = 1.5
+GENTLER = 1.25
 """Where one fails, the next takes at least so many times its tokens. Settings of the same cost fail alike."""
 
 

@@ -170,14 +170,17 @@ def near_enough(layers: int) -> int:
 
 
 def _strides(run: Search, last: int, strides: Strides) -> Setting:
-    """The cheapest stage 1 that passes, with nothing cut before `last`."""
+    """The cheapest stage 1, with nothing cut before `last`, that uses up at most half of what may change: the
+    cuts need the rest. If none is so sparing, the cheapest that passes.
+    """
     fine, middle, _ = strides
     plain = Setting((last - 2, last - 1, last), strides)
     choices = [plain, replace(plain, key_events=3), with_strides(plain, (middle,) * 3)]
     run.try_all(choices)
     passing = [one for one in choices if run.good(one)]
+    sparing = [one for one in passing if run.seen[one].passes((1 + run.target) / 2)]
     if passing:
-        return min(passing, key=lambda one: run.seen[one].tokens)
+        return min(sparing or passing, key=lambda one: run.seen[one].tokens)
     finest = with_strides(plain, (fine,) * 3)
     run.try_all([finest])
     return finest

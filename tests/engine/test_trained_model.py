@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
 
+from metok_vllm.contract.profile import NAME, read_profile
 from metok_vllm.demo.model_choice import TRAINED
+from metok_vllm.frontend.fingerprint import fingerprint
 from tests.support.harness import Case, Engine, engine
 from tests.support.oracle import assert_same
 from tests.support.oracle.samples import Sample
@@ -91,8 +93,12 @@ def test_without_the_video_it_cannot_know(running: Engine) -> None:
 
 @pytest.mark.parametrize(("retention", "quota"), [(0, "event"), (1, "video")], ids=["paper", "balanced"])
 def test_it_answers_as_the_oracle(running: Engine, retention: int, quota: str) -> None:
+    check(running, {"decode_retention": retention, "quota": quota})
+
+
+def check(running: Engine, metok: dict[str, Any]) -> None:
     """With the aligner that needs no second tower; the paper's has its own test, `test_aligners.py`."""
-    cases = [case for case, _, _ in asked({"aligner": "embedding", "decode_retention": retention, "quota": quota})[::3]]
+    cases = [case for case, _, _ in asked({"aligner": "embedding", **metok})[::3]]
     compared = 0
     for case, answer in zip(cases, running.run(cases), strict=True):
         expected = running.oracle(case)
@@ -101,3 +107,16 @@ def test_it_answers_as_the_oracle(running: Engine, retention: int, quota: str) -
             assert_same(expected, answer, 2e-3)
             compared += 1
     assert compared >= len(cases) // 2
+
+
+def test_the_profile_beside_it_keeps_its_answers(sample: Sample) -> None:
+    """Nobody states it. `metok calibrate` has not seen these videos."""
+    profile = read_profile(TRAINED / NAME)
+    assert profile.mark == fingerprint(TRAINED)
+    with engine(sample, max_num_batched_tokens=4096) as running:
+        stock, answers = right(running, "off")
+        found, under_it = right(running, None)
+        check(running, {})
+    same = [one == other for one, other in zip(answers, under_it, strict=True)]
+    assert sum(same) >= 0.9 * len(same)
+    assert found >= stock - 0.1

@@ -31,9 +31,9 @@ def searched(costs: Sequence[float]) -> tuple[Search, list[Setting]]:
     ("costs", "passes", "checked"),
     [
         ([70, 80, 90], {70, 80, 90}, [70]),
-        ([70, 71, 105, 110, 160], {160}, [70, 105, 160]),  # neighbours in cost are passed over
-        ([70, 75, 104], {75, 104}, [70]),  # nothing clearly gentler is left
-        ([10, 20, 40, 80, 160], {160}, [10, 20, 40, 80]),  # four at most
+        ([70, 71, 88, 90, 110], {110}, [70, 88, 110]),  # neighbours in cost are passed over
+        ([70, 75, 87], {75, 87}, [70]),  # nothing clearly gentler is left
+        ([10, 20, 40, 80, 160, 320], {320}, [10, 20, 40, 80, 160]),  # five at most
         ([200, 70, 120], {200}, [70, 120, 200]),
     ],
 )

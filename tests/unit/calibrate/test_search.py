@@ -15,6 +15,7 @@ from metok_vllm.calibrate.search import (
     MOST_FORWARDS,
     Search,
     Seen,
+    _strides,
     cut_at,
     even_layout,
     find_horizon,
@@ -297,3 +298,21 @@ def test_an_even_layout_cuts_later_and_has_no_padding(layers: int, data: st.Data
         assert l1 < l2
         assert divides_evenly([n for n in (l1, l3 - l1, layers - l3) if n])
         assert not divides_evenly([n for n in (first, third - first, layers - third) if n])
+
+
+def test_coarser_frames_leave_the_cuts_half_of_what_may_change() -> None:
+    """Of 100 answers 4 may change: frames pooled by 4 change 3 of them, the finest of key events alone 2."""
+    changed = {(2, 4, 8): 2, (4, 4, 4): 3}
+
+    def evaluate(tried: Sequence[Setting]) -> list[Seen]:
+        found = []
+        for one in tried:
+            agrees = tuple(i >= changed[one.strides] for i in range(100))
+            found.append(Seen((0.0,) * 100, (0.0,) * 100, agrees, sum(one.strides[:1]) ** -1 + one.key_events / 100, 1))
+        return found
+
+    for target, strides, key_events in ((0.96, (2, 4, 8), 3), (0.97, (4, 4, 4), 1), (0.94, (4, 4, 4), 1)):
+        run = Search(evaluate, target, most=3)
+        search(run, 6, 12, 1, STRIDES)
+        base = _strides(run, 6, STRIDES)
+        assert (base.strides, base.key_events) == (strides, key_events), target
