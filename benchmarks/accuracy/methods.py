@@ -137,7 +137,10 @@ def _metok(checkpoint: Checkpoint) -> list[Method]:
     ]
     profile = checkpoint.folder / NAME
     if profile.is_file():
-        own = parse_settings(read_profile(profile).settings)
+        try:
+            own = parse_settings(read_profile(profile).settings)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         what = "the profile in the model's folder, as metok calibrate found it"
         found.append(Method(CALIBRATED, "METok", what, Stage1(checkpoint, own), Stages23(own)))
     return found

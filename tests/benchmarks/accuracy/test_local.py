@@ -20,14 +20,17 @@ from benchmarks.accuracy.baselines.vidcom2 import VidCom2, allot, redundancy
 from benchmarks.accuracy.data import Item, UsageError
 from benchmarks.accuracy.local import LocalRunner
 from benchmarks.accuracy.method import Dense, DropFrom, PaperBudget
-from benchmarks.accuracy.methods import PAPER, STOCK, Method, chosen, methods
+from benchmarks.accuracy.methods import CALIBRATED, PAPER, STOCK, Method, chosen, methods
 from benchmarks.accuracy.metok import Stage1, Stages23
 from benchmarks.accuracy.run import run_local
 from benchmarks.accuracy.video import Checkpoint, Video
+from metok_vllm.contract.profile import NAME, write_profile
 from metok_vllm.contract.settings import parse_settings
 from metok_vllm.demo.checkpoint import build_checkpoint
+from metok_vllm.frontend.fingerprint import fingerprint
 from tests.support.oracle import OracleSettings, run
 from tests.support.oracle.samples import scene_video
+from tests.support.profiles import a_profile
 
 STEPS = 10
 FRAMES = 18
@@ -310,6 +313,22 @@ def test_what_cannot_be_run_is_one_sentence(checkpoint, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     with pytest.raises(UsageError, match=r"is for LLaVA-OneVision, and .* holds a qwen2 model"):
         Checkpoint(tmp_path)
+
+
+def test_a_profile_in_the_models_folder_is_one_more_method(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert CALIBRATED not in {m.name for m in methods(checkpoint)}
+    mark = fingerprint(checkpoint.folder)
+    monkeypatch.setattr(checkpoint, "folder", tmp_path)
+    write_profile(tmp_path / NAME, a_profile(mark, prune_layers=[1, 2, 4], kv_layers=[1, 3], strides=[4, 4, 4]))
+    (found,) = [m for m in methods(checkpoint) if m.name == CALIBRATED]
+    assert found.policy.settings.prune_layers == (1, 2, 4)  # type: ignore[attr-defined]
+    assert found.policy.settings.kv_layers == (1, 3)  # type: ignore[attr-defined]
+    assert found.reducer.settings.strides == (4, 4, 4)  # type: ignore[attr-defined]
+    (tmp_path / NAME).write_text("{")
+    with pytest.raises(UsageError, match=r"is no JSON file\.$"):
+        methods(checkpoint)
 
 
 def test_names_are_unique_and_unknown_ones_are_refused(checkpoint) -> None:
