@@ -65,6 +65,6 @@ def test_real_model_against_the_oracle_and_its_own_forward():
             state.videos = [Video(begin, visual.event.tolist(), key, list(range(begin, begin + count)))]
             state.run()
             tokens, _ = decode(llava, state, STEPS, None)
-        assert [done.scores[limit][0].tolist() for limit in layers[:2]] == state.videos[0].after
+        assert [*(done.scores[limit][0].tolist() for limit in layers[:2]), []] == state.videos[0].after
         assert [sorted(p.tolist()) for p in cache.positions] == [sorted(p) for p in state.kv_positions]
         assert methods.hits(decoder, done, [cache], tokens) == [[True] * STEPS]
