@@ -37,13 +37,15 @@ from benchmarks.common.paths import RESULTS, ROOT  # noqa: E402
 from benchmarks.common.provenance import conditions  # noqa: E402
 from benchmarks.common.stats import Bootstrap, compare  # noqa: E402
 from benchmarks.witness import checkpoint  # noqa: E402
+from benchmarks.witness.checkpoint import SIDE  # noqa: E402
 from benchmarks.witness.model import PACKAGES  # noqa: E402
 from benchmarks.witness.model import load as load_model  # noqa: E402
 from benchmarks.witness.world import FRAMES, Prompt, Question, make_video  # noqa: E402
+from metok_vllm.calibrate.jobs import Asked  # noqa: E402
 from metok_vllm.calibrate.run import Options, run_calibrate  # noqa: E402
+from metok_vllm.calibrate.worker import message  # noqa: E402
 from metok_vllm.contract.profile import Profile, read_profile  # noqa: E402
 
-SIDE = 3  # tokens of a frame are SIDE * SIDE: a caption's eight and a line end
 KINDS = ("fact", "code", "long")
 """Of `world.KINDS` those whose prompt ends with the template: "word" begins the answer for the model."""
 
@@ -66,13 +68,15 @@ def template() -> str:
 
 
 def write_video(frames: Any, path: Path) -> None:
-    """Frames, uint8 [T, H, W, 3], one a second, each pixel as it is."""
-    with av.open(str(path), "w", format="matroska") as container:
+    """Frames, uint8 [T, H, W, 3], one a second, each pixel as it is; whole or not at all."""
+    unfinished = path.with_suffix(".part")
+    with av.open(str(unfinished), "w", format="matroska") as container:
         stream: Any = container.add_stream("ffv1", rate=1)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "bgr0"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")))
         container.mux(stream.encode())
+    unfinished.replace(path)
 
 
 def asked_about(number: int, seed: int) -> list[Question]:
@@ -81,14 +85,16 @@ def asked_about(number: int, seed: int) -> list[Question]:
 
 
 def write_set(folder: Path, prompt: Prompt, words: torch.Tensor, seed: int, videos: int) -> Path:
-    """Video files and a sheet of questions with their answers; returns the sheet."""
+    """Video files and a sheet of questions with their answers; returns the sheet.
+
+    A file that is there stays: calibration knows it by its time, and asks all about a new one again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(videos):
         name = f"{seed}-{number}.mkv"
-        ids = torch.tensor([prompt.frame(caption) for caption in make_video(number, seed).captions])
-        line_end = torch.full((FRAMES, SIDE * SIDE - ids.shape[1]), prompt.line_end[0])
-        write_video(checkpoint.paint(words[torch.cat([ids, line_end], dim=1)], words, SIDE).numpy(), folder / name)
+        if not (folder / name).is_file():
+            write_video(checkpoint.paint_captions(prompt, make_video(number, seed), words), folder / name)
         lines += [
             json.dumps({"video": name, "question": one.text, "answer": one.answer, "kind": one.kind})
             for one in asked_about(number, seed)
@@ -96,6 +102,11 @@ def write_set(folder: Path, prompt: Prompt, words: torch.Tensor, seed: int, vide
     sheet = folder / "questions.jsonl"
     sheet.write_text("\n".join(lines) + "\n")
     return sheet
+
+
+def read(sheet: Path) -> list[dict[str, str]]:
+    """The lines of `write_set`."""
+    return [json.loads(line) for line in sheet.read_text().splitlines()]
 
 
 @contextmanager
@@ -126,20 +137,9 @@ def right(llm: Any, prompt: Prompt, sheet: Path, metok: Any) -> list[bool]:
     """Whether each answer of the sheet comes word for word, greedily."""
     from vllm import SamplingParams
 
-    rows = [json.loads(line) for line in sheet.read_text().splitlines()]
+    rows = read(sheet)
     wanted = [prompt.ids(row["answer"]) for row in rows]
-    messages = [
-        [
-            {
-                "role": "user",
-                "content": [
-                    {"type": "video_url", "video_url": {"url": (sheet.parent / row["video"]).resolve().as_uri()}},
-                    {"type": "text", "text": row["question"]},
-                ],
-            }
-        ]
-        for row in rows
-    ]
+    messages = [message(Asked(video=str(sheet.parent / row["video"]), question=row["question"]), True) for row in rows]
     params = [SamplingParams(temperature=0, max_tokens=len(ids)) for ids in wanted]
     outputs = llm.chat(messages, params, use_tqdm=False, mm_processor_kwargs={"metok": metok})
     return [list(output.outputs[0].token_ids) == ids for output, ids in zip(outputs, wanted, strict=True)]
@@ -223,7 +223,7 @@ def report(
     minutes: float,
 ) -> None:
     """Write the JSON and print a line for each way to answer."""
-    rows = [json.loads(line) for line in sheet.read_text().splitlines()]
+    rows = read(sheet)
     kinds = np.array([row["kind"] for row in rows])
     videos = sorted({row["video"] for row in rows})
     boot = Bootstrap([videos.index(row["video"]) for row in rows])

@@ -12,14 +12,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
+from benchmarks.witness.world import FRAMES, Prompt, Video
 from metok_vllm.demo.checkpoint import published_name, save_processor
 
 STRIDE = 2  # what stock pools video with
+SIDE = 3  # tokens of a frame of captions are SIDE * SIDE: a caption's eight and a line end
 LEVELS = 2**16 - 1
 FAR = 16.0  # GELU is the identity from here on, to float32's last bit
 
@@ -113,6 +117,14 @@ def paint(rows: Tensor, words: Tensor, side: int) -> Tensor:
     grid = grid.repeat_interleave(STRIDE, dim=1).repeat_interleave(STRIDE, dim=2)
     # [T, rows of patches, columns, colour, y, x] to [T, rows of patches, y, columns, x, colour]
     return grid.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2).to(torch.uint8)
+
+
+def paint_captions(prompt: Prompt, video: Video, words: Tensor) -> npt.NDArray[np.uint8]:
+    """The frames of a video of captions, uint8 [T, H, W, 3], for a checkpoint written with `SIDE`."""
+    ids = torch.tensor([prompt.frame(caption) for caption in video.captions])
+    line_end = torch.full((FRAMES, SIDE * SIDE - ids.shape[1]), prompt.line_end[0])
+    frames: npt.NDArray[np.uint8] = paint(words[torch.cat([ids, line_end], dim=1)], words, SIDE).numpy()
+    return frames
 
 
 def _line_end(tokenizer: Any) -> int:

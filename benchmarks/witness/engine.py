@@ -39,6 +39,7 @@ from benchmarks.common.paths import RESULTS, ROOT  # noqa: E402
 from benchmarks.common.provenance import commit  # noqa: E402
 from benchmarks.common.stats import Bootstrap, compare  # noqa: E402
 from benchmarks.witness import checkpoint  # noqa: E402
+from benchmarks.witness.checkpoint import SIDE  # noqa: E402
 from benchmarks.witness.model import PACKAGES  # noqa: E402
 from benchmarks.witness.model import load as load_model  # noqa: E402
 from benchmarks.witness.run import FITTED  # noqa: E402
@@ -48,7 +49,6 @@ from tests.support.harness import Case, Engine, engine  # noqa: E402
 from tests.support.oracle import assert_same  # noqa: E402
 from tests.support.oracle.samples import Sample  # noqa: E402
 
-SIDE = 3
 LAYERS = 30
 ENGINE = {"max_model_len": 1024, "max_num_batched_tokens": 1024}
 TOLERANCE = 1e-3
@@ -88,9 +88,7 @@ def requests(
     """
     for number in range(videos):
         video = make_video(number, seed)
-        ids = torch.tensor([sample.prompt.frame(caption) for caption in video.captions])
-        line_end = torch.full((FRAMES, SIDE * SIDE - ids.shape[1]), sample.prompt.line_end[0])
-        frames = checkpoint.paint(words[torch.cat([ids, line_end], dim=1)], words, SIDE).numpy()
+        frames = checkpoint.paint_captions(sample.prompt, video, words)
         for question in video.questions:
             told = metok if isinstance(metok, str) else metok | {"query": question.text}
             length = len(sample.prompt.answer(question))

@@ -126,7 +126,7 @@ class _Session:
 
     def _chat(self, batch: Sequence[int], params: Sequence[Any], variant: Variant) -> list[Any]:
         stated = variant.metok if variant.metok == "off" else {**variant.metok, "report": True}
-        messages = [_message(self._job.asked[i], variant.with_video) for i in batch]
+        messages = [message(self._job.asked[i], variant.with_video) for i in batch]
         kwargs = {"metok": stated} if variant.with_video else None
         outputs: list[Any] = self._llm.chat(messages, list(params), use_tqdm=False, mm_processor_kwargs=kwargs)
         self._done += len(batch)
@@ -150,7 +150,8 @@ class _Session:
         )
 
 
-def _message(asked: Asked, with_video: bool) -> Any:
+def message(asked: Asked, with_video: bool) -> Any:
+    """One question as the messages of `vllm.LLM.chat`."""
     video = {"type": "video_url", "video_url": {"url": Path(asked.video).resolve().as_uri()}}
     text = {"type": "text", "text": asked.question}
     return [{"role": "user", "content": [video, text] if with_video else [text]}]

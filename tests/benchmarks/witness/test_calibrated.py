@@ -44,7 +44,12 @@ def test_the_template_writes_the_prompt() -> None:
 
 def test_the_set_has_the_right_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     painted: list[Any] = []
-    monkeypatch.setattr(calibrated, "write_video", lambda frames, path: painted.append((frames, path.name)))
+
+    def write(frames: Any, path: Path) -> None:
+        painted.append((frames, path.name))
+        path.write_bytes(b"there")
+
+    monkeypatch.setattr(calibrated, "write_video", write)
     monkeypatch.setattr(calibrated.checkpoint, "paint", lambda rows, words, side: rows)
     prompt: Any = SimpleNamespace(frame=lambda caption: [len(caption)] * 8, line_end=[0])
     words = np.arange(100, dtype=np.float32)[:, None] * np.ones((1, 4), dtype=np.float32)
@@ -58,6 +63,9 @@ def test_the_set_has_the_right_answers(tmp_path: Path, monkeypatch: pytest.Monke
     assert painted[1][0][:, 0, 0].tolist() == [len(caption) for caption in captions]
     assert painted[1][0][:, 8].max() == 0
     assert [question for _, question in load_lines(sheet)] == [row["question"] for row in rows]
+    stood = sheet.read_bytes()
+    assert calibrated.write_set(tmp_path, prompt, torch.from_numpy(words), 5, 2).read_bytes() == stood
+    assert len(painted) == 2, "a file that is there is left alone: finished work is known by its time"
 
 
 def test_an_answer_counts_only_word_for_word(tmp_path: Path) -> None:
