@@ -26,7 +26,7 @@ from tests.support.oracle.samples import Sample, scene_video
 from tests.support.server.asking import ask, assert_drained, oracle, result
 from tests.support.server.clips import mp4
 from tests.support.server.live import Server
-from tests.support.server.load import decoders, family, idle_decoders
+from tests.support.server.load import lasting
 
 REQUESTS = int(os.environ.get("METOK_SOAK_REQUESTS", "40"))
 AT_ONCE = 4
@@ -37,20 +37,18 @@ def resident_mib(server: Server) -> dict[str, float]:
     """Memory that each process of the server holds for itself, by the process's name.
 
     Without decoders, at work or not: each lives for one video, and that of a request just dropped may be
-    about to end.
+    about to end, that of the next just forked.
     """
-    passing = {one.pid for one in (*decoders(server), *idle_decoders(server))}
-    lasting = [one for one in family(server) if one.pid not in passing]
-    return {f"{one.name()} {one.pid}": one.memory_full_info().uss / 2**20 for one in lasting}
+    return {f"{one.name()} {one.pid}": one.memory_full_info().uss / 2**20 for one in lasting(server)}
 
 
 def growth_of(readings: list[dict[str, float]]) -> dict[str, float]:
-    """How much more each process holds at the end than after warm-up."""
+    """How much more each process holds at the end than after warm-up; all of it, if it was not there then."""
     warm = readings[len(readings) // 2 :]
     first, last = warm[:5], warm[-5:]
     return {
-        name: statistics.median(row[name] for row in last) - statistics.median(row[name] for row in first)
-        for name in readings[-1]
+        name: statistics.median(row.get(name, 0) for row in last) - statistics.median(row.get(name, 0) for row in first)
+        for name in sorted({name for row in last for name in row})
     }
 
 

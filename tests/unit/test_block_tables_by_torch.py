@@ -36,7 +36,7 @@ def test_equal_the_kernels(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     positions = torch.from_numpy(rng.integers(0, 9 * 16, TOKENS))
     results = []
     for choice in ("triton", "torch"):
-        monkeypatch.setenv("METOK_CPU_BLOCK_TABLES", choice)
+        monkeypatch.setenv("METOK_CPU_KERNELS", choice)
         made = tables(seed)
         slots = made.compute_slot_mappings(rows, starts, positions, tokens + 3).clone()
         assert slots.shape == (len(SIZES), tokens + 3)
@@ -58,6 +58,6 @@ def test_equal_the_kernels(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
 
 def test_the_torch_operations_are_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without them the comparison above would compare the kernels with themselves."""
-    monkeypatch.delenv("METOK_CPU_BLOCK_TABLES", raising=False)
+    monkeypatch.delenv("METOK_CPU_KERNELS", raising=False)
     assert BlockTables.compute_slot_mappings.__module__ == "metok_cpu_engine.interpreter"
     assert BlockTables.gather_block_tables.__module__ == "metok_cpu_engine.interpreter"

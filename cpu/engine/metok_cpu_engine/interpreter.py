@@ -9,9 +9,14 @@ Two things in the sampling kernels would end the engine:
   number. vLLM has the same operation in torch, which it takes itself where there is no Triton; it takes its
   place.
 
-And one makes every step slow: block tables and slots take a program a KV cache group and request, about four
-milliseconds each, which is most of a small model's step. Torch operations do the same in well under one.
-`METOK_CPU_BLOCK_TABLES=triton` keeps the kernels.
+And three make every step slow, so torch operations do the same in well under a millisecond:
+
+- Block tables and slots take a program a KV cache group and request, about four milliseconds each, which is most
+  of a small model's step.
+- The greedy choice takes a program for each 1024 tokens of the vocabulary, and the logprobs of a token pass
+  through all of it twice: with the 49,152 tokens of a real model that is nine tenths of its step.
+
+`METOK_CPU_KERNELS=triton` keeps these kernels.
 
 All are done when the module concerned is imported, and only in the interpreter (`TRITON_INTERPRET=1`).
 """
@@ -62,7 +67,7 @@ def block_tables_by_torch(block_table: Any) -> None:
 
     def keeps_kernels(out: Any) -> bool:
         # Where a caller brings buffers of its own, the kernels are asked.
-        return os.environ.get("METOK_CPU_BLOCK_TABLES") == "triton" or out is not None
+        return _keeps_kernels() or out is not None
 
     def gather_block_tables(
         tables: Any, idx_mapping: Any, num_reqs_padded: int, out: Any = None, out_ptrs: Any = None, **masking: Any
@@ -98,10 +103,60 @@ def block_tables_by_torch(block_table: Any) -> None:
     block_table.BlockTables.compute_slot_mappings = compute_slot_mappings
 
 
+def greedy_by_torch(gumbel: Any) -> None:
+    """Give `vllm.v1.worker.gpu.sample.gumbel` a greedy choice that launches nothing.
+
+    The kernel decides where any request draws at random, or logits are kept for a draft.
+    """
+    import torch
+
+    draw = gumbel.gumbel_sample
+
+    def gumbel_sample(
+        logits: Any,
+        expanded_idx_mapping: Any,
+        temperature: Any,
+        seed: Any,
+        pos: Any,
+        apply_temperature: bool,
+        is_drafting: bool,
+        logits_cache: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        rows = expanded_idx_mapping.to(torch.int64)
+        if _keeps_kernels() or logits_cache is not None or temperature[rows[rows >= 0]].any():
+            stated = (seed, pos, apply_temperature, is_drafting, logits_cache, *args)
+            return draw(logits, expanded_idx_mapping, temperature, *stated, **kwargs)
+        return torch.from_numpy(logits.float().numpy().argmax(axis=-1))  # the first of equals, as the kernel's
+
+    gumbel.gumbel_sample = gumbel_sample
+
+
+def logprobs_by_torch(logprob: Any) -> None:
+    """Give `vllm.v1.worker.gpu.sample.logprob` a softmax that launches nothing."""
+    import torch
+
+    launch = logprob.compute_token_logprobs
+
+    def compute_token_logprobs(logits: Any, token_ids: Any) -> Any:
+        if _keeps_kernels():
+            return launch(logits, token_ids)
+        return logits.float().log_softmax(dim=-1).gather(-1, token_ids.to(torch.int64))
+
+    logprob.compute_token_logprobs = compute_token_logprobs
+
+
+def _keeps_kernels() -> bool:
+    return os.environ.get("METOK_CPU_KERNELS") == "triton"
+
+
 MENDED: dict[str, Callable[[Any], None]] = {
     "triton.runtime.interpreter": spread_scalars_as_they_are,
     "vllm.v1.sample.ops.topk_topp_triton": sample_by_torch,
     "vllm.v1.worker.gpu.block_table": block_tables_by_torch,
+    "vllm.v1.worker.gpu.sample.gumbel": greedy_by_torch,
+    "vllm.v1.worker.gpu.sample.logprob": logprobs_by_torch,
 }
 
 

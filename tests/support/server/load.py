@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from metok_vllm.media.children.child import AT_WORK, IDLE
+from metok_vllm.media.children.child import AT_WORK
 from tests.server.test_metrics import read_metrics
 from tests.support.children import frames_mib, is_called
 from tests.support.server.asking import QUESTION, user
@@ -110,11 +110,16 @@ def _state(process: psutil.Process) -> str | None:
     return None
 
 
+def lasting(server: Server) -> list[psutil.Process]:
+    """Processes that live as long as the server: all but what its spawners fork, named yet or not."""
+    everyone = family(server)
+    forks = {one.pid for one in everyone if _is_fork(one)}
+    return [one for one in everyone if _parent(one) not in {None, *forks}]
+
+
 def spawners(server: Server) -> list[psutil.Process]:
     """The processes that fork decoders: one for each API server process."""
-    forks = _forks(server)
-    pids = {other.pid for other in forks}
-    return [one for one in forks if one.ppid() not in pids]
+    return [one for one in lasting(server) if _is_fork(one)]
 
 
 def decoders(server: Server) -> list[psutil.Process]:
@@ -122,19 +127,21 @@ def decoders(server: Server) -> list[psutil.Process]:
     return [one for one in _forks(server) if is_called(one, AT_WORK)]
 
 
-def idle_decoders(server: Server) -> list[psutil.Process]:
-    """Decoders that wait for a video."""
-    return [one for one in _forks(server) if is_called(one, IDLE)]
-
-
 def _forks(server: Server) -> list[psutil.Process]:
-    return alive([one for one in family(server) if "metok_vllm.media.children.spawner" in _command(one)])
+    return alive([one for one in family(server) if _is_fork(one)])
 
 
-def _command(process: psutil.Process) -> str:
+def _is_fork(process: psutil.Process) -> bool:
+    """Whether it is a spawner or a child of one; they share a command line."""
+    with suppress(psutil.NoSuchProcess):  # what has ended has none
+        return "metok_vllm.media.children.spawner" in " ".join(process.cmdline())
+    return False
+
+
+def _parent(process: psutil.Process) -> int | None:
     with suppress(psutil.NoSuchProcess):
-        return " ".join(process.cmdline())
-    return ""
+        return process.ppid()
+    return None
 
 
 def memory_mib(server: Server) -> float:
