@@ -9,12 +9,12 @@ Two things in the sampling kernels would end the engine:
   number. vLLM has the same operation in torch, which it takes itself where there is no Triton; it takes its
   place.
 
-And three make every step slow, so torch operations do the same in well under a millisecond:
+And these make every step slow, so torch operations do the same in well under a millisecond:
 
-- Block tables and slots take a program a KV cache group and request, about four milliseconds each, which is most
-  of a small model's step.
-- The greedy choice takes a program for each 1024 tokens of the vocabulary, and the logprobs of a token pass
-  through all of it twice: with the 49,152 tokens of a real model that is nine tenths of its step.
+- Block tables and slots take a program a KV cache group and request, about four milliseconds each: most of a
+  small model's step.
+- The greedy choice takes a program for each 1024 tokens of the vocabulary, and logprobs pass through all of it
+  twice: with the 49,152 tokens of a real model that is nine tenths of its step.
 
 `METOK_CPU_KERNELS=triton` keeps these kernels.
 
