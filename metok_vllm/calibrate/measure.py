@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from metok_vllm.contract.forced import Step, divergence, is_near_tie
+from metok_vllm.contract.forced import Step, choice, divergence, is_as_good
 
 NEEDS_VIDEO = 0.1
 """Nats. A question whose answer changes by less than this without the video does not need it."""
@@ -20,7 +20,7 @@ class Sample:
 
     kl: float  # nats
     harm: float  # nats, of the tokens that the variant is less sure of than the stock model, the others as 0
-    agrees: bool  # whether every token is the one that the variant would have said, near-ties aside
+    agrees: bool  # whether what the variant would have said is as good at every token (`is_as_good`)
 
 
 def sample(
@@ -43,7 +43,9 @@ def sample(
     each = [divergence(ours, theirs) for ours, theirs in zip(steps, variant, strict=True)]
     lost = [theirs[token] < ours[token] for token, ours, theirs in zip(tokens, steps, variant, strict=True)]
     harm = math.fsum(distance for distance, is_lost in zip(each, lost, strict=True) if is_lost)
-    agrees = all(rank == 1 or is_near_tie(ours) for rank, ours in zip(ranks, steps, strict=True))
+    told = list(zip(tokens, ranks, variant, strict=True))
+    known = all(sum(value >= step[token] for value in step.values()) >= rank for token, rank, step in told)
+    agrees = known and all(is_as_good(ours, choice(*one)) for ours, one in zip(steps, told, strict=True))
     return Sample(math.fsum(each) / len(each), harm / len(each), agrees)
 
 

@@ -21,8 +21,10 @@ MOST_IDS = 128
 vllm/sampling_params.py).
 """
 
-NEAR_TIE = 0.1
-"""Nats. Where the stock model's own two best tokens are nearer than this, either is as good an answer."""
+AS_GOOD = math.log(2)
+"""Nats. A token that the stock model holds at least half as likely as its own best is as good an answer: a
+toss, which another batch or number type may decide differently.
+"""
 
 KL_LIMIT = 0.2
 """Nats. An answer that is farther than this from the stock model's is not left as it was."""
@@ -53,10 +55,25 @@ _LEAST = -50.0  # a log-probability of -inf counts as this
 _ROUNDING = 1e-6  # what float32 log-probabilities do not add up to
 
 
-def is_near_tie(stock: Step) -> bool:
-    """Whether the stock model itself wavers between its two best tokens."""
-    best = sorted(stock.values(), reverse=True)[:2]
-    return len(best) == 2 and best[0] - best[1] < NEAR_TIE
+def choice(token: int, rank: int, step: Step) -> int | None:
+    """What a model that was told `token` would have said in its place; None if that was not asked about.
+
+    vLLM ranks a token behind all that are as likely (vllm/v1/worker/gpu/sample/logprob.py): it is the choice
+    all the same where every token before it is one of these.
+
+    Args:
+        token: the one told.
+        rank: its place among all tokens; 1 is the first.
+        step: the model's log-probabilities of the tokens asked about, `token` among them.
+    """
+    if sum(value == step[token] for value in step.values()) >= rank:
+        return token
+    return max((one for one in step if step[one] > step[token]), key=step.__getitem__, default=None)
+
+
+def is_as_good(stock: Step, token: int | None) -> bool:
+    """Whether the stock model's own choice is `token`, or so nearly as `AS_GOOD` allows."""
+    return token is not None and max(stock.values()) - stock.get(token, -math.inf) <= AS_GOOD
 
 
 def told(answer: Sequence[int], *, top: int | None = None, ids: Sequence[int] | None = None) -> SamplingParams:

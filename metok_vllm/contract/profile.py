@@ -49,7 +49,7 @@ class Measured(BaseModel):
 
     videos: Annotated[int, Field(ge=1)]
     questions: Annotated[int, Field(ge=1)]
-    agreement: Share  # of the answers, those that are the model's own without METok, near-ties aside
+    agreement: Share  # of the answers, those that are as good to the model without METok
     interval: tuple[Share, Share]  # 95 %
     largest_harm: Annotated[float, Field(ge=0)]  # nats, of the answer that suffers most (docs/calibration.md)
     tokens: Annotated[float, Field(ge=0)]  # visual, mean of the layers and the questions

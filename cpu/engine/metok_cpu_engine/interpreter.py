@@ -13,7 +13,7 @@ And these make every step slow, so torch operations do the same in well under a 
 
 - Block tables and slots take a program a KV cache group and request, about four milliseconds each: most of a
   small model's step.
-- The greedy choice takes a program for each 1024 tokens of the vocabulary, and logprobs pass through all of it
+- The greedy choice takes a program for each 1024 tokens of the vocabulary, and logprobs pass through it
   twice: with the 49,152 tokens of a real model that is nine tenths of its step.
 
 `METOK_CPU_KERNELS=triton` keeps these kernels.

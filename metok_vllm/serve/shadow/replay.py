@@ -19,7 +19,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.sampling_params import SamplingParams
 
-from metok_vllm.contract.forced import MOST_IDS, NEAR_TIE, TOP, Step, divergence, ids_to_compare, read, told
+from metok_vllm.contract.forced import MOST_IDS, TOP, Step, choice, divergence, ids_to_compare, is_as_good, read, told
 from metok_vllm.contract.request_ids import SHADOW
 
 LONGEST_ANSWER = MOST_IDS
@@ -58,8 +58,8 @@ class Comparison:
 def compared(stock: Sequence[Step], ours: Sequence[Step], answer: Sequence[int], ranks: Sequence[int]) -> Comparison:
     """What two models think of one answer.
 
-    They agree on a token if METok's choice is the stock model's, or within `NEAR_TIE` of it. Where a token
-    was drawn at random, METok's choice is the best of those compared.
+    They agree on a token if METok's choice is as good to the stock model as its own (`forced.is_as_good`).
+    Where a token was drawn at random, METok's choice is the best of those compared.
 
     Args:
         stock: METok off, each token's most probable alternatives.
@@ -68,22 +68,9 @@ def compared(stock: Sequence[Step], ours: Sequence[Step], answer: Sequence[int],
         ranks: their places among METok's; 1 is its choice.
     """
     distances = [divergence(theirs, mine) for theirs, mine in zip(stock, ours, strict=True)]
-    choices = [_choice(*one) for one in zip(answer, ranks, ours, strict=True)]
-    agreeing = sum(
-        max(step.values()) - step.get(choice, -math.inf) < NEAR_TIE for choice, step in zip(choices, stock, strict=True)
-    )
+    choices = [choice(*one) for one in zip(answer, ranks, ours, strict=True)]
+    agreeing = sum(is_as_good(step, one) for step, one in zip(stock, choices, strict=True))
     return Comparison(len(answer), agreeing, math.fsum(distances) / len(answer), max(distances))
-
-
-def _choice(token: int, rank: int, step: Step) -> int:
-    """What a model would have said in the place of `token`.
-
-    vLLM ranks a token behind all that are as likely (vllm/v1/worker/gpu/sample/logprob.py): it is the choice
-    all the same where every token before it is one of these.
-    """
-    if sum(value == step[token] for value in step.values()) >= rank:
-        return token
-    return max((one for one in step if one != token), key=step.__getitem__, default=token)
 
 
 class Replay:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 
-from metok_vllm.contract.forced import KL_LIMIT, MOST_IDS, NEAR_TIE, TOP, ids_to_compare
+from metok_vllm.contract.forced import AS_GOOD, KL_LIMIT, MOST_IDS, TOP, ids_to_compare
 from metok_vllm.contract.refusals import FRONT_END
 from metok_vllm.contract.request_ids import is_shadow
 from metok_vllm.serve.shadow import record as record_module
@@ -76,9 +76,9 @@ def test_a_token_as_likely_as_the_best_is_a_choice() -> None:
 
 
 def test_where_the_model_itself_wavers_either_is_right() -> None:
-    stock, ours = {0: -0.70, 1: -0.70 + NEAR_TIE * 0.9, 2: -3.0}, {0: -0.1, 1: -3.0, 2: -5.0}
+    stock, ours = {0: -0.70, 1: -0.70 + AS_GOOD * 0.9, 2: -3.0}, {0: -0.1, 1: -3.0, 2: -5.0}
     assert compared([stock], [ours], [0], [1]).agreeing == 1
-    assert compared([{**stock, 1: -0.70 + NEAR_TIE * 1.1}], [ours], [0], [1]).agreeing == 0
+    assert compared([{**stock, 1: -0.70 + AS_GOOD * 1.1}], [ours], [0], [1]).agreeing == 0
 
 
 def test_every_tokens_best_is_looked_up() -> None:
