@@ -113,7 +113,11 @@ def _add_calibrate(commands: Any) -> None:
             type=Path,
             default=Path("metok_profile.json"),
             metavar="FILE",
-            help="the profile; beside it the picture (.png) and the folder of finished work (.work)",
+            help=(
+                "the profile; beside it the picture (.png) and the folder of finished work (.work)"
+                if command is calibrate
+                else "names the folder of finished work (.work), which metok calibrate goes on from"
+            ),
         )
         command.add_argument("--tensor-parallel-size", type=_positive, metavar="N", help="as of vllm serve")
         command.add_argument("--dtype", help="as of vllm serve")
@@ -121,10 +125,17 @@ def _add_calibrate(commands: Any) -> None:
         command.add_argument("--num-frames", type=_positive, metavar="N", help="frames sampled from a video")
         command.add_argument(
             "--engine-option",
-            type=_engine_options,
+            type=_json_object,
             default={},
             metavar="JSON",
             help="""more arguments of vllm.LLM, as '{"quantization": "fp8"}'""",
+        )
+        command.add_argument(
+            "--metok",
+            type=_json_object,
+            default={},
+            metavar="JSON",
+            help="""settings of the server that are not searched, as '{"aligner_model": "google/siglip-..."}'""",
         )
     calibrate.add_argument(
         "--target", type=_share, default=0.99, metavar="SHARE", help="of the answers, must agree (default: 0.99)"
@@ -150,7 +161,7 @@ def _share(text: str) -> float:
     return value
 
 
-def _engine_options(text: str) -> dict[str, Any]:
+def _json_object(text: str) -> dict[str, Any]:
     try:
         options = json.loads(text)
     except ValueError:
@@ -174,7 +185,7 @@ def _engine_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 def _calibrate(options: argparse.Namespace) -> int:
     if find_spec("matplotlib") is None:
-        print("metok: error: Calibration draws with matplotlib: pip install 'metok-vllm[demo]'.", file=sys.stderr)
+        print("metok: error: Calibration draws with matplotlib: pip install matplotlib.", file=sys.stderr)
         return 2
     from metok_vllm.calibrate.run import run_calibrate
 
@@ -202,6 +213,7 @@ def _measuring(options: argparse.Namespace, command: Callable[[Any], int]) -> in
                 samples=options.samples,
                 answer_tokens=options.answer_tokens,
                 engine=_engine_arguments(options),
+                metok=options.metok,
                 force=options.force,
             )
         )
@@ -232,7 +244,7 @@ def _frame_count(text: str) -> int:
 
 def _demo(options: argparse.Namespace) -> int:
     if find_spec("matplotlib") is None:
-        print("metok: error: The demo draws with matplotlib: pip install 'metok-vllm[demo]'.", file=sys.stderr)
+        print("metok: error: The demo draws with matplotlib: pip install matplotlib.", file=sys.stderr)
         return 2
     from metok_vllm.demo.errors import DemoError
     from metok_vllm.demo.run import DemoOptions, run_demo

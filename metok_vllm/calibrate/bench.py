@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,9 +15,6 @@ from metok_vllm.calibrate.settings import Setting, kv_groups, kv_tokens, tokens
 from metok_vllm.compression.accounting import ModelShape, VisualTokens, account
 from metok_vllm.contract.kv_layout import chosen_layers
 
-SERVER: dict[str, Any] = {"profile": "none"}
-"""What every engine is started with: the method's defaults, whatever lies in the model's folder."""
-
 
 @dataclass(frozen=True)
 class Model:
@@ -28,6 +25,13 @@ class Model:
     plugin: str
     engine: Mapping[str, Any]
     answer_tokens: int
+    metok: Mapping[str, Any] = field(default_factory=dict)  # what every server states, beside what is searched
+    vllm: str = ""
+
+    @property
+    def server(self) -> dict[str, Any]:
+        """The method's defaults but for what the user states, whatever lies in the model's folder."""
+        return {"profile": "none", **self.metok}
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Bench:
     text_tokens: list[int] = field(default_factory=list)  # of the held-out questions' prompts
     stock_tokens: list[int] = field(default_factory=list)
     frames: float = 0.0  # of a video, mean of the held-out questions
+    checked: int = 0  # settings that the held-out questions were asked under
     facts: Facts | None = None
     seen: dict[Setting, Seen] = field(default_factory=dict)  # of the presets, on the search's questions
 
@@ -68,15 +73,25 @@ class Bench:
                 Variant(name="paper", metok={"preset": "paper"}),
                 Variant(name="balanced", metok={"preset": "balanced"}),
             ]
-        return self._job([*search, *held_out], SERVER, variants)
+        return self._job([*search, *held_out], self.model.server, variants)
 
-    def begin(self, search: Sequence[Asked], held_out: Sequence[Asked], most: int) -> list[Row]:
+    def begin(
+        self, search: Sequence[Asked], held_out: Sequence[Asked], most: int, mark: Callable[[], str]
+    ) -> list[Row]:
         """Ask the first job's questions and keep, of each part, at most `most` that need their video.
+
+        Args:
+            search: what the search sees.
+            held_out: what it does not.
+            most: questions of each.
+            mark: tells the model's mark. vLLM may have fetched its weights only now.
 
         Returns:
             What stock and the presets do on the held-out questions.
         """
-        result = self.engines.run(self.first_job(search, held_out))
+        job = self.first_job(search, held_out)
+        result = self.engines.run(job)
+        self._mark_again(job, mark())
         self.facts = result.facts
         asked = [
             one.model_copy(update={"stock": stock})
@@ -101,6 +116,13 @@ class Bench:
             self.seen[setting] = self._pruned(setting, _only(result.told[name], kept))
         return rows
 
+    def _mark_again(self, job: Job, mark: str) -> None:
+        """The mark from now on; what was done under the one before is found under this one too."""
+        if mark == self.model.mark:
+            return
+        self.model = replace(self.model, mark=mark)
+        self.engines.keep_as(job, job.model_copy(update={"model_mark": mark}))
+
     def presets(self) -> tuple[Setting, Setting]:
         """`paper` and `balanced`, with the paper's layers scaled to this model."""
         layers = chosen_layers(self.known.layers, None)
@@ -113,6 +135,7 @@ class Bench:
 
     def on_held_out(self, settings: Sequence[Setting]) -> list[Seen]:
         """The held-out questions under settings of one engine."""
+        self.checked += len(settings)
         return self._under(settings, self.held_out)
 
     def fewer_frames(self, frames: int) -> Seen:
@@ -120,13 +143,13 @@ class Bench:
         engine = {**self.model.engine}
         media = dict(engine.get("media_io_kwargs") or {})
         media["video"] = {**media.get("video", {}), "num_frames": frames, "fps": -1}
-        job = self._job(self.held_out, SERVER, [Variant(name="fewer")], {**engine, "media_io_kwargs": media})
+        job = self._job(self.held_out, self.model.server, [Variant(name="fewer")], {**engine, "media_io_kwargs": media})
         told = self.engines.run(job).told["fewer"]
         visual = [one.prompt_tokens - text for one, text in zip(told, self.text_tokens, strict=True)]
         return self._off(told, visual)
 
     def _under(self, settings: Sequence[Setting], asked: Sequence[Asked]) -> list[Seen]:
-        server = {**SERVER, **settings[0].server()}
+        server = {**self.model.server, **settings[0].server()}
         variants = [Variant(name=one.words(), metok=one.request()) for one in settings]
         result = self.engines.run(self._job(asked, server, variants))
         return [self._pruned(one, result.told[one.words()]) for one in settings]
@@ -142,6 +165,7 @@ class Bench:
             model=self.model.name,
             model_mark=self.model.mark,
             plugin=self.model.plugin,
+            vllm=self.model.vllm,
             engine=dict(self.model.engine if engine is None else engine),
             server=dict(server),
             answer_tokens=self.model.answer_tokens,

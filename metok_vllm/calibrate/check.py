@@ -17,17 +17,24 @@ GENTLER = 1.25
 
 def first_that_passes(
     tried: Search, on_held_out: Evaluate, target: float, presets: Mapping[Setting, Seen]
-) -> tuple[Setting, Seen]:
-    """The cheapest setting that passes on the held-out questions too; else a preset that does; else the one
-    that comes nearest.
+) -> tuple[Setting, Seen, bool]:
+    """The cheapest setting that passes on the search's questions and on the held-out ones; else a preset that
+    does; else, of those that do not, the one that comes nearest on the held-out ones.
 
     Args:
         tried: what the search saw.
         on_held_out: what settings do to the held-out questions.
         target: share of the answers that must agree.
-        presets: what these do to the held-out questions.
+        presets: what these do to the held-out questions; the search saw them too.
+
+    Returns:
+        The setting, what it does to the held-out questions, and whether it passes on both.
     """
     order = tried.ranked() or sorted(tried.seen, key=lambda s: (-tried.seen[s].agreement, tried.seen[s].worst))[:1]
+
+    def passes(one: Setting) -> bool:
+        return tried.good(one) and checked[one].passes(target)
+
     checked: dict[Setting, Seen] = {}
     for _ in range(CANDIDATES):
         both = [order[0], *(one for one in order[1:] if one == order[0].with_all_kv())]
@@ -35,15 +42,16 @@ def first_that_passes(
             here = list(engine)
             checked.update(zip(here, on_held_out(here), strict=True))
             for one in here:
-                if checked[one].passes(target):
-                    return one, checked[one]
+                if passes(one):
+                    return one, checked[one], True
         least = GENTLER * tried.seen[both[-1]].tokens
         order = [one for one in order if one not in checked and tried.seen[one].tokens >= least]
         if not order:
             break
     checked |= presets
-    passing = [one for one, seen in checked.items() if seen.passes(target)]
+    passing = [one for one in checked if passes(one)]
     if passing:
         best = min(passing, key=lambda one: (checked[one].tokens, checked[one].kv))
-        return best, checked[best]
-    return max(checked.items(), key=lambda pair: (pair[1].agreement, -pair[1].worst))
+        return best, checked[best], True
+    best, seen = max(checked.items(), key=lambda pair: (pair[1].agreement, -pair[1].worst))
+    return best, seen, False

@@ -52,6 +52,7 @@ class Job(_Plain):
     model: str
     model_mark: str  # what tells that the model is still the same
     plugin: str  # version
+    vllm: str = ""  # the same
     engine: dict[str, Any]  # keyword arguments of `vllm.LLM`
     server: dict[str, Any]  # METok's settings of the server
     answer_tokens: int

@@ -43,7 +43,8 @@ def choose(videos: Path | None, sheet: Path | None, most: int, held_out: bool) -
     """At most `most` questions in each part.
 
     Args:
-        videos: folder of video files; with a sheet, where its videos are looked for first.
+        videos: folder of video files, in folders of it too; with a sheet, where its videos are looked for if
+            they are not beside it.
         sheet: JSON lines of ``video`` and ``question`` (or ``prompt``).
         most: questions in a part.
         held_out: whether a second part is wanted.
@@ -59,7 +60,7 @@ def choose(videos: Path | None, sheet: Path | None, most: int, held_out: bool) -
     if sheet is None:
         assert videos is not None
         by_video = {}
-        for path in sorted(one for one in videos.iterdir() if one.suffix.lower() in SUFFIXES):
+        for path in _files(videos):
             if fault(path):
                 unusable.append(path.name)
             else:
@@ -85,11 +86,17 @@ def _of_sheet(sheet: Path, videos: Path | None) -> dict[Path, list[str]]:
     for name, question in lines:
         beside = sheet.parent / name
         path = videos / Path(name).name if videos is not None and not beside.is_file() else beside
-        by_video.setdefault(path, []).append(question)
+        by_video.setdefault(path.resolve(), []).append(question)  # one video is one, whatever its name
     for path in by_video:
         if why := fault(path):
             raise CalibrateError(f"Cannot use {path}, which {sheet} names, as a video: {why}")
     return by_video
+
+
+def _files(videos: Path) -> list[Path]:
+    """The folder's video files in the order of their paths, each once, however many links lead to it."""
+    named = sorted(one for one in videos.rglob("*") if one.suffix.lower() in SUFFIXES)
+    return list(dict.fromkeys(one.resolve() for one in named))
 
 
 def fault(path: Path) -> str:

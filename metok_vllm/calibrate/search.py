@@ -72,8 +72,8 @@ class Horizon:
 
     layers: int  # of the model
     curve: dict[int, Seen] = field(default_factory=dict)  # with nothing visual from the layer on
-    layer: int = 0  # the smallest at which every question is all right; `layers`: there is none
-    chosen: int = 0  # L3: one later where there are few questions
+    layer: int = 0  # the smallest at which no question is far from what it was; `layers`: there is none
+    chosen: int = 0  # L3: the smallest from there on at which the answers pass, one later with few questions
 
     @property
     def found(self) -> bool:
@@ -81,7 +81,8 @@ class Horizon:
 
 
 def find_horizon(look: Callable[[int], Seen], layers: int, first: int, questions: int, target: float) -> Horizon:
-    """Bisect for the smallest layer at which every KL is within `KL_LIMIT`, and the answers agree.
+    """Bisect for the smallest layer at which every KL is within `KL_LIMIT`; then, from there on, for the
+    smallest at which the answers pass too: a long answer's KL is small where one word of it is another.
 
     Args:
         look: what the questions say with nothing visual from a layer on.
@@ -91,17 +92,24 @@ def find_horizon(look: Callable[[int], Seen], layers: int, first: int, questions
         target: share of the answers that must agree.
     """
     found = Horizon(layers)
-    bad, good = min(first + 1, layers - 1), layers  # L3 is at least L1 + 2
-    while good - bad > 1:
-        middle = (bad + good) // 2
-        seen = look(middle)
-        found.curve[middle] = seen
-        if max(seen.kl) <= KL_LIMIT and seen.agreement >= target:
-            good = middle
-        else:
-            bad = middle
-    found.layer = good
-    found.chosen = min(layers, good + (questions < FEW))
+
+    def smallest(behind: int, fine: Callable[[Seen], bool]) -> int:
+        known = {layer: fine(seen) for layer, seen in found.curve.items() if layer > behind}
+        good = min((layer for layer, is_fine in known.items() if is_fine), default=layers)
+        bad = max((layer for layer, is_fine in known.items() if not is_fine and layer < good), default=behind)
+        while good - bad > 1:
+            middle = (bad + good) // 2
+            found.curve[middle] = look(middle)
+            if fine(found.curve[middle]):
+                good = middle
+            else:
+                bad = middle
+        return good
+
+    # L3 is at least L1 + 2.
+    found.layer = smallest(min(first + 1, layers - 1), lambda seen: max(seen.kl) <= KL_LIMIT)
+    passing = smallest(found.layer - 1, lambda seen: seen.passes(target))
+    found.chosen = min(layers, passing + (questions < FEW))
     return found
 
 

@@ -18,27 +18,33 @@ class Verdict:
     sentence: str
 
 
-def judge(found: Seen, frames: Seen, frame_count: int, target: float) -> Verdict:
+def judge(found: Seen, frames: Seen, frame_count: int, target: float, passes: bool) -> Verdict:
     """Compare the found setting with fewer frames, both on the held-out questions.
 
-    At equal agreement fewer frames win, unless they move some answer too far: they save the tower's work too,
-    and need no profile.
+    Fewer frames win where they pass and agree at least as often: they save the tower's work too, and need no
+    profile.
+
+    Args:
+        found: the setting.
+        frames: as many tokens in fewer frames.
+        frame_count: how many.
+        target: share of the answers that must agree.
+        passes: whether the setting reaches it on the search's questions and on these.
     """
-    passes = found.passes(target)
-    better = frames.agreement > found.agreement
-    as_good = frames.agreement == found.agreement and frames.worst <= max(found.worst, KL_LIMIT)
+    frames_win = frames.passes(target) and frames.agreement >= found.agreement
     low, high = interval(sum(found.agrees), len(found.agrees))
     kept = f"{100 * found.agreement:.1f} % of the unseen answers [{100 * low:.0f} to {100 * high:.0f}]"
     if not passes:
         also = f", and fewer frames ({frame_count}) keep {100 * frames.agreement:.1f} %" if frames.agrees else ""
+        where = ", but not of those of the search" if found.passes(target) else ""
         return Verdict(
             False,
             False,
-            f"No setting keeps the answers: the best keeps {kept}, where {100 * target:g} % are wanted, each with a "
+            f"No setting keeps the answers: the best keeps {kept}{where}, where {100 * target:g} % are wanted, each with a "
             f"harm of at most {KL_LIMIT:g} nats a token (the largest is {found.worst:.2f}){also}. Leave METok off for this "
             "model, or state a lower --target.",
         )
-    if better or as_good:
+    if frames_win:
         return Verdict(
             True,
             False,

@@ -26,6 +26,9 @@ AS_GOOD = math.log(2)
 toss, which another batch or number type may decide differently.
 """
 
+NEAR_TIE = 0.1
+"""Nats. What is nearer than this to the stock model's best is its choice: so far number types move it."""
+
 KL_LIMIT = 0.2
 """Nats. An answer that is farther than this from the stock model's is not left as it was."""
 
@@ -36,16 +39,20 @@ Step = Mapping[int, float]
 def divergence(stock: Step, variant: Step) -> float:
     """KL(stock || variant) of one token, over the tokens that both state and one bucket for all others.
 
-    Merging tokens into a bucket can only lower it, so this never exceeds the true divergence.
+    Merging tokens into a bucket can only lower it, so this never exceeds the true divergence. NaN, of either
+    model, is as far as anything can be.
 
     Args:
         stock: the stock model's most probable tokens.
         variant: the same of the variant; may state others too.
     """
     shared = [token for token in stock if token in variant]
-    total = sum(math.exp(stock[t]) * (stock[t] - max(variant[t], _LEAST)) for t in shared)
-    rest_stock = max(0.0, 1.0 - math.fsum(math.exp(stock[t]) for t in shared))
-    rest_variant = max(0.0, 1.0 - math.fsum(math.exp(variant[t]) for t in shared))
+    ours, theirs = ([max(step[t], _LEAST) for t in shared] for step in (stock, variant))
+    if any(map(math.isnan, (*stock.values(), *variant.values()))):
+        return -_LEAST
+    total = sum(math.exp(p) * (p - q) for p, q in zip(ours, theirs, strict=True))
+    rest_stock = max(0.0, 1.0 - math.fsum(map(math.exp, ours)))
+    rest_variant = max(0.0, 1.0 - math.fsum(map(math.exp, theirs)))
     if rest_stock > _ROUNDING:
         total += rest_stock * (math.log(rest_stock) - math.log(max(rest_variant, math.exp(_LEAST))))
     return max(0.0, total)
@@ -56,7 +63,7 @@ _ROUNDING = 1e-6  # what float32 log-probabilities do not add up to
 
 
 def choice(token: int, rank: int, step: Step) -> int | None:
-    """What a model that was told `token` would have said in its place; None if that was not asked about.
+    """What a model that was told `token` would have said in its place; None if it may be one not asked about.
 
     vLLM ranks a token behind all that are as likely (vllm/v1/worker/gpu/sample/logprob.py): it is the choice
     all the same where every token before it is one of these.
@@ -66,14 +73,23 @@ def choice(token: int, rank: int, step: Step) -> int | None:
         rank: its place among all tokens; 1 is the first.
         step: the model's log-probabilities of the tokens asked about, `token` among them.
     """
-    if sum(value == step[token] for value in step.values()) >= rank:
+    own = step[token]
+    if rank < 1 or any(map(math.isnan, step.values())):
+        return None
+    if sum(value == own for value in step.values()) >= rank:
         return token
-    return max((one for one in step if step[one] > step[token]), key=step.__getitem__, default=None)
+    ahead = [one for one in step if step[one] > own]
+    if not ahead:
+        return None
+    best = max(ahead, key=step.__getitem__)
+    all_known = sum(value >= own for value in step.values()) >= rank
+    rest = 1.0 - math.fsum(map(math.exp, step.values()))
+    return best if all_known or rest < math.exp(step[best]) else None
 
 
-def is_as_good(stock: Step, token: int | None) -> bool:
-    """Whether the stock model's own choice is `token`, or so nearly as `AS_GOOD` allows."""
-    return token is not None and max(stock.values()) - stock.get(token, -math.inf) <= AS_GOOD
+def is_choice(stock: Step, token: int | None, within: float) -> bool:
+    """Whether the stock model's own choice is `token`, or at most so many nats better."""
+    return token is not None and max(stock.values()) - stock.get(token, -math.inf) <= within
 
 
 def told(answer: Sequence[int], *, top: int | None = None, ids: Sequence[int] | None = None) -> SamplingParams:

@@ -74,6 +74,7 @@ class Profile(BaseModel):
     generic_questions: bool  # whether the user had none of their own
     search_videos: Annotated[int, Field(ge=1)]
     search_questions: Annotated[int, Field(ge=1)]
+    engine: dict[str, Any] = {}  # what vLLM was told beside its defaults: frames, number type, quantisation
     measured: Measured
 
     @field_validator("settings")

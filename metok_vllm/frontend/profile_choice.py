@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metok_vllm.contract.profile import IGNORED, NAME, Profile, read_profile
-from metok_vllm.contract.settings import BALANCED, BESIDE_NO_WINDOW
+from metok_vllm.contract.profile import IGNORED, NAME, SETTABLE, Profile, read_profile
+from metok_vllm.contract.settings import BALANCED, BESIDE_NO_WINDOW, MetokSettings
 from metok_vllm.frontend.fingerprint import fingerprint, model_folder
 from metok_vllm.log import metok_logger
 
@@ -21,13 +21,17 @@ PAPERS_ARCHITECTURES = ("LlavaOnevisionForConditionalGeneration", "LlavaQwenForC
 """Of these two, in both formats. LLaVA-Video-7B has the same sizes and reads the same."""
 
 
+ANSWERS = (*SETTABLE, "stages", "aligner_model")
+"""What changes answers. What a profile does not state was measured as its default."""
+
+
 @dataclass(frozen=True)
 class ChosenProfile:
     """A profile in force."""
 
     path: Path
     profile: Profile
-    overridden: tuple[str, ...]  # keys of it that the user states otherwise
+    overridden: tuple[str, ...]  # what the user states otherwise than it was measured
 
     def summary(self) -> dict[str, Any]:
         return self.profile.summary(str(self.path), self.overridden)
@@ -60,7 +64,21 @@ def choose_profile(stated: Mapping[str, Any], model: str, revision: str | None) 
         return None  # the settings' own check says what is wrong with it
     profile = read_profile(path)
     _refuse_another(path, profile, model, revision)
-    return ChosenProfile(path, profile, tuple(sorted(set(_ruled(stated)) & set(profile.settings))))
+    return ChosenProfile(path, profile, _overridden(stated, profile.settings))
+
+
+def _overridden(stated: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """What decides answers and is not as the profile was measured, by name."""
+    measured = {key: settings.get(key, MetokSettings.model_fields[key].default) for key in ANSWERS}
+    if settings.get("aligner") == "dual-tower":  # which tower, each server says for itself
+        measured["aligner_model"] = stated.get("aligner_model")
+    same = {key for key in ANSWERS if key in stated and _plain(stated[key]) == _plain(measured[key])}
+    found = (_ruled(stated) & set(settings)) | (set(ANSWERS) & set(stated))
+    return tuple(sorted(found - same))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def merged(stated: Mapping[str, Any], chosen: ChosenProfile) -> dict[str, Any]:

@@ -207,4 +207,4 @@ def test_without_matplotlib_the_demo_says_what_to_install(
 ):
     """Serving does not need it, so it may not be there."""
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "matplotlib" else object())
-    assert refused(capsys) == "The demo draws with matplotlib: pip install 'metok-vllm[demo]'."
+    assert refused(capsys) == "The demo draws with matplotlib: pip install matplotlib."

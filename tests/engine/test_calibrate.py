@@ -76,6 +76,9 @@ def test_it_finds_a_setting_checks_it_and_goes_on_where_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(run, "Options", partial(run.Options, most_forwards=19))  # one engine for the cuts
+    whole = fingerprint(TRAINED)
+    marks = iter([whole.model_copy(update={"weights_sha256": None})])  # vLLM fetches the weights with its first engine
+    monkeypatch.setattr(run, "fingerprint", lambda folder: next(marks, whole))
     out = tmp_path / "found.json"
     command = ["calibrate", str(TRAINED), "--questions", str(sheet), "--out", str(out), *FLAGS]
     command += ["--engine-option", json.dumps(ENGINE), "--force"]
@@ -90,7 +93,9 @@ def test_it_finds_a_setting_checks_it_and_goes_on_where_it_was(
     assert held_out.isdisjoint(searched)
 
     profile = read_profile(out)
-    assert profile.mark == fingerprint(TRAINED)
+    assert profile.mark == whole
+    assert profile.engine["media_io_kwargs"] == {"video": {"num_frames": FRAMES}}
+    assert {job.model_mark for job in others} == {whole.model_dump_json()} != {first.model_mark}
     assert profile.settings["prune_layers"][2] >= profile.horizon
     assert 3 <= profile.horizon <= 12
     assert profile.measured.questions == len(others[-1].asked)

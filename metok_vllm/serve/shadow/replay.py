@@ -19,7 +19,18 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.sampling_params import SamplingParams
 
-from metok_vllm.contract.forced import MOST_IDS, TOP, Step, choice, divergence, ids_to_compare, is_as_good, read, told
+from metok_vllm.contract.forced import (
+    MOST_IDS,
+    NEAR_TIE,
+    TOP,
+    Step,
+    choice,
+    divergence,
+    ids_to_compare,
+    is_choice,
+    read,
+    told,
+)
 from metok_vllm.contract.request_ids import SHADOW
 
 LONGEST_ANSWER = MOST_IDS
@@ -58,8 +69,8 @@ class Comparison:
 def compared(stock: Sequence[Step], ours: Sequence[Step], answer: Sequence[int], ranks: Sequence[int]) -> Comparison:
     """What two models think of one answer.
 
-    They agree on a token if METok's choice is as good to the stock model as its own (`forced.is_as_good`).
-    Where a token was drawn at random, METok's choice is the best of those compared.
+    They agree on a token if METok's choice is the stock model's, or within `NEAR_TIE` of it. Where METok may
+    have chosen a token that was not compared, they do not.
 
     Args:
         stock: METok off, each token's most probable alternatives.
@@ -69,7 +80,7 @@ def compared(stock: Sequence[Step], ours: Sequence[Step], answer: Sequence[int],
     """
     distances = [divergence(theirs, mine) for theirs, mine in zip(stock, ours, strict=True)]
     choices = [choice(*one) for one in zip(answer, ranks, ours, strict=True)]
-    agreeing = sum(is_as_good(step, one) for step, one in zip(stock, choices, strict=True))
+    agreeing = sum(is_choice(step, one, NEAR_TIE) for step, one in zip(stock, choices, strict=True))
     return Comparison(len(answer), agreeing, math.fsum(distances) / len(answer), max(distances))
 
 

@@ -53,6 +53,11 @@ def a_job(**changed: Any) -> Job:
     return Job(**{**stated, **changed})
 
 
+def test_other_versions_are_other_work() -> None:
+    jobs = [a_job(), a_job(vllm="2"), a_job(plugin="2"), a_job(model_mark="other")]
+    assert len({job.name() for job in jobs}) == 4
+
+
 @pytest.fixture(autouse=True)
 def closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever a test opens is closed behind it."""

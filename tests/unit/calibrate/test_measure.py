@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metok_vllm.calibrate.measure import interval, sample
-from metok_vllm.contract.forced import AS_GOOD, divergence, is_as_good
+from metok_vllm.contract.forced import AS_GOOD, divergence, is_choice
 
 
 def logs(*probabilities: float) -> dict[int, float]:
@@ -68,7 +68,7 @@ def test_who_is_surer_of_the_same_token_does_no_harm() -> None:
 def test_half_as_likely_is_as_good() -> None:
     assert pytest.approx(math.log(2)) == AS_GOOD
     stock = logs(0.5, 0.26, 0.24)
-    assert [is_as_good(stock, token) for token in (0, 1, 2, 3, None)] == [True, True, False, False, False]
+    assert [is_choice(stock, token, AS_GOOD) for token in (0, 1, 2, 3, None)] == [True, True, False, False, False]
 
 
 def test_what_the_variant_would_have_said_must_be_as_good_at_every_token() -> None:
@@ -83,6 +83,23 @@ def test_what_was_not_asked_about_is_not_as_good() -> None:
     assert sample([0], [torn], [logs(0.2, 0.3)], [2]).agrees
     assert not sample([0], [torn], [logs(0.2, 0.3)], [3]).agrees, "a token of the other half is ahead of both"
     assert not sample([0], [torn], [logs(0.3, 0.2)], [2]).agrees
+    assert sample([0], [torn], [logs(0.2, 0.45)], [3]).agrees, "the other 35 % cannot be ahead of 45 %"
+
+
+@pytest.mark.parametrize("impossible", [math.nan, -math.inf])
+def test_no_number_is_no_agreement(impossible: float) -> None:
+    """A number type that overflows must not pass as the best setting."""
+    sure, nothing = logs(0.95, 0.02), {0: impossible, 1: impossible}
+    seen = sample([0], [sure], [nothing], [0])
+    assert not seen.agrees
+    assert 20 < seen.harm == seen.kl <= 50
+    if math.isnan(impossible):
+        assert sample([0], [nothing], [sure], [1]).kl == 50
+        assert not sample([0], [nothing], [sure], [1]).agrees
+
+
+def test_what_the_model_itself_holds_impossible_is_no_distance() -> None:
+    assert divergence({0: 0.0, 1: -math.inf}, {0: 0.0, 1: -9.0}) == pytest.approx(0, abs=1e-3)
 
 
 def test_as_likely_as_the_best_is_the_choice() -> None:

@@ -44,6 +44,23 @@ def test_generic_questions_are_split_by_video(videos: Path) -> None:
     assert len({one.question for one in asked.search[:2]}) == 2, "two videos begin with different questions"
 
 
+def test_one_video_is_in_one_part_whatever_its_names(videos: Path, tmp_path: Path) -> None:
+    (videos / "sub").mkdir()
+    (videos / "sub" / "e.mp4").symlink_to(videos / "a.mp4")
+    asked = choose(videos, None, 99, held_out=True)
+    assert {Path(one.video).stem for one in (*asked.search, *asked.held_out)} == set("abcd")
+    rows = [("a.mp4", "Who?"), ("sub/../a.mp4", "What?"), ("sub/e.mp4", "Where?"), ("b.mp4", "When?")]
+    parts = choose(None, sheet(videos, rows), 9, held_out=True)
+    assert [len(part) for part in (parts.search, parts.held_out)] == [3, 1]
+
+
+def test_a_folders_folders_are_looked_through(videos: Path) -> None:
+    (videos / "more" / "of them").mkdir(parents=True)
+    shutil.copy(CLIP, videos / "more" / "of them" / "e.MP4")
+    asked = choose(videos, None, 99, held_out=False)
+    assert {Path(one.video).stem for one in asked.search} == set("abcde")
+
+
 def test_a_probe_needs_no_second_part(videos: Path) -> None:
     asked = choose(videos, None, 100, held_out=False)
     assert (len(asked.search), asked.held_out) == (4 * len(GENERIC), ())

@@ -142,9 +142,16 @@ def test_one_question_that_is_far_off_decides() -> None:
     assert find_horizon(lambda k: far(worst.get(k, 0.0 if k > 6 else 1.0)), 12, 1, 32, 0.99).layer == 6
 
 
-def test_an_answer_that_changes_decides_too() -> None:
+def test_an_answer_that_changes_moves_l3_and_not_the_horizon() -> None:
     """A long answer's KL is small where one word of it is another."""
-    assert find_horizon(lambda k: far(0.01, agrees=k >= 8), 12, 1, 32, 0.99).layer == 8
+    asked: list[int] = []
+    found = find_horizon(
+        lambda k: far(0.01 if k >= 6 else 1.0, agrees=asked.append(k) is None and k >= 8), 12, 1, 32, 0.99
+    )
+    assert (found.layer, found.chosen) == (6, 8)
+    assert len(asked) == len(set(asked)) <= 6
+    never = find_horizon(lambda k: far(0.01, agrees=False), 12, 1, 32, 0.99)
+    assert (never.layer, never.chosen, never.found) == (3, 12, True)
 
 
 @settings(max_examples=150, deadline=None)

@@ -70,10 +70,24 @@ def test_one_in_the_models_folder_is_found_and_can_be_ignored(make_config: Make,
 
 def test_the_users_single_keys_win(make_config: Make, model: Path, tmp_path: Path) -> None:
     path = profile_of(model, tmp_path / "p.json")
-    choices = start(make_config, model, profile=str(path), keep_ratio=0.5, events=3, strides=[2, 4, 8])
+    choices = start(make_config, model, profile=str(path), keep_ratio=0.5, events=3, strides=[2, 4, 8], key_frames=6)
     assert (choices.settings.keep_ratio, choices.settings.events, choices.settings.strides) == (0.5, 3, (2, 4, 8))
     assert choices.settings.decode_retention == 0.5
-    assert choices.profile["overridden"] == ["keep_ratio", "strides"]
+    assert choices.profile["overridden"] == ["events", "keep_ratio", "strides"], (
+        "key_frames is what it was measured with"
+    )
+
+
+def test_what_a_profile_does_not_state_was_measured_as_its_default(
+    make_config: Make, model: Path, tmp_path: Path
+) -> None:
+    path = profile_of(model, tmp_path / "p.json")
+    choices = start(make_config, model, profile=str(path), key_frames=0, aligner="none", token_budget=64)
+    assert choices.profile["overridden"] == ["aligner", "key_frames", "token_budget"]
+    assert start(make_config, model, profile=str(path), videos_at_once=2).profile["overridden"] == []
+    found = {"prune_layers": FOUND["prune_layers"], "aligner": "dual-tower"}
+    assert profile_choice._overridden({"aligner_model": "tower"}, found) == ()
+    assert profile_choice._overridden({"aligner_model": "tower"}, FOUND) == ("aligner_model",)
 
 
 def test_a_preset_decides_what_it_is_about(make_config: Make, model: Path, tmp_path: Path) -> None:
@@ -89,7 +103,7 @@ def test_where_kv_is_kept_goes_by_the_users_rule(make_config: Make, model: Path,
     path = profile_of(model, tmp_path / "p.json")
     choices = start(make_config, model, profile=str(path), kv_layers=[0, 2])
     assert (choices.window, choices.settings.decode_retention) == ((0, 2), 0)
-    assert choices.profile["overridden"] == ["decode_retention"]
+    assert choices.profile["overridden"] == ["decode_retention", "kv_layers"]
     without = {key: value for key, value in FOUND.items() if key != "decode_retention"}
     path = profile_of(model, tmp_path / "q.json", kv_layers=[0, 2], **without)
     assert start(make_config, model, profile=str(path)).window == (0, 2)

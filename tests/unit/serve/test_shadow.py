@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from vllm.entrypoints.generate.base.protocol import validate_request_mm_kwargs
 from vllm.exceptions import QueueOverflowError, VLLMValidationError
 
-from metok_vllm.contract.forced import AS_GOOD, KL_LIMIT, MOST_IDS, TOP, ids_to_compare
+from metok_vllm.contract.forced import KL_LIMIT, MOST_IDS, NEAR_TIE, TOP, ids_to_compare
 from metok_vllm.contract.refusals import FRONT_END
 from metok_vllm.contract.request_ids import is_shadow
 from metok_vllm.serve.shadow import record as record_module
@@ -65,6 +65,15 @@ def test_a_token_drawn_at_random_counts_by_what_both_would_have_chosen() -> None
     assert compared([step], [step], [2], [3]).agreeing == 1
     assert compared([step], [logs(0.3, 0.6, 0.1)], [2], [3]).agreeing == 0
     assert compared([step], [{2: -0.1}], [2], [3]).agreeing == 0, "nothing else is known of it"
+    stock = {7: -0.70, 8: -0.75}
+    assert compared([stock], [{7: -3.0, 8: -2.5}], [7], [3]).agreeing == 0, "METok's best is not among these"
+    assert compared([stock], [{7: -3.0, 8: -0.6}], [7], [9]).agreeing == 1, "none of the others can be ahead"
+
+
+def test_no_number_is_no_agreement() -> None:
+    step, nothing = logs(0.6, 0.3, 0.1), dict.fromkeys(range(3), math.nan)
+    for one in (compared([step], [nothing], [0], [0]), compared([nothing], [step], [0], [1])):
+        assert (one.agreeing, one.kl) == (0, 50)
 
 
 def test_a_token_as_likely_as_the_best_is_a_choice() -> None:
@@ -76,9 +85,9 @@ def test_a_token_as_likely_as_the_best_is_a_choice() -> None:
 
 
 def test_where_the_model_itself_wavers_either_is_right() -> None:
-    stock, ours = {0: -0.70, 1: -0.70 + AS_GOOD * 0.9, 2: -3.0}, {0: -0.1, 1: -3.0, 2: -5.0}
+    stock, ours = {0: -0.70, 1: -0.70 + NEAR_TIE * 0.9, 2: -3.0}, {0: -0.1, 1: -3.0, 2: -5.0}
     assert compared([stock], [ours], [0], [1]).agreeing == 1
-    assert compared([{**stock, 1: -0.70 + AS_GOOD * 1.1}], [ours], [0], [1]).agreeing == 0
+    assert compared([{**stock, 1: -0.70 + NEAR_TIE * 1.1}], [ours], [0], [1]).agreeing == 0
 
 
 def test_every_tokens_best_is_looked_up() -> None:
