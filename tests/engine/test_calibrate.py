@@ -127,12 +127,15 @@ VARIANTS = (
     worker.Variant(name="again"),
     worker.Variant(name="whole", metok=WHOLE),
     worker.Variant(name="cut", metok=WHOLE | {"strides": [8, 8, 8]}),
+    worker.Variant(
+        name="pruned", metok={"keep_ratio": 0.5, "score_rows": "question", "frame_smoothing": 1, "decode_retention": 1}
+    ),
     worker.Variant(name="without", with_video=False),
 )
 
 
 def job(sheet: Path, model: Path = TRAINED, variants: Sequence[worker.Variant] = VARIANTS, **engine: Any) -> Job:
-    """One question about one video. Nothing is dropped before the last layers."""
+    """One question about one video. Layers prune what a variant's `keep_ratio` says; L3 drops nothing."""
     stated = {"dtype": "float32", "max_model_len": 2048, **ENGINE, "media_io_kwargs": {"video": {"num_frames": 8}}}
     depth = json.loads((model / "config.json").read_text())["text_config"]["num_hidden_layers"]
     return Job(
@@ -140,7 +143,7 @@ def job(sheet: Path, model: Path = TRAINED, variants: Sequence[worker.Variant] =
         model_mark="",
         plugin="",
         engine=stated | engine,
-        server={"profile": "none", "prune_layers": [depth - 2, depth - 1, depth]},
+        server={"profile": "none", "prune_layers": [depth // 3, 2 * depth // 3, depth]},
         answer_tokens=8,
         asked=list(choose(None, sheet, 1, held_out=False).search),
         variants=list(variants),
@@ -184,15 +187,17 @@ def test_two_ranks_chunks_and_batches_see_the_same(
             patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores)))
         over = job(sheet, **ranks)
         result = Engines(tmp_path, told.append).run(over)
-        assert sum(told) == over.requests == 5
+        assert sum(told) == over.requests == 6
         assert "VLLM_MEDIA_CONNECTOR" not in os.environ
     seen = seen_by(result)
     for name in ("again", "whole"):
         assert seen[name].agrees, "the stock model, and METok where it drops nothing"
         assert seen[name].kl < 1e-4
-    whole, cut = seen["whole"].counts, seen["cut"].counts
+    whole, cut, pruned = (seen[name].counts for name in ("whole", "cut", "pruned"))
     assert whole is not None
     assert cut is not None
+    assert pruned is not None
+    assert pruned.encoded > pruned.after_l1 > pruned.after_l2 > 0
     assert seen["without"].kl > seen["whole"].kl
     assert whole.encoded == whole.stock > cut.encoded
     assert seen["whole"].prompt_tokens == seen["again"].prompt_tokens
@@ -207,7 +212,7 @@ def test_two_ranks_chunks_and_batches_see_the_same(
 def test_another_family(sheet: Path, tmp_path: Path, done_here: Callable[[Job], Result]) -> None:
     """Qwen2.5-VL: frames in pairs, its own strides, tokens a frame by the file's size."""
     model = build_qwen_checkpoint(tmp_path / "model", "qwen2.5-vl", seed=3)
-    variants = (VARIANTS[0], worker.Variant(name="whole", metok=WHOLE | {"strides": [1, 1, 1]}), VARIANTS[3])
+    variants = (VARIANTS[0], worker.Variant(name="whole", metok=WHOLE | {"strides": [1, 1, 1]}), VARIANTS[-1])
     result = done_here(job(sheet, model, variants))
     seen = seen_by(result)
     assert (result.facts.strides, result.facts.frame_group) == ((1, 2, 4), 2)

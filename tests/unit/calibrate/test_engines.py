@@ -178,7 +178,7 @@ def test_an_interrupt_ends_the_worker(tmp_path: Path, run_by: Callable[..., None
             time.sleep(0.05)
         os.kill(os.getpid(), by)
 
-    threading.Thread(target=interrupt).start()
+    threading.Thread(target=interrupt, daemon=True).start()
     try:
         with pytest.raises(KeyboardInterrupt):
             Engines(tmp_path, lambda done: None).run(a_job())
