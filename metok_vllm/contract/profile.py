@@ -94,6 +94,7 @@ class Profile(BaseModel):
             "agreement": self.measured.agreement,
             "interval": list(self.measured.interval),
             "questions": self.measured.questions,
+            "generic": self.generic_questions,
             "videos": self.measured.videos,
         }
 
@@ -135,8 +136,9 @@ def write_profile(path: Path, profile: Profile) -> None:
 def told(summary: Mapping[str, Any]) -> str:
     """A `Profile.summary` in words, for the log and the status page."""
     low, high = summary["interval"]
+    kind = "generic questions" if summary["generic"] else "questions"
     words = (
         f"profile {summary['path']}: {100 * summary['agreement']:.1f} % of the answers to {summary['questions']} unseen "
-        f"questions agreed [95 % interval {100 * low:.1f} to {100 * high:.1f}]"
+        f"{kind} agreed [95 % interval {100 * low:.1f} to {100 * high:.1f}]"
     )
     return words + (f"; overridden: {', '.join(summary['overridden'])}" if summary["overridden"] else "")

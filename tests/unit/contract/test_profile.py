@@ -100,3 +100,5 @@ def test_it_is_told_with_what_is_overridden() -> None:
         "overridden: events, keep_ratio"
     )
     assert "overridden" not in told(a_profile().summary("p.json", ()))
+    generic = a_profile().model_copy(update={"generic_questions": True})
+    assert " unseen generic questions agreed" in told(generic.summary("p.json", ()))
