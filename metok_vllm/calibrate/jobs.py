@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-FORMAT = 3
+FORMAT = 4
 """Of these files: what an earlier one says is not read."""
 
 

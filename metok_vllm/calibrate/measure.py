@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from metok_vllm.contract.forced import AS_GOOD, Step, choice, divergence, is_choice
+from metok_vllm.contract.forced import Step, choice, divergence, is_choice
 
 NEEDS_VIDEO = 0.1
 """Nats. A question whose answer changes by less than this without the video does not need it."""
@@ -20,7 +20,7 @@ class Sample:
 
     kl: float  # nats
     harm: float  # nats, of the tokens that the variant is less sure of than the stock model, the others as 0
-    agrees: bool  # whether what the variant would have said is as good at every token (`AS_GOOD`)
+    agrees: bool  # whether what the variant would have said is as good at every token (`NEAR_TIE`)
 
 
 def sample(
@@ -44,7 +44,7 @@ def sample(
     lost = [not theirs[token] >= ours[token] for token, ours, theirs in zip(tokens, steps, variant, strict=True)]
     harm = math.fsum(distance for distance, is_lost in zip(each, lost, strict=True) if is_lost)
     choices = [choice(*one) for one in zip(tokens, ranks, variant, strict=True)]
-    agrees = all(is_choice(ours, one, AS_GOOD) for ours, one in zip(steps, choices, strict=True))
+    agrees = all(is_choice(ours, one) for ours, one in zip(steps, choices, strict=True))
     return Sample(math.fsum(each) / len(each), harm / len(each), agrees)
 
 

@@ -21,7 +21,6 @@ from vllm.sampling_params import SamplingParams
 
 from metok_vllm.contract.forced import (
     MOST_IDS,
-    NEAR_TIE,
     TOP,
     Step,
     choice,
@@ -69,8 +68,8 @@ class Comparison:
 def compared(stock: Sequence[Step], ours: Sequence[Step], answer: Sequence[int], ranks: Sequence[int]) -> Comparison:
     """What two models think of one answer.
 
-    They agree on a token if METok's choice is the stock model's, or within `NEAR_TIE` of it. Where METok may
-    have chosen a token that was not compared, they do not.
+    They agree on a token if METok's choice is the stock model's, or within `forced.NEAR_TIE` of it. Where METok
+    may have chosen a token that was not compared, they do not.
 
     Args:
         stock: METok off, each token's most probable alternatives.
@@ -80,7 +79,7 @@ def compared(stock: Sequence[Step], ours: Sequence[Step], answer: Sequence[int],
     """
     distances = [divergence(theirs, mine) for theirs, mine in zip(stock, ours, strict=True)]
     choices = [choice(*one) for one in zip(answer, ranks, ours, strict=True)]
-    agreeing = sum(is_choice(step, one, NEAR_TIE) for step, one in zip(stock, choices, strict=True))
+    agreeing = sum(is_choice(step, one) for step, one in zip(stock, choices, strict=True))
     return Comparison(len(answer), agreeing, math.fsum(distances) / len(answer), max(distances))
 
 

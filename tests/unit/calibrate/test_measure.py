@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metok_vllm.calibrate.measure import interval, sample
-from metok_vllm.contract.forced import AS_GOOD, divergence, is_choice
+from metok_vllm.contract.forced import NEAR_TIE, divergence, is_choice
 
 
 def logs(*probabilities: float) -> dict[int, float]:
@@ -65,21 +65,20 @@ def test_who_is_surer_of_the_same_token_does_no_harm() -> None:
     assert unsure.harm == unsure.kl > 0.2
 
 
-def test_half_as_likely_is_as_good() -> None:
-    assert pytest.approx(math.log(2)) == AS_GOOD
-    stock = logs(0.5, 0.26, 0.24)
-    assert [is_choice(stock, token, AS_GOOD) for token in (0, 1, 2, 3, None)] == [True, True, False, False, False]
+def test_a_near_tie_is_as_good() -> None:
+    stock = {0: -0.7, 1: -0.7 - 0.9 * NEAR_TIE, 2: -0.7 - 1.1 * NEAR_TIE}
+    assert [is_choice(stock, token) for token in (0, 1, 2, 3, None)] == [True, True, False, False, False]
 
 
 def test_what_the_variant_would_have_said_must_be_as_good_at_every_token() -> None:
-    sure, torn = logs(0.9, 0.1), logs(0.55, 0.4, 0.05)
+    sure, torn = logs(0.9, 0.1), logs(0.48, 0.46, 0.06)
     assert sample([0, 0], [sure, torn], [sure, logs(0.4, 0.55, 0.05)], [1, 2]).agrees
     assert not sample([0, 0], [sure, torn], [sure, logs(0.4, 0.05, 0.55)], [1, 2]).agrees, "another than these two"
     assert not sample([0, 0], [sure, torn], [logs(0.1, 0.9), torn], [2, 1]).agrees, "where the model is sure"
 
 
 def test_what_was_not_asked_about_is_not_as_good() -> None:
-    torn = logs(0.55, 0.4)
+    torn = logs(0.48, 0.46)
     assert sample([0], [torn], [logs(0.2, 0.3)], [2]).agrees
     assert not sample([0], [torn], [logs(0.2, 0.3)], [3]).agrees, "a token of the other half is ahead of both"
     assert not sample([0], [torn], [logs(0.3, 0.2)], [2]).agrees
