@@ -68,8 +68,8 @@ class Comparison:
 def compared(stock: Sequence[Step], ours: Sequence[Step], answer: Sequence[int], ranks: Sequence[int]) -> Comparison:
     """What two models think of one answer.
 
-    They agree on a token if METok's choice is the stock model's, or within `forced.NEAR_TIE` of it. Where METok
-    may have chosen a token that was not compared, they do not.
+    They agree on a token if METok's choice is the stock model's, or within `NEAR_TIE` of it
+    (`contract/forced.py`). Where METok may have chosen a token that was not compared, they do not.
 
     Args:
         stock: METok off, each token's most probable alternatives.
