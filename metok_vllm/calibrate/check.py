@@ -12,7 +12,9 @@ CANDIDATES = 5
 """Settings that are checked, the cheapest first, until one passes; each with all of its tokens' KV too."""
 
 GENTLER = 1.25
-"""Where one fails, the next takes at least so many times its tokens. Settings of the same cost fail alike."""
+"""Where one fails, the next takes at least so many times its tokens: settings of the same cost fail alike. If
+none does, the last to be checked is the one of most tokens.
+"""
 
 
 def first_that_passes(
@@ -44,10 +46,12 @@ def first_that_passes(
             for one in here:
                 if passes(one):
                     return one, checked[one], True
-        least = GENTLER * tried.seen[both[-1]].tokens
-        order = [one for one in order if one not in checked and tried.seen[one].tokens >= least]
-        if not order:
+        failed = tried.seen[both[-1]].tokens
+        dearer = [one for one in order if one not in checked and tried.seen[one].tokens > failed]
+        if not dearer:
             break
+        order = [one for one in dearer if tried.seen[one].tokens >= GENTLER * failed]
+        order = order or [max(dearer, key=lambda one: (tried.seen[one].tokens, tried.seen[one].kv))]
     checked |= presets
     passing = [one for one in checked if passes(one)]
     if passing:

@@ -32,7 +32,9 @@ def searched(costs: Sequence[float]) -> tuple[Search, list[Setting]]:
     [
         ([70, 80, 90], {70, 80, 90}, [70]),
         ([70, 71, 88, 90, 110], {110}, [70, 88, 110]),  # neighbours in cost are passed over
-        ([70, 75, 87], {75, 87}, [70]),  # nothing clearly gentler is left
+        ([70, 75, 87], {75, 87}, [70, 87]),  # nothing clearly gentler is left: the gentlest
+        ([70, 70], {71}, [70]),
+        ([70, 88, 90, 100], {100}, [70, 88, 100]),
         ([10, 20, 40, 80, 160, 320], {320}, [10, 20, 40, 80, 160]),  # five at most
         ([200, 70, 120], {200}, [70, 120, 200]),
     ],
