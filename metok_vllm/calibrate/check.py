@@ -33,11 +33,11 @@ def first_that_passes(
         The setting, what it does to the held-out questions, and whether it passes on both.
     """
     order = tried.ranked() or sorted(tried.seen, key=lambda s: (-tried.seen[s].agreement, tried.seen[s].worst))[:1]
+    checked: dict[Setting, Seen] = {}
 
     def passes(one: Setting) -> bool:
         return tried.good(one) and checked[one].passes(target)
 
-    checked: dict[Setting, Seen] = {}
     for _ in range(CANDIDATES):
         both = [order[0], *(one for one in order[1:] if one == order[0].with_all_kv())]
         for _, engine in groupby(both, key=Setting.server):

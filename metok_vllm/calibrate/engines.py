@@ -65,7 +65,7 @@ class Engines:
         Raises:
             CalibrateError: the engine did not start, or ended.
         """
-        file = self.folder / f"{job.name()}.result.json"
+        file = self._result(job)
         result = _read(file)
         if result is not None:
             self.read_again += 1
@@ -81,8 +81,10 @@ class Engines:
 
     def keep_as(self, done: Job, other: Job) -> None:
         """A finished job's result is another's too."""
-        names = (self.folder / f"{job.name()}.result.json" for job in (done, other))
-        shutil.copyfile(*names)
+        shutil.copyfile(self._result(done), self._result(other))
+
+    def _result(self, job: Job) -> Path:
+        return self.folder / f"{job.name()}.result.json"
 
     def _log(self, file: Path) -> Path:
         return file.with_name(file.name.replace(".result.json", ".log"))

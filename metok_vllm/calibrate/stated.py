@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from metok_vllm.calibrate.errors import CalibrateError
+from metok_vllm.calibrate.settings import Setting
 from metok_vllm.contract.settings import parse_settings
 
 BESIDE = (
@@ -13,6 +14,9 @@ BESIDE = (
     *("videos_at_once", "videos_waiting", "video_memory_mib"),
 )
 """METok's settings that are not searched: every engine has them, and so should the server."""
+
+SEARCHED = ("preset", "kv_layers", *Setting((1, 2, 3), (2, 4, 8)).profile())
+"""Settings that differ from try to try."""
 
 OURS = ("model", "additional_config", "hf_overrides", "config_format", "tokenizer_mode")
 """Arguments of `vllm.LLM` that METok states itself (`metok_vllm.enable`)."""
@@ -36,6 +40,7 @@ def check_stated(engine: Mapping[str, Any], metok: Mapping[str, Any]) -> None:
         parse_settings(metok, "--metok")
     except ValueError as error:
         raise CalibrateError(str(error)) from None
-    searched = sorted(set(metok) - set(BESIDE))
-    if searched:
-        raise CalibrateError(f"--metok cannot state {searched[0]}, which is searched; it takes {', '.join(BESIDE)}.")
+    others = sorted(set(metok) - set(BESIDE))
+    if others:
+        why = ", which is searched" if others[0] in SEARCHED else ""
+        raise CalibrateError(f"--metok cannot state {others[0]}{why}; it takes {', '.join(BESIDE)}.")

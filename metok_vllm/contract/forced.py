@@ -45,10 +45,10 @@ def divergence(stock: Step, variant: Step) -> float:
         stock: the stock model's most probable tokens.
         variant: the same of the variant; may state others too.
     """
-    shared = [token for token in stock if token in variant]
-    ours, theirs = ([max(step[t], _LEAST) for t in shared] for step in (stock, variant))
     if any(map(math.isnan, (*stock.values(), *variant.values()))):
         return -_LEAST
+    shared = [token for token in stock if token in variant]
+    ours, theirs = ([max(step[t], _LEAST) for t in shared] for step in (stock, variant))
     total = sum(math.exp(p) * (p - q) for p, q in zip(ours, theirs, strict=True))
     rest_stock = max(0.0, 1.0 - math.fsum(map(math.exp, ours)))
     rest_variant = max(0.0, 1.0 - math.fsum(map(math.exp, theirs)))

@@ -74,6 +74,8 @@ def test_a_name_that_something_else_has(
     [
         ("--metok", {"keep_ratio": 0.5}, "--metok cannot state keep_ratio, which is searched; it takes aligner, "),
         ("--metok", {"preset": "paper"}, "--metok cannot state preset, which is searched; it takes aligner, "),
+        ("--metok", {"kv_layers": [0, 2]}, "--metok cannot state kv_layers, which is searched; it takes aligner, "),
+        ("--metok", {"shadow_rate": 0.5}, "--metok cannot state shadow_rate; it takes aligner, "),
         ("--metok", {"aligner": "best"}, "METok (--metok): 'aligner' got 'best': "),
         ("--metok", {"aligners": "none"}, "METok (--metok): unknown setting 'aligners'; "),
         (
