@@ -78,6 +78,7 @@ class _Session:
 @contextlib.contextmanager
 def _session(options: Options, console: Console, held_out: bool, forwards: int) -> Iterator[_Session]:
     """Read the user's files, answer with the stock model, and show a progress bar while the body runs."""
+    _check_writable(options)
     check_stated(options.engine, options.metok)
     mark = _mark(options)
     _refuse_unprunable(options)
@@ -147,7 +148,6 @@ def run_calibrate(options: Options, console: Console | None = None) -> int:
         CalibrateError: one sentence for the user.
     """
     console = console or Console()
-    _check_writable(options)
     with _session(options, console, held_out=True, forwards=options.most_forwards - BEFORE_THE_SEARCH) as session:
         bench = session.bench
         tried = Search(bench.evaluate, options.target, most=options.most_forwards - BEFORE_THE_SEARCH)
@@ -201,7 +201,9 @@ def serve_command(options: Options) -> str:
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
+        elif isinstance(value, list):  # one word each
+            words += [f"--{flag}", *(one if isinstance(one, str) else json.dumps(one) for one in value)]
+        elif value is not None:  # which is the default
             words += [f"--{flag}", value if isinstance(value, str) else json.dumps(value)]
     return shlex.join(words)
 
@@ -317,13 +319,14 @@ def _version(distribution: str) -> str:
 
 def _check_writable(options: Options) -> None:
     path = options.out
-    if path in (options.picture, options.work):
-        raise CalibrateError(
-            f"Cannot write {path}: a name that ends with {path.suffix} is that of what else is written. End it with .json."
-        )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise CalibrateError(f"Cannot write {path}: it is a folder.")
+        if path in (options.picture, options.work):
+            raise CalibrateError(
+                f"Cannot write {path}: a name that ends with {path.suffix} is that of what else is written. End it with "
+                ".json."
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CalibrateError(f"Cannot write {path}: {error.strerror or error}.") from None

@@ -27,7 +27,7 @@ STOP_TIMEOUT = 30.0  # seconds that the server has for stopping by itself
 GRACE = 1.0  # seconds that its helpers have after that
 LOG_TAIL = 15  # lines shown when it dies
 
-_ERROR_LINE = re.compile(r"(?:^|[\s(])(?:\w*(?:Error|Exit)|error|Value error)[:,] (?P<message>.+)")
+_ERROR_LINE = re.compile(r"(?:^|[\s(])(?:[\w.]*(?:Error|Exit)|error|Value error)[:,] (?P<message>.+)")
 _NO_NEWS = "Engine core initialization failed"  # vLLM's pointer to the error that it logged before
 
 

@@ -122,6 +122,7 @@ def test_a_demo_that_is_told_to_end_stops_its_server(tmp_path: Path, number: sig
             "disk full",
         ),
         ("  Value error, METok needs V2. [type=value_error]\n", "METok needs V2. [type=value_error]"),
+        ("[rank0]: vllm.exceptions.VLLMValidationError: The prompt is too long.\n", "The prompt is too long."),
     ],
 )
 def test_the_reason_is_found_in_the_log(tmp_path: Path, log: str, reason: str):

@@ -69,6 +69,13 @@ def test_a_name_that_something_else_has(
     )
 
 
+@pytest.mark.parametrize("out", ["", "."])
+@pytest.mark.parametrize("command", ["calibrate", "probe"])
+def test_no_name_at_all(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str, out: str) -> None:
+    said = refused(capsys, command, str(TRAINED), "--videos", str(tmp_path), "--out", out)
+    assert said == "Cannot write .: it is a folder."
+
+
 @pytest.mark.parametrize(
     ("flag", "stated", "said"),
     [
@@ -104,13 +111,13 @@ def test_a_model_that_cannot_be_pruned(capsys: pytest.CaptureFixture[str], tmp_p
 def test_the_server_is_started_as_it_was_measured() -> None:
     engine = {
         "dtype": "float32", "media_io_kwargs": {"video": {"num_frames": 64}}, "enforce_eager": True,
-        "enable_prefix_caching": False, "tensor_parallel_size": 2,
+        "enable_prefix_caching": False, "tensor_parallel_size": 2, "seed": None, "cudagraph_capture_sizes": [1, 2],
     }  # fmt: skip
     options = run.Options(model="my models/7b", out=Path("found.json"), engine=engine, metok={"aligner_model": "tower"})
     assert shlex.split(run.serve_command(options)) == [
         *("vllm", "serve", "my models/7b", "--plugin", "metok", "--dtype", "float32"),
         *("--media-io-kwargs", '{"video": {"num_frames": 64}}', "--enforce-eager", "--no-enable-prefix-caching"),
-        *("--tensor-parallel-size", "2"),
+        *("--tensor-parallel-size", "2", "--cudagraph-capture-sizes", "1", "2"),
         *("--additional-config", '{"metok": {"aligner_model": "tower", "profile": "found.json"}}'),
     ]
     assert run._settings(options, Setting((1, 2, 3), (2, 4, 8)))["aligner"] == "dual-tower"
